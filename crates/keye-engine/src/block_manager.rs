@@ -1,0 +1,1 @@
+//! Blocks of the KV cache: free list, reference counts, prefix sharing.

@@ -1,0 +1,26 @@
+//! Requests to tokens.
+//!
+//! **In**: a [`Request`]: a conversation, sampling parameters, limits. **Out**: a bounded stream of [`Event`]s: what is
+//! being done, then text as it is generated, then counts and timings. One [`Engine`] handle serves every front end.
+//!
+//! What it promises:
+//!
+//! * The same request gives the same tokens, alone or among others, streamed or not, whether its prompt was cached or not.
+//! * Dropping an [`EventStream`] cancels the request and frees its blocks, wherever it is.
+//! * A request that fails fails alone.
+//! * KV memory is handed out in blocks; prompts that begin like an earlier one (same tokens, same media content) reuse
+//!   its blocks, and media that were encoded before are not encoded again.
+//!
+//! No tensor types, no HTTP, no files of requests. Scheduler and block manager know nothing of models.
+
+mod block_manager;
+mod engine;
+mod event;
+mod request;
+mod sampling;
+mod scheduler;
+
+pub use engine::{Engine, EngineOptions};
+pub use event::{Event, EventStream, FinishReason, Stage, Timings, Usage};
+pub use request::{EngineError, Request};
+pub use sampling::{SamplingParams, sample};

@@ -1,0 +1,37 @@
+//! What the engine is asked.
+
+use keye_processor::{Conversation, ThinkMode};
+
+use crate::SamplingParams;
+
+/// One question.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// Messages and media.
+    pub conversation: Conversation,
+    /// How tokens are chosen and when to stop.
+    pub sampling: SamplingParams,
+    /// Suffix on the last user text.
+    pub think: ThinkMode,
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// Its media.
+    #[error(transparent)]
+    Media(#[from] keye_media::MediaError),
+    /// Its messages or prompt.
+    #[error(transparent)]
+    Processor(#[from] keye_processor::ProcessorError),
+    /// The model.
+    #[error(transparent)]
+    Model(#[from] keye_model::ModelError),
+    /// It cannot be run with these limits.
+    #[error("{0}")]
+    Refused(String),
+    /// The engine is shutting down or its thread is gone.
+    #[error("the engine has stopped")]
+    Stopped,
+}

@@ -1,0 +1,30 @@
+//! Bytes to frames to patches.
+//!
+//! **In**: a [`MediaItem`]: an image or a video named by path, URL, data URL, raw bytes or a list of frames, with the
+//! per-item options of `keye-vl-utils` ([`ItemOptions`]). **Out**: [`Media`]: 14x14 RGB patches as bytes
+//! ([`Patches`]), their grid, time stamps, slow/fast kinds and a content hash that covers the pixels and everything that
+//! shaped them.
+//!
+//! What it promises:
+//!
+//! * The arithmetic of the reference, bit for bit where the reference is integer (`docs/spec/keye-vl-8b.md` §10):
+//!   sizes, sampled frames, time stamps, the slow/fast split, Pillow's and torch's resampling.
+//! * All variants share one code path; they differ by the data in [`MediaConfig`].
+//! * Media are hostile: sizes are checked before allocation, decoding has limits of time, bytes, pixels and frames
+//!   ([`Limits`]), and only what [`Access`] allows is opened. Videos are decoded by an `ffmpeg` child process that can
+//!   open nothing but the one file handed to it.
+//! * Frames stream: a clip is never held in memory as full-size frames.
+//!
+//! No tensor, tokenizer or checkpoint types: those live further up.
+
+mod config;
+mod error;
+mod item;
+mod loader;
+mod media;
+
+pub use config::{Alpha, ImageConfig, MediaConfig, ProcessorConfig, Resample, VideoConfig, VideoRule};
+pub use error::MediaError;
+pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
+pub use loader::{Access, Limits, Loader, Progress, TimestampRule};
+pub use media::{Frame, FrameKind, Media, Patches, Pixels};

@@ -1,0 +1,137 @@
+//! The seam between the engine and the model.
+
+use std::ops::Range;
+
+use keye_media::{MediaKind, Patches};
+
+use crate::Tap;
+
+/// Media features held by a runner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FeatureId(pub u64);
+
+/// What the engine has to know of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunnerInfo {
+    /// Length of a row of logits.
+    pub vocab_size: usize,
+    /// Longest sequence the model was made for.
+    pub max_positions: usize,
+    /// Tokens in a block of the KV cache.
+    pub block_tokens: usize,
+    /// Blocks in the pool.
+    pub num_blocks: usize,
+    /// Bytes of one block over all layers.
+    pub block_bytes: usize,
+    /// Bytes of one row of media features.
+    pub feature_row_bytes: usize,
+}
+
+/// Rows of media features that replace token embeddings inside a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FeatureRows {
+    /// First replaced token, counted from the chunk's start.
+    pub at: usize,
+    /// Whose features.
+    pub feature: FeatureId,
+    /// First feature row.
+    pub row: usize,
+    /// How many.
+    pub len: usize,
+}
+
+/// For which tokens of a chunk logits are wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogitRows {
+    /// None: a part of a prompt.
+    None,
+    /// The last token's.
+    Last,
+    /// Those of a range of the chunk's tokens.
+    Range(Range<usize>),
+}
+
+/// Consecutive tokens of one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chunk {
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// Index in the sequence of the first one = number of tokens already in the cache.
+    pub start: usize,
+    /// Rotary positions (time, row, column) of each token.
+    pub positions: Vec<[u32; 3]>,
+    /// Media features that take the place of embeddings.
+    pub features: Vec<FeatureRows>,
+    /// Blocks of the sequence, in order, enough for `start + tokens.len()` tokens.
+    pub block_table: Vec<u32>,
+    /// Logits wanted.
+    pub logits: LogitRows,
+}
+
+/// One step: chunks of different sequences, prefill and decode mixed. A sequence appears at most once.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Batch {
+    /// The chunks.
+    pub chunks: Vec<Chunk>,
+}
+
+/// What a step yields.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Outputs {
+    /// Per chunk the wanted rows of logits, one after the other: `rows * vocab_size` values.
+    pub logits: Vec<Vec<f32>>,
+}
+
+/// A model that is loaded and ready.
+pub trait Runner: Send {
+    /// Sizes.
+    fn info(&self) -> &RunnerInfo;
+
+    /// Runs the vision tower and projector over one item and keeps its features, one row per media token, in the order
+    /// of the prompt's pads. `progress(done, total)` counts patches times layers; when it returns false the item is given
+    /// up with [`ModelError::Cancelled`].
+    fn encode(
+        &mut self,
+        kind: MediaKind,
+        patches: &Patches,
+        tap: &mut dyn Tap,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<FeatureId, ModelError>;
+
+    /// Rows that `feature` holds; 0 when it is unknown.
+    fn feature_rows(&self, feature: FeatureId) -> usize;
+
+    /// Forgets features.
+    fn release(&mut self, feature: FeatureId);
+
+    /// Runs a step: writes the chunks' keys and values into their blocks and returns the wanted logits.
+    fn step(&mut self, batch: &Batch, tap: &mut dyn Tap) -> Result<Outputs, ModelError>;
+
+    /// Floating-point operations of [`Runner::encode`] for this grid, and of a prefill of `tokens` tokens.
+    fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> (f64, f64);
+
+    /// Floating-point operations per second that this machine reaches on a product of the model's shapes; measured on
+    /// the first call (some tens of milliseconds).
+    fn flops_per_second(&mut self) -> f64;
+}
+
+/// What can go wrong in a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// Loading: config, tensors.
+    #[error(transparent)]
+    Checkpoint(#[from] keye_processor::ProcessorError),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] keye_backend::BackendError),
+    /// A batch that breaks the contract of [`Batch`].
+    #[error("batch: {0}")]
+    Batch(String),
+    /// Patches that do not fit the model.
+    #[error("media: {0}")]
+    Media(String),
+    /// The caller gave up.
+    #[error("cancelled")]
+    Cancelled,
+}

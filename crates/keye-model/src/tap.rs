@@ -1,0 +1,20 @@
+//! Watching intermediate tensors.
+
+/// An observer of named tensors. Names are those of the golden files: `vit_embeddings`, `vit_layer0`, `vit_out`, `projector`
+/// (prefixed `image_` or `video_`), `inputs_embeds`, `lm_layer0`, `lm_final_norm`.
+pub trait Tap {
+    /// False spares the copy.
+    fn wants(&self, name: &str) -> bool;
+    /// Rows `[rows, cols]` of the tensor `name`, in order; a tensor may come in several pieces.
+    fn record(&mut self, name: &str, cols: usize, rows: &[f32]);
+}
+
+/// Watches nothing.
+pub struct NoTap;
+
+impl Tap for NoTap {
+    fn wants(&self, _name: &str) -> bool {
+        false
+    }
+    fn record(&mut self, _name: &str, _cols: usize, _rows: &[f32]) {}
+}

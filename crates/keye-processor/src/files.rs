@@ -1,0 +1,1 @@
+//! Reading small json files with errors that name them.

@@ -1,0 +1,43 @@
+//! What a checkpoint's files say, and the text side of the models. No computation on weights.
+//!
+//! **In**: a checkpoint directory in Hugging Face layout (config.json, tokenizer.json, chat template,
+//! preprocessor_config.json, generation_config.json, safetensors shards), a [`Conversation`] as the OpenAI and
+//! transformers formats write it, and the processed media of that conversation. **Out**: a [`Prompt`]: token ids with
+//! every media token in place, three-axis positions, and which rows of which media feed which tokens; named weights
+//! as slices of a memory map ([`Checkpoint`]); and, on the way back, the parts of an answer ([`Answer`]).
+//!
+//! What it promises:
+//!
+//! * The checkpoint's own files win over constants; constants are defaults (`docs/spec/keye-vl-8b.md` §2).
+//! * Variants are rows in a table of facts ([`Facts`]), not code paths of their own.
+//! * A wrong or damaged file gives one error that names file, field or tensor, expected and found; sizes are checked
+//!   before anything is allocated, and weights are mapped, not read.
+
+mod checkpoint;
+mod config;
+mod conversation;
+mod error;
+mod expand;
+mod files;
+mod generation_config;
+mod output;
+mod positions;
+mod preprocessor_config;
+mod processor;
+mod template;
+mod tokenizer;
+mod writer;
+
+pub use checkpoint::{Checkpoint, Dtype, StoredTensor};
+pub use config::{
+    Facts, FrameMarkers, ModelConfig, ProjectorNorm, TextConfig, TimeRule, Variant, VisionConfig, VisionSpan,
+};
+pub use conversation::Conversation;
+pub use error::ProcessorError;
+pub use expand::FeatureSpan;
+pub use generation_config::GenerationConfig;
+pub use output::{Answer, ThinkMode, parse_answer};
+pub use processor::{Overrides, Processor, Prompt};
+pub use template::{ChatTemplate, TemplateOptions};
+pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use writer::{NewTensor, SafetensorsWriter, write_checkpoint};

@@ -1,0 +1,1 @@
+//! Three-axis positions of a prompt (spec §6.2).
