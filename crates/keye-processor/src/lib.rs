@@ -16,6 +16,7 @@
 mod checkpoint;
 mod config;
 mod conversation;
+mod dtype;
 mod error;
 mod expand;
 mod files;
@@ -24,15 +25,17 @@ mod output;
 mod positions;
 mod preprocessor_config;
 mod processor;
+mod safetensors_file;
 mod template;
 mod tokenizer;
 mod writer;
 
-pub use checkpoint::{Checkpoint, Dtype, StoredTensor};
+pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
 pub use config::{
     Facts, FrameMarkers, ModelConfig, ProjectorNorm, TextConfig, TimeRule, Variant, VisionConfig, VisionSpan,
 };
 pub use conversation::Conversation;
+pub use dtype::Dtype;
 pub use error::ProcessorError;
 pub use expand::FeatureSpan;
 pub use generation_config::GenerationConfig;
