@@ -57,3 +57,23 @@ pub enum MediaError {
     #[error("cancelled")]
     Cancelled,
 }
+
+/// An option or clip that cannot be served, before the input's name is known.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Refusal {
+    /// The option's name.
+    pub option: &'static str,
+    /// Expected and found.
+    pub reason: String,
+}
+
+impl Refusal {
+    pub(crate) fn new(option: &'static str, reason: impl Into<String>) -> Self {
+        Self { option, reason: reason.into() }
+    }
+
+    /// The error for the input of that name.
+    pub(crate) fn of(self, input: &str) -> MediaError {
+        MediaError::Option { input: input.to_owned(), option: self.option, reason: self.reason }
+    }
+}

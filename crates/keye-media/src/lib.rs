@@ -19,9 +19,16 @@
 
 mod config;
 mod error;
+mod hsv;
 mod item;
 mod loader;
 mod media;
+mod patches;
+mod resample;
+mod sampling;
+mod similarity;
+mod sizes;
+mod smart_resize;
 
 pub use config::{Alpha, ImageConfig, MediaConfig, ProcessorConfig, Resample, VideoConfig, VideoRule};
 pub use error::MediaError;

@@ -1,0 +1,292 @@
+//! Pillow's and torch's antialiased resampling of interleaved RGB (spec §10.6).
+
+/// The interpolating function.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// Cubic convolution with a = -0.5, four pixels wide.
+    Bicubic,
+    /// A triangle, two pixels wide.
+    Bilinear,
+}
+
+/// The arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Pillow up to 11: weights with 22 fraction bits, bytes between the passes. Bit exact.
+    Pil22,
+    /// torch `interpolate` of uint8 on the CPU: weights of 16 bits, bytes between the passes. Bit exact.
+    Int16,
+    /// torchvision's resize of uint8 tensors: float32 throughout, rounded once at the end. Up to the order of torch's
+    /// sums, which moves about one value in 10^5 by one level.
+    Float,
+}
+
+/// Buffers that live from frame to frame.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    bytes: Vec<u8>,
+    floats: Vec<f32>,
+    row: Vec<f32>,
+}
+
+/// Resizes pictures of one size to another. The horizontal pass comes first; a pass that changes nothing is skipped.
+#[derive(Debug)]
+pub(crate) struct Resizer {
+    in_h: usize,
+    in_w: usize,
+    out_h: usize,
+    out_w: usize,
+    passes: Passes,
+}
+
+#[derive(Debug)]
+enum Passes {
+    Integer { across: Option<Axis<i32>>, down: Option<Axis<i32>> },
+    Float { across: Option<Axis<f32>>, down: Option<Axis<f32>> },
+}
+
+/// Weights of one dimension.
+#[derive(Debug)]
+struct Axis<W> {
+    /// Per output index: first input index, and the part of `weights` that starts there.
+    taps: Vec<(usize, std::ops::Range<usize>)>,
+    weights: Vec<W>,
+    /// Fraction bits of integer weights.
+    bits: u32,
+}
+
+impl Resizer {
+    /// From `in_h` x `in_w` to `out_h` x `out_w` pixels; no side is 0.
+    pub(crate) fn new(in_h: u32, in_w: u32, out_h: u32, out_w: u32, kernel: Kernel, mode: Mode) -> Self {
+        let passes = match mode {
+            Mode::Float => Passes::Float {
+                across: (in_w != out_w).then(|| float_axis(in_w, out_w, kernel)),
+                down: (in_h != out_h).then(|| float_axis(in_h, out_h, kernel)),
+            },
+            Mode::Pil22 | Mode::Int16 => Passes::Integer {
+                across: (in_w != out_w).then(|| integer_axis(in_w, out_w, kernel, mode)),
+                down: (in_h != out_h).then(|| integer_axis(in_h, out_h, kernel, mode)),
+            },
+        };
+        let [in_h, in_w, out_h, out_w] = [in_h, in_w, out_h, out_w].map(|side| side as usize);
+        Self { in_h, in_w, out_h, out_w, passes }
+    }
+
+    /// Replaces `out` by the resized picture. `rgb` is `[in_h, in_w, 3]`, `out` becomes `[out_h, out_w, 3]`.
+    pub(crate) fn run(&self, rgb: &[u8], out: &mut Vec<u8>, scratch: &mut Scratch) {
+        assert_eq!(rgb.len(), self.in_h * self.in_w * 3, "a frame of another size than the resizer's");
+        out.clear();
+        match &self.passes {
+            Passes::Integer { across, down } => {
+                let narrow = match across {
+                    None => rgb,
+                    Some(axis) => {
+                        let target = if down.is_some() { &mut scratch.bytes } else { &mut *out };
+                        target.resize(self.in_h * self.out_w * 3, 0);
+                        let rows = rgb.chunks_exact(self.in_w * 3).zip(target.chunks_exact_mut(self.out_w * 3));
+                        rows.for_each(|(from, to)| axis.across(from, to));
+                        if down.is_none() {
+                            return;
+                        }
+                        &scratch.bytes[..self.in_h * self.out_w * 3]
+                    }
+                };
+                match down {
+                    None => out.extend_from_slice(narrow),
+                    Some(axis) => {
+                        out.resize(self.out_h * self.out_w * 3, 0);
+                        axis.down(narrow, out, self.out_w * 3);
+                    }
+                }
+            }
+            Passes::Float { across, down } => {
+                let Scratch { floats, row, .. } = scratch;
+                floats.resize(self.in_h * self.out_w * 3, 0.0);
+                for (from, to) in rgb.chunks_exact(self.in_w * 3).zip(floats.chunks_exact_mut(self.out_w * 3)) {
+                    match across {
+                        Some(axis) => axis.across(from, to),
+                        None => to.iter_mut().zip(from).for_each(|(to, from)| *to = f32::from(*from)),
+                    }
+                }
+                out.resize(self.out_h * self.out_w * 3, 0);
+                match down {
+                    Some(axis) => axis.down(floats, out, self.out_w * 3, row),
+                    None => out.iter_mut().zip(&*floats).for_each(|(to, from)| *to = round(*from)),
+                }
+            }
+        }
+    }
+}
+
+/// Clamped to a byte, half to even.
+fn round(value: f32) -> u8 {
+    value.clamp(0.0, 255.0).round_ties_even() as u8
+}
+
+impl Axis<i32> {
+    fn finish(&self, sum: i32) -> u8 {
+        (sum >> self.bits).clamp(0, 255) as u8
+    }
+
+    /// `2^(bits-1)`: sums start with it so that the shift rounds.
+    fn half(&self) -> i32 {
+        (1 << self.bits) >> 1
+    }
+
+    // Sums cannot overflow: the absolute values of a pixel's weights add up to less than 2 * 2^22, times 255 is below
+    // 2^31. The wrapping operations only keep the checks out of the loops.
+    fn across(&self, from: &[u8], to: &mut [u8]) {
+        for ((first, range), pixel) in self.taps.iter().zip(to.chunks_exact_mut(3)) {
+            let mut sum = [self.half(); 3];
+            let weights = &self.weights[range.clone()];
+            for (source, weight) in from[first * 3..].chunks_exact(3).zip(weights) {
+                for c in 0..3 {
+                    sum[c] = sum[c].wrapping_add(i32::from(source[c]).wrapping_mul(*weight));
+                }
+            }
+            for c in 0..3 {
+                pixel[c] = self.finish(sum[c]);
+            }
+        }
+    }
+
+    fn down(&self, from: &[u8], to: &mut [u8], stride: usize) {
+        const LANES: usize = 64;
+        for ((first, range), row) in self.taps.iter().zip(to.chunks_exact_mut(stride)) {
+            let weights = &self.weights[range.clone()];
+            let mut x = 0;
+            for part in row.chunks_mut(LANES) {
+                let mut sum = [self.half(); LANES];
+                for (k, weight) in weights.iter().enumerate() {
+                    let start = (first + k) * stride + x;
+                    let source = &from[start..start + part.len()];
+                    for (sum, source) in sum.iter_mut().zip(source) {
+                        *sum = sum.wrapping_add(i32::from(*source).wrapping_mul(*weight));
+                    }
+                }
+                part.iter_mut().zip(&sum).for_each(|(to, sum)| *to = self.finish(*sum));
+                x += LANES;
+            }
+        }
+    }
+}
+
+impl Axis<f32> {
+    fn across(&self, from: &[u8], to: &mut [f32]) {
+        for ((first, range), pixel) in self.taps.iter().zip(to.chunks_exact_mut(3)) {
+            let mut sum = [0.0f32; 3];
+            let weights = &self.weights[range.clone()];
+            for (source, weight) in from[first * 3..].chunks_exact(3).zip(weights) {
+                for c in 0..3 {
+                    sum[c] += f32::from(source[c]) * weight;
+                }
+            }
+            pixel.copy_from_slice(&sum);
+        }
+    }
+
+    fn down(&self, from: &[f32], to: &mut [u8], stride: usize, sum: &mut Vec<f32>) {
+        for ((first, range), row) in self.taps.iter().zip(to.chunks_exact_mut(stride)) {
+            sum.clear();
+            sum.resize(stride, 0.0);
+            for (k, weight) in self.weights[range.clone()].iter().enumerate() {
+                let source = &from[(first + k) * stride..][..stride];
+                sum.iter_mut().zip(source).for_each(|(sum, source)| *sum += source * weight);
+            }
+            row.iter_mut().zip(&*sum).for_each(|(to, sum)| *to = round(*sum));
+        }
+    }
+}
+
+impl Kernel {
+    fn support(self) -> f64 {
+        match self {
+            Kernel::Bicubic => 2.0,
+            Kernel::Bilinear => 1.0,
+        }
+    }
+
+    fn weight(self, t: f64) -> f64 {
+        const A: f64 = -0.5;
+        let t = t.abs();
+        match self {
+            Kernel::Bicubic if t < 1.0 => ((A + 2.0) * t - (A + 3.0)) * t * t + 1.0,
+            Kernel::Bicubic if t < 2.0 => (((t - 5.0) * t + 8.0) * t - 4.0) * A,
+            Kernel::Bilinear if t < 1.0 => 1.0 - t,
+            _ => 0.0,
+        }
+    }
+
+    fn weight_f32(self, t: f32) -> f32 {
+        const A: f32 = -0.5;
+        let t = t.abs();
+        match self {
+            Kernel::Bicubic if t < 1.0 => ((A + 2.0) * t - (A + 3.0)) * t * t + 1.0,
+            Kernel::Bicubic if t < 2.0 => ((A * t - 5.0 * A) * t + 8.0 * A) * t - 4.0 * A,
+            Kernel::Bilinear if t < 1.0 => 1.0 - t,
+            _ => 0.0,
+        }
+    }
+}
+
+/// Weights in double, as Pillow and torch's uint8 kernel compute them.
+fn double_axis(n_in: u32, n_out: u32, kernel: Kernel) -> Axis<f64> {
+    let scale = f64::from(n_in) / f64::from(n_out);
+    let stretch = scale.max(1.0);
+    let (support, inverse) = (kernel.support() * stretch, 1.0 / stretch);
+    let mut axis = Axis { taps: Vec::with_capacity(n_out as usize), weights: Vec::new(), bits: 0 };
+    for o in 0..n_out {
+        let center = (f64::from(o) + 0.5) * scale;
+        let first = (center - support + 0.5).max(0.0) as u32;
+        let end = ((center + support + 0.5) as u32).min(n_in);
+        let start = axis.weights.len();
+        axis.weights.extend((first..end).map(|x| kernel.weight((f64::from(x) - center + 0.5) * inverse)));
+        let sum: f64 = axis.weights[start..].iter().sum();
+        if sum != 0.0 {
+            axis.weights[start..].iter_mut().for_each(|weight| *weight /= sum);
+        }
+        axis.taps.push((first as usize, start..axis.weights.len()));
+    }
+    axis
+}
+
+fn integer_axis(n_in: u32, n_out: u32, kernel: Kernel, mode: Mode) -> Axis<i32> {
+    let Axis { taps, weights, .. } = double_axis(n_in, n_out, kernel);
+    let bits = if mode == Mode::Int16 { int16_bits(&weights) } else { 22 };
+    let one = f64::from(1u32 << bits);
+    // Half away from zero; Rust's `round` agrees with truncating w + 0.5 except within an ulp of a half.
+    let whole = |weight: &f64| (weight * one + 0.5f64.copysign(*weight)) as i32;
+    Axis { taps, weights: weights.iter().map(whole).collect(), bits }
+}
+
+/// The most fraction bits, up to 22, with which the largest weight stays below 2^15.
+fn int16_bits(weights: &[f64]) -> u32 {
+    let largest = weights.iter().copied().fold(0.0, f64::max);
+    let mut bits = 0;
+    while bits < 22 && ((0.5 + largest * f64::from(1u32 << (bits + 1))) as i64) < 1 << 15 {
+        bits += 1;
+    }
+    bits
+}
+
+/// Weights in float32, as torch computes them for float tensors.
+fn float_axis(n_in: u32, n_out: u32, kernel: Kernel) -> Axis<f32> {
+    let scale = n_in as f32 / n_out as f32;
+    let stretch = scale.max(1.0);
+    let (support, inverse) = (kernel.support() as f32 * stretch, 1.0 / stretch);
+    let mut axis = Axis { taps: Vec::with_capacity(n_out as usize), weights: Vec::new(), bits: 0 };
+    for o in 0..n_out {
+        let center = scale * (o as f32 + 0.5);
+        let first = (center - support + 0.5).max(0.0) as u32;
+        let end = ((center + support + 0.5) as u32).min(n_in);
+        let first = first.min(end);
+        let start = axis.weights.len();
+        axis.weights.extend((first..end).map(|x| kernel.weight_f32((x as f32 - center + 0.5) * inverse)));
+        let sum: f32 = axis.weights[start..].iter().sum();
+        if sum != 0.0 {
+            axis.weights[start..].iter_mut().for_each(|weight| *weight /= sum);
+        }
+        axis.taps.push((first as usize, start..axis.weights.len()));
+    }
+    axis
+}
