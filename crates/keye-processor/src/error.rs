@@ -14,6 +14,14 @@ pub enum ProcessorError {
         /// Why.
         source: std::io::Error,
     },
+    /// A file could not be written.
+    #[error("{}: cannot write: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A file of the checkpoint is damaged or says something impossible.
     #[error("{}: {reason}", path.display())]
     File {

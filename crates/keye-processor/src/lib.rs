@@ -43,4 +43,4 @@ pub use output::{Answer, ThinkMode, parse_answer};
 pub use processor::{Overrides, Processor, Prompt};
 pub use template::{ChatTemplate, TemplateOptions};
 pub use tokenizer::{StreamDecoder, Tokenizer};
-pub use writer::{NewTensor, SafetensorsWriter, write_checkpoint};
+pub use writer::{NewTensor, SafetensorsWriter, write_checkpoint, write_file};

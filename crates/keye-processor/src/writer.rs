@@ -1,6 +1,12 @@
 //! Writing safetensors: a file at a time, tensors streamed, never half a file under its final name.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::{Map, Value, json};
 
 use crate::{Dtype, ProcessorError};
 
@@ -15,16 +21,215 @@ pub struct NewTensor {
     pub shape: Vec<usize>,
 }
 
+impl NewTensor {
+    /// Bytes of its elements; `None` when they cannot be counted in 64 bits.
+    pub fn bytes(&self) -> Option<u64> {
+        self.shape.iter().try_fold(self.dtype.size() as u64, |bytes, &dim| bytes.checked_mul(dim as u64))
+    }
+}
+
 /// Writes one safetensors file: names, types and shapes first, then the elements in that order.
-pub struct SafetensorsWriter {}
+///
+/// The file appears under its name when [`finish`](Self::finish) has put all of it on the disk; dropped before that, the
+/// writer leaves nothing. Larger elements should come first: then all of them are aligned.
+pub struct SafetensorsWriter {
+    out: BufWriter<File>,
+    partial: PartialFile,
+    tensors: std::vec::IntoIter<NewTensor>,
+}
+
+impl SafetensorsWriter {
+    /// Writes the header of the file that will be `path`. `metadata` is a list of keys and values; `("format", "pt")` is what
+    /// transformers asks for.
+    pub fn create(path: &Path, tensors: &[NewTensor], metadata: &[(&str, &str)]) -> Result<Self, ProcessorError> {
+        let header = header(tensors, metadata).map_err(|(name, reason)| ProcessorError::Tensor {
+            path: path.to_owned(),
+            name,
+            reason,
+        })?;
+        let (partial, file) = PartialFile::create(path)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let written = out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header));
+        written.map_err(|source| ProcessorError::Write { path: path.to_owned(), source })?;
+        Ok(Self { out, partial, tensors: tensors.to_vec().into_iter() })
+    }
+
+    /// Writes the elements of the next tensor: `fill` writes as many little-endian bytes as the tensor has.
+    pub fn write_next(
+        &mut self,
+        fill: impl FnOnce(&NewTensor, &mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), ProcessorError> {
+        let path = &self.partial.path;
+        let Some(tensor) = self.tensors.next() else {
+            return Err(ProcessorError::File { path: path.clone(), reason: "all its tensors are written".into() });
+        };
+        let bytes = tensor.bytes().unwrap_or(0);
+        let mut limited = Limited { out: &mut self.out, left: bytes };
+        fill(&tensor, &mut limited).map_err(|source| ProcessorError::Write { path: path.clone(), source })?;
+        if limited.left != 0 {
+            let reason = format!("expected {bytes} bytes, found {} fewer", limited.left);
+            return Err(ProcessorError::Tensor { path: path.clone(), name: tensor.name, reason });
+        }
+        Ok(())
+    }
+
+    /// Puts the file on the disk and gives it its name.
+    pub fn finish(mut self) -> Result<(), ProcessorError> {
+        let path = &self.partial.path;
+        if let Some(tensor) = self.tensors.next() {
+            let reason = "its elements have not been written".into();
+            return Err(ProcessorError::Tensor { path: path.clone(), name: tensor.name, reason });
+        }
+        self.out.flush().map_err(|source| ProcessorError::Write { path: path.clone(), source })?;
+        self.partial.keep(self.out.get_ref())
+    }
+}
+
+/// Writes a file of tensors that are in memory.
+pub fn write_file(path: &Path, tensors: &[(NewTensor, &[u8])]) -> Result<(), ProcessorError> {
+    let mut order: Vec<_> = tensors.iter().collect();
+    order.sort_by_key(|(tensor, _)| std::cmp::Reverse(tensor.dtype.size()));
+    let list: Vec<NewTensor> = order.iter().map(|(tensor, _)| tensor.clone()).collect();
+    let mut writer = SafetensorsWriter::create(path, &list, &[("format", "pt")])?;
+    for (_, bytes) in order {
+        writer.write_next(|_, out| out.write_all(bytes))?;
+    }
+    writer.finish()
+}
 
 /// Writes sharded `model-0000x-of-0000y.safetensors` and the index; `fill` is asked for each tensor's bytes in turn.
+///
+/// A shard has at most `shard_bytes` of elements unless one tensor alone is larger. What fits in one shard becomes
+/// `model.safetensors` without an index, as transformers has it. The index comes last.
 pub fn write_checkpoint(
     dir: &Path,
     tensors: &[NewTensor],
     shard_bytes: u64,
-    fill: &mut dyn FnMut(&NewTensor, &mut dyn std::io::Write) -> std::io::Result<()>,
+    fill: &mut dyn FnMut(&NewTensor, &mut dyn Write) -> io::Result<()>,
 ) -> Result<(), ProcessorError> {
-    let _ = (dir, tensors, shard_bytes, fill);
-    Ok(())
+    let index_path = dir.join("model.safetensors.index.json");
+    let mut names = BTreeSet::new();
+    let mut shards: Vec<(u64, Vec<NewTensor>)> = Vec::new();
+    let mut total: u64 = 0;
+    for tensor in tensors {
+        let wrong = |reason: &str| ProcessorError::Tensor {
+            path: dir.to_owned(),
+            name: tensor.name.clone(),
+            reason: reason.to_owned(),
+        };
+        if !names.insert(&tensor.name) {
+            return Err(wrong("is there twice"));
+        }
+        let bytes = tensor.bytes().ok_or_else(|| wrong("has more bytes than can be counted"))?;
+        total = total.checked_add(bytes).ok_or_else(|| wrong("makes the checkpoint too large"))?;
+        match shards.last_mut() {
+            Some((size, shard)) if size.saturating_add(bytes) <= shard_bytes => {
+                *size += bytes;
+                shard.push(tensor.clone());
+            }
+            _ => shards.push((bytes, vec![tensor.clone()])),
+        }
+    }
+    let count = shards.len();
+    let mut weight_map = Map::new();
+    for (i, (_, mut shard)) in shards.into_iter().enumerate() {
+        let file = match count {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+        };
+        shard.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
+        let mut writer = SafetensorsWriter::create(&dir.join(&file), &shard, &[("format", "pt")])?;
+        for tensor in &shard {
+            writer.write_next(&mut *fill)?;
+            weight_map.insert(tensor.name.clone(), Value::String(file.clone()));
+        }
+        writer.finish()?;
+    }
+    if count == 1 {
+        return Ok(());
+    }
+    weight_map.sort_keys();
+    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+    let (partial, mut file) = PartialFile::create(&index_path)?;
+    file.write_all(format!("{index:#}\n").as_bytes())
+        .map_err(|source| ProcessorError::Write { path: index_path.clone(), source })?;
+    partial.keep(&file)
+}
+
+/// The json header, padded with spaces to a multiple of 8 bytes, or the tensor that is wrong and why.
+fn header(tensors: &[NewTensor], metadata: &[(&str, &str)]) -> Result<Vec<u8>, (String, String)> {
+    let mut header = Map::new();
+    if !metadata.is_empty() {
+        let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), Value::String((*value).to_owned())));
+        header.insert("__metadata__".into(), Value::Object(metadata.collect()));
+    }
+    let mut at: u64 = 0;
+    for tensor in tensors {
+        let wrong = |reason: &str| (tensor.name.clone(), reason.to_owned());
+        let end = tensor.bytes().and_then(|bytes| at.checked_add(bytes));
+        let end = end.ok_or_else(|| wrong("has more bytes than can be counted"))?;
+        let entry = json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [at, end]});
+        if tensor.name == "__metadata__" || header.insert(tensor.name.clone(), entry).is_some() {
+            return Err(wrong("the name is there twice"));
+        }
+        at = end;
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok(header)
+}
+
+/// Passes on at most `left` bytes.
+struct Limited<'a> {
+    out: &'a mut BufWriter<File>,
+    left: u64,
+}
+
+impl Write for Limited<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() as u64 > self.left {
+            let excess = bytes.len() as u64 - self.left;
+            return Err(io::Error::other(format!("{excess} bytes more than the tensor has")));
+        }
+        let written = self.out.write(bytes)?;
+        self.left -= written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// A file under a temporary name beside its final one; removed when dropped before it is kept.
+struct PartialFile {
+    path: PathBuf,
+    partial: PathBuf,
+}
+
+impl PartialFile {
+    fn create(path: &Path) -> Result<(Self, File), ProcessorError> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let partial = path.with_file_name(format!(".{name}.{}.{count}.partial", std::process::id()));
+        let file = OpenOptions::new().write(true).create_new(true).open(&partial);
+        let file = file.map_err(|source| ProcessorError::Write { path: path.to_owned(), source })?;
+        Ok((Self { path: path.to_owned(), partial }, file))
+    }
+
+    /// Syncs `file`, renames it, and syncs the directory so that the name survives a crash too.
+    fn keep(self, file: &File) -> Result<(), ProcessorError> {
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let kept = file.sync_all().and_then(|()| std::fs::rename(&self.partial, &self.path));
+        let kept = kept.and_then(|()| File::open(parent)?.sync_all());
+        kept.map_err(|source| ProcessorError::Write { path: self.path.clone(), source })
+    }
+}
+
+impl Drop for PartialFile {
+    fn drop(&mut self) {
+        // Nothing is there any more once it has been renamed.
+        let _ = std::fs::remove_file(&self.partial);
+    }
 }

@@ -1,0 +1,4 @@
+//! Golden data and behaviour of the crate, one binary.
+
+#[path = "golden/checkpoint.rs"]
+mod checkpoint;
