@@ -16,11 +16,13 @@
 mod block_manager;
 mod engine;
 mod event;
+mod random;
 mod request;
 mod sampling;
 mod scheduler;
+mod stop;
 
 pub use engine::{Engine, EngineOptions};
 pub use event::{Event, EventStream, FinishReason, Stage, Timings, Usage};
 pub use request::{EngineError, Request};
-pub use sampling::{SamplingParams, sample};
+pub use sampling::{SamplingParams, distribution, sample};

@@ -1,4 +1,9 @@
 //! How a token is chosen from logits: one rule, pure, seeded.
+//!
+//! The order is that of transformers: repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p,
+//! then a draw with a counter-based generator.
+
+use crate::random::uniform;
 
 /// Sampling parameters; the names are those of vLLM and transformers.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,8 +56,329 @@ impl Default for SamplingParams {
     }
 }
 
+impl SamplingParams {
+    /// Checks the ranges (those of OpenAI and vLLM); the error names the field, the range and the value.
+    pub fn validate(&self) -> Result<(), String> {
+        let range = |name: &str, value: f32, low: f32, high: f32| {
+            // A NaN is in no range.
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(format!("{name} is {value}, it has to be from {low} to {high}"))
+            }
+        };
+        range("temperature", self.temperature, 0.0, 100.0)?;
+        range("top_p", self.top_p, f32::MIN_POSITIVE, 1.0)?;
+        range("min_p", self.min_p, 0.0, 1.0)?;
+        range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
+        range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        if self.max_tokens == 0 {
+            return Err("max_tokens is 0, it has to be at least 1".into());
+        }
+        if self.stop.len() > MAX_STOPS {
+            return Err(format!("there are {} stop strings, at most {MAX_STOPS} are allowed", self.stop.len()));
+        }
+        for stop in &self.stop {
+            if !(1..=MAX_STOP_BYTES).contains(&stop.len()) {
+                return Err(format!("a stop string has {} bytes, allowed are 1 to {MAX_STOP_BYTES}", stop.len()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Most stop strings of a request.
+const MAX_STOPS: usize = 64;
+/// Longest stop string.
+const MAX_STOP_BYTES: usize = 1024;
+
 /// Chooses a token for step `step` of a sequence from its logits; `prompt` and `generated` feed the penalties.
+///
+/// The choice depends on the arguments only, and its randomness on seed and step only. Temperature 0 takes the largest
+/// logit, of equal ones the lowest id. A NaN is never chosen unless there is nothing else; then, as with logits that are all
+/// -inf, the answer is token 0. The logits are overwritten.
 pub fn sample(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], generated: &[u32], step: u64) -> u32 {
-    let _ = (params, prompt, generated, step);
-    logits.first().map_or(0, |_| 0)
+    penalise(logits, params, prompt, generated);
+    if params.temperature <= 0.0 {
+        return argmax(logits);
+    }
+    let candidates = distribution(logits, params);
+    let mut left = uniform(params.seed, step);
+    for (id, probability) in &candidates {
+        left -= f64::from(*probability);
+        if left < 0.0 {
+            return *id;
+        }
+    }
+    // Rounding: the probabilities sum to a little less than 1.
+    candidates.last().map_or(0, |(id, _)| *id)
+}
+
+/// Tokens and probabilities after temperature, top-k, top-p and min-p, in the order and with the ties of transformers'
+/// `LogitsProcessor`s: tokens that tie with the k-th best stay, and a token stays when those better than it have less
+/// than `top_p` together. The most probable comes first, of equal ones the lowest id; without top-k and top-p the order is
+/// that of the ids. At temperature 0 there is one token. Penalties are not applied here.
+pub fn distribution(logits: &[f32], params: &SamplingParams) -> Vec<(u32, f32)> {
+    let best = argmax(logits);
+    let max = logits.get(best as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    if params.temperature <= 0.0 || !max.is_finite() {
+        return vec![(best, 1.0)];
+    }
+    let cut_k = params.top_k > 0 && (params.top_k as usize) < logits.len();
+    let threshold = if cut_k { kth_largest(logits, params.top_k as usize) } else { f32::NEG_INFINITY };
+    let temperature = f64::from(params.temperature);
+    let mut kept: Vec<(u32, f64)> = (0..)
+        .zip(logits)
+        .filter(|(_, logit)| **logit >= threshold && **logit > f32::NEG_INFINITY)
+        .map(|(id, logit)| (id, ((f64::from(*logit) - f64::from(max)) / temperature).exp()))
+        .collect();
+    let cut_p = params.top_p < 1.0;
+    if cut_p {
+        let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+        keep_top(&mut kept, f64::from(params.top_p) * total);
+    } else if cut_k {
+        kept.sort_unstable_by(by_weight);
+    }
+    // Weights are relative to the best one's, which is 1.
+    kept.retain(|(_, weight)| *weight >= f64::from(params.min_p));
+    let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+    kept.into_iter().map(|(id, weight)| (id, (weight / total) as f32)).collect()
+}
+
+/// The largest logit's id, of equal ones the lowest; NaN counts as -inf.
+fn argmax(logits: &[f32]) -> u32 {
+    let (mut best, mut max) = (0, f32::NEG_INFINITY);
+    for (id, logit) in (0..).zip(logits) {
+        if *logit > max {
+            (best, max) = (id, *logit);
+        }
+    }
+    best
+}
+
+/// Repetition penalty (Keskar et al. 2019, over prompt and answer), then presence and frequency (OpenAI, over the answer).
+fn penalise(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], generated: &[u32]) {
+    if params.repetition_penalty != 1.0 {
+        let mut seen = vec![false; logits.len()];
+        for id in prompt.iter().chain(generated) {
+            if let Some(logit) = logits.get_mut(*id as usize)
+                && !std::mem::replace(&mut seen[*id as usize], true)
+            {
+                let penalty = params.repetition_penalty;
+                *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+            }
+        }
+    }
+    if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+        let mut counts = std::collections::BTreeMap::new();
+        generated.iter().for_each(|id| *counts.entry(*id).or_insert(0u32) += 1);
+        for (id, count) in counts {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit -= params.presence_penalty + params.frequency_penalty * count as f32;
+            }
+        }
+    }
+}
+
+/// The k-th largest of the logits that are numbers; -inf when there are fewer. `k` is at least 1.
+fn kth_largest(logits: &[f32], k: usize) -> f32 {
+    let mut numbers: Vec<f32> = logits.iter().copied().filter(|logit| !logit.is_nan()).collect();
+    if numbers.len() < k {
+        return f32::NEG_INFINITY;
+    }
+    *numbers.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
+fn by_weight(a: &(u32, f64), b: &(u32, f64)) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Keeps, sorted, those before which the sum of weights is below `mass`. Sorts only as many as it needs.
+fn keep_top(kept: &mut Vec<(u32, f64)>, mass: f64) {
+    let (mut sum, mut done, mut size) = (0.0, 0, 256);
+    while done < kept.len() {
+        let end = (done + size).min(kept.len());
+        if end < kept.len() {
+            kept[done..].select_nth_unstable_by(end - done - 1, by_weight);
+        }
+        kept[done..end].sort_unstable_by(by_weight);
+        for index in done..end {
+            if index > 0 && sum >= mass {
+                kept.truncate(index);
+                return;
+            }
+            sum += kept[index].1;
+        }
+        (done, size) = (end, size * 4);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(temperature: f32) -> SamplingParams {
+        SamplingParams { temperature, ..SamplingParams::default() }
+    }
+
+    /// `n` logits in about [-8, 8], the same every time.
+    fn noise(n: u64) -> Vec<f32> {
+        (0..n).map(|i| ((uniform(9, i) - 0.5) * 16.0) as f32).collect()
+    }
+
+    /// The rule written the long way: sort everything, then cut.
+    fn plain(logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
+        let softmax = |kept: &[(u32, f64)]| -> Vec<(u32, f64)> {
+            let total: f64 = kept.iter().map(|(_, logit)| logit.exp()).sum();
+            kept.iter().map(|(id, logit)| (*id, logit.exp() / total)).collect()
+        };
+        let mut kept: Vec<(u32, f64)> =
+            (0..).zip(logits).map(|(id, logit)| (id, f64::from(*logit) / f64::from(params.temperature))).collect();
+        kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if params.top_k > 0 {
+            kept.truncate(params.top_k as usize);
+        }
+        let mut before = 0.0;
+        let probabilities = softmax(&kept);
+        let mut index = 0;
+        kept.retain(|_| {
+            let keep = index == 0 || before < f64::from(params.top_p);
+            before += probabilities[index].1;
+            index += 1;
+            keep
+        });
+        let probabilities = softmax(&kept);
+        let best = probabilities[0].1;
+        let kept: Vec<_> = kept
+            .iter()
+            .zip(&probabilities)
+            .filter(|(_, (_, p))| *p >= f64::from(params.min_p) * best)
+            .map(|(entry, _)| *entry)
+            .collect();
+        softmax(&kept)
+    }
+
+    #[test]
+    fn agrees_with_the_rule_written_the_long_way() {
+        let logits = noise(5000);
+        for temperature in [0.3, 1.0, 1.7] {
+            for top_k in [0, 1, 20, 700, 9999] {
+                for top_p in [0.05, 0.5, 0.95, 1.0] {
+                    for min_p in [0.0, 0.02, 1.0] {
+                        let params = SamplingParams { top_k, top_p, min_p, ..params(temperature) };
+                        let mut got = distribution(&logits, &params);
+                        got.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                        let expected = plain(&logits, &params);
+                        assert_eq!(got.len(), expected.len(), "{params:?}");
+                        for (got, expected) in got.iter().zip(&expected) {
+                            assert!((f64::from(got.1) - expected.1).abs() < 1e-6, "{params:?}");
+                        }
+                        let ids = |all: Vec<u32>| all.into_iter().collect::<std::collections::BTreeSet<_>>();
+                        assert_eq!(
+                            ids(got.iter().map(|(id, _)| *id).collect()),
+                            ids(expected.iter().map(|(id, _)| *id).collect())
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_and_of_equal_ones_the_lowest_id() {
+        assert_eq!(sample(&mut [1.0, 3.0, 3.0, 2.0], &params(0.0), &[], &[], 0), 1);
+        assert_eq!(sample(&mut [f32::NAN, -1.0, f32::NAN], &params(0.0), &[], &[], 0), 1);
+        assert_eq!(sample(&mut [-0.0, 0.0], &params(0.0), &[], &[], 0), 0);
+    }
+
+    #[test]
+    fn hostile_logits_neither_panic_nor_win() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        for temperature in [0.0, 0.5] {
+            for top_k in [0, 2] {
+                let params = SamplingParams { top_k, top_p: 0.9, min_p: 0.1, ..params(temperature) };
+                let pick = |mut logits: Vec<f32>, step| sample(&mut logits, &params, &[0, 9], &[1], step);
+                for step in 0..20 {
+                    assert_eq!(pick(vec![], step), 0);
+                    assert_eq!(pick(vec![-inf, -inf], step), 0);
+                    assert_eq!(pick(vec![nan, nan], step), 0);
+                    assert_eq!(pick(vec![nan, -inf, 1.0, nan], step), 2);
+                    assert_eq!(pick(vec![1.0, inf, nan, inf], step), 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ties_with_the_kth_best_stay() {
+        let params = SamplingParams { top_k: 2, ..params(1.0) };
+        assert_eq!(
+            distribution(&[1.0, 2.0, 1.0, 1.0, 0.0], &params).iter().map(|x| x.0).collect::<Vec<_>>(),
+            [1, 0, 2, 3]
+        );
+    }
+
+    #[test]
+    fn penalties() {
+        let penalised = |params: &SamplingParams, prompt: &[u32], generated: &[u32]| {
+            let mut logits = [2.0, -2.0, 1.0, 0.5];
+            penalise(&mut logits, params, prompt, generated);
+            logits
+        };
+        let repetition = SamplingParams { repetition_penalty: 2.0, ..params(0.0) };
+        assert_eq!(penalised(&repetition, &[0, 0, 77], &[1, 0]), [1.0, -4.0, 1.0, 0.5], "once each");
+        let others = SamplingParams { presence_penalty: 0.5, frequency_penalty: 0.25, ..params(0.0) };
+        assert_eq!(penalised(&others, &[2, 2], &[0, 0, 3]), [1.0, -2.0, 1.0, -0.25], "not the prompt's");
+    }
+
+    #[test]
+    fn the_draw_follows_the_distribution_and_only_seed_and_step() {
+        let logits = [1.0f32, 0.0, 2.0, f32::NEG_INFINITY];
+        let params = SamplingParams { seed: 5, ..params(0.8) };
+        let expected = distribution(&logits, &params);
+        let n = 30_000u64;
+        let mut counts = [0u32; 4];
+        for step in 0..n {
+            let token = sample(&mut logits.clone(), &params, &[], &[], step);
+            assert_eq!(token, sample(&mut logits.clone(), &params, &[1, 2], &[3], step));
+            counts[token as usize] += 1;
+        }
+        for (id, probability) in expected {
+            let share = f64::from(counts[id as usize]) / n as f64;
+            assert!((share - f64::from(probability)).abs() < 0.01, "{id}: {share} {probability}");
+        }
+        assert_eq!(counts[3], 0);
+        let with_seed = |seed| -> Vec<u32> {
+            (0..40)
+                .map(|step| sample(&mut logits.clone(), &SamplingParams { seed, ..params.clone() }, &[], &[], step))
+                .collect()
+        };
+        assert_ne!(with_seed(1), with_seed(2));
+    }
+
+    #[test]
+    fn validation_names_the_field() {
+        type Change = fn(&mut SamplingParams);
+        let cases: [(&str, Change); 12] = [
+            ("temperature", |p| p.temperature = -0.1),
+            ("temperature", |p| p.temperature = f32::NAN),
+            ("temperature", |p| p.temperature = f32::INFINITY),
+            ("top_p", |p| p.top_p = 0.0),
+            ("top_p", |p| p.top_p = 1.1),
+            ("min_p", |p| p.min_p = f32::NAN),
+            ("repetition_penalty", |p| p.repetition_penalty = 0.0),
+            ("presence_penalty", |p| p.presence_penalty = 2.1),
+            ("frequency_penalty", |p| p.frequency_penalty = -2.1),
+            ("max_tokens", |p| p.max_tokens = 0),
+            ("stop string", |p| p.stop = vec![String::new()]),
+            ("stop strings", |p| p.stop = vec!["a".into(); 65]),
+        ];
+        for (name, change) in cases {
+            let mut params = SamplingParams::default();
+            assert_eq!(params.validate(), Ok(()));
+            change(&mut params);
+            assert!(params.validate().expect_err(name).contains(name));
+        }
+    }
 }
