@@ -35,3 +35,7 @@ pub use error::MediaError;
 pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
 pub use loader::{Access, Limits, Loader, Progress, TimestampRule};
 pub use media::{Frame, FrameKind, Media, Patches, Pixels};
+
+#[cfg(test)]
+#[path = "../tests/golden/arith.rs"]
+mod golden_arith;

@@ -22,10 +22,7 @@ pub(crate) fn whole_clip_plan(
     options: &ItemOptions,
     config: &VideoConfig,
 ) -> Result<SamplePlan, Refusal> {
-    let (start, end) = frame_range(total, video_fps, options)?;
-    if start >= end && (options.video_start.is_some() || options.video_end.is_some()) {
-        return Err(empty_range(start, end, total, video_fps));
-    }
+    let (start, end) = frame_range(total, video_fps, options, 2)?;
     let frames = (end - start + 1) as f64;
     let wanted = match options.nframes {
         Some(_) if options.fps.is_some() => {
@@ -60,10 +57,7 @@ pub(crate) fn slow_fast_plan(
     options: &ItemOptions,
     config: &VideoConfig,
 ) -> Result<SamplePlan, Refusal> {
-    let (start, end) = frame_range(total, video_fps, options)?;
-    if start > end {
-        return Err(empty_range(start, end, total, video_fps));
-    }
+    let (start, end) = frame_range(total, video_fps, options, 1)?;
     let frames = end - start + 1;
     let wanted = slow_fast_count(frames, video_fps, options, config);
     let indices = linspace(start, end, wanted);
@@ -86,8 +80,13 @@ pub(crate) fn reference_timestamp(i: u64, fps: f64) -> f32 {
     ((1.0 / fps) * i as f64) as f32
 }
 
-/// First and last frame of the wanted part, both included. They may be out of order.
-pub(crate) fn frame_range(total: u64, video_fps: f64, options: &ItemOptions) -> Result<(u64, u64), Refusal> {
+/// First and last frame of the wanted part, both included; a part named by the options has at least `shortest` frames.
+pub(crate) fn frame_range(
+    total: u64,
+    video_fps: f64,
+    options: &ItemOptions,
+    shortest: u64,
+) -> Result<(u64, u64), Refusal> {
     if total == 0 {
         return Err(Refusal::new("video", "the clip has no frame"));
     }
@@ -98,16 +97,16 @@ pub(crate) fn frame_range(total: u64, video_fps: f64, options: &ItemOptions) -> 
     let clamped = |seconds: f64| seconds.min(duration).max(0.0);
     let start = options.video_start.map_or(0, |s| (clamped(s) * video_fps).ceil() as u64);
     let end = options.video_end.map_or(total - 1, |s| ((clamped(s) * video_fps).floor() as u64).min(total - 1));
+    let option = if options.video_start.is_some() { "video_start" } else { "video_end" };
+    let named = options.video_start.is_some() || options.video_end.is_some();
+    if named && end.saturating_add(1).saturating_sub(start) < shortest {
+        let reason = format!(
+            "the part from frame {start} to frame {end} is too short; the clip has {total} frames, {duration:.2} s at \
+             {video_fps} frames per second"
+        );
+        return Err(Refusal::new(option, reason));
+    }
     Ok((start, end))
-}
-
-fn empty_range(start: u64, end: u64, total: u64, video_fps: f64) -> Refusal {
-    let duration = total as f64 / video_fps;
-    let reason = format!(
-        "the range from frame {start} to frame {end} is too short; the clip has {total} frames, {duration:.2} s at \
-         {video_fps} frames per second"
-    );
-    Refusal::new("video_start", reason)
 }
 
 /// `torch.linspace(start, end, n).round()` in float32; both ends included, `n` = 1 gives `start`.
