@@ -18,17 +18,23 @@
 //! No tensor, tokenizer or checkpoint types: those live further up.
 
 mod config;
+mod decode;
 mod error;
+mod ffmpeg;
 mod hsv;
 mod item;
 mod loader;
 mod media;
 mod patches;
+mod probe;
 mod resample;
 mod sampling;
 mod similarity;
 mod sizes;
 mod smart_resize;
+mod sniff;
+mod spill;
+mod video;
 
 pub use config::{Alpha, ImageConfig, MediaConfig, ProcessorConfig, Resample, VideoConfig, VideoRule};
 pub use error::MediaError;

@@ -1,0 +1,169 @@
+//! Exactly the wanted frames of a clip, as RGB, from an `ffmpeg` child.
+//!
+//! A `select` filter picks frames by their number, so the frames are those that a full decode gives at these indices;
+//! the conversion to RGB is left at swscale's defaults, with which it equals decord's byte for byte.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+
+use crate::ffmpeg::{Output, Programs, Watch, first_message};
+use crate::probe::{Clip, input_options};
+use crate::{Limits, MediaError};
+
+/// Decoder threads beyond this cost memory and bring little.
+const MAX_THREADS: usize = 8;
+
+/// The frames of a clip at ascending indices, in order. The child is gone when this is dropped.
+pub(crate) struct Frames {
+    output: Output,
+    frame_bytes: usize,
+    /// Kept for as long as the child may read it.
+    _filter: tempfile::NamedTempFile,
+}
+
+impl Frames {
+    /// Starts decoding. `indices` do not decrease; an index that comes twice gives one frame.
+    pub fn start(
+        programs: &Programs,
+        file: &File,
+        clip: &Clip,
+        indices: &[u64],
+        limits: &Limits,
+        watch: &mut Watch,
+    ) -> Result<Self, MediaError> {
+        let modern = programs.is_modern(watch)?;
+        let script = |e: std::io::Error| MediaError::Ffmpeg(format!("cannot write a temporary file for ffmpeg: {e}"));
+        let mut filter = tempfile::NamedTempFile::with_prefix("keye-select-").map_err(script)?;
+        // The explicit size does nothing, unless a clip changes its size midway: then all frames get the first size.
+        let (w, h) = (clip.width, clip.height);
+        write!(filter, "select='{}',scale={w}:{h},format=rgb24", select(indices)).map_err(script)?;
+        filter.flush().map_err(script)?;
+
+        let mut args = decoder_options(clip, limits, modern);
+        args.push(if modern { "-/filter:v" } else { "-filter_script:v" }.into());
+        args.push(filter.path().into());
+        args.extend(["-c:v", "rawvideo", "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"].map(Into::into));
+        let frame_bytes = frame_bytes(clip).ok_or_else(|| watch.unreadable("a frame is too large for this machine"))?;
+        let output = Output::start(&programs.ffmpeg, &args, Some(file), frame_bytes)?;
+        Ok(Self { output, frame_bytes, _filter: filter })
+    }
+
+    /// The next wanted frame, `[height, width, 3]` bytes; `None` when the clip ended, even in the middle of a frame.
+    pub fn next(&mut self, watch: &mut Watch) -> Result<Option<Vec<u8>>, MediaError> {
+        Ok(self.output.next(watch)?.filter(|frame| frame.len() == self.frame_bytes))
+    }
+
+    /// Returns a frame's memory for reuse.
+    pub fn give_back(&self, frame: Vec<u8>) {
+        self.output.give_back(frame);
+    }
+
+    /// After the clip ended: what ffmpeg had to say.
+    ///
+    /// # Errors
+    /// The child was killed: then the end is not the clip's.
+    pub fn finish(&mut self, watch: &mut Watch) -> Result<(), MediaError> {
+        self.output.finish(watch).map(|_| ())
+    }
+}
+
+/// Bytes of an RGB frame.
+pub(crate) fn frame_bytes(clip: &Clip) -> Option<usize> {
+    (clip.height as usize).checked_mul(clip.width as usize)?.checked_mul(3)
+}
+
+/// Decodes the whole clip and tells when its frames are shown, in seconds, the first one 0 (to the millisecond).
+///
+/// The packets of some files promise more frames than come out: cut or damaged files, fields in packets of their own.
+///
+/// # Errors
+/// Not a single frame can be decoded.
+pub(crate) fn count(
+    programs: &Programs,
+    file: &File,
+    clip: &Clip,
+    limits: &Limits,
+    watch: &mut Watch,
+) -> Result<Vec<f64>, MediaError> {
+    let mut args = decoder_options(clip, limits, programs.is_modern(watch)?);
+    args.extend(["-c:v", "wrapped_avframe", "-f", "mkvtimestamp_v2", "pipe:1"].map(Into::into));
+    let mut output = Output::start(&programs.ffmpeg, &args, Some(file), 4 << 10)?;
+    let mut text = Vec::new();
+    while let Some(block) = output.next(watch)? {
+        text.extend_from_slice(&block);
+        output.give_back(block);
+    }
+    let (_, messages) = output.finish(watch)?;
+    let text = String::from_utf8_lossy(&text);
+    let mut stamps: Vec<f64> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
+    stamps.sort_unstable_by(f64::total_cmp);
+    let Some(&first) = stamps.first() else {
+        let message = first_message(&messages);
+        return Err(watch.unreadable(format!("no frame of its {} video can be decoded: {message}", clip.codec)));
+    };
+    Ok(stamps.into_iter().map(|ms| (ms - first) / 1000.0).collect())
+}
+
+/// Everything up to the filter: no questions, few words, one stream, every frame once.
+fn decoder_options(clip: &Clip, limits: &Limits, modern: bool) -> Vec<OsString> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).to_string();
+    let mut args: Vec<OsString> =
+        ["-nostdin", "-hide_banner", "-loglevel", "error", "-threads", &threads].map(Into::into).into();
+    args.extend(input_options(clip.demuxer, limits));
+    let stream = format!("0:{}", clip.stream);
+    let every_frame = if modern { "-fps_mode" } else { "-vsync" };
+    args.extend(["-map", &stream, every_frame, "passthrough"].map(Into::into));
+    args
+}
+
+/// An expression over the frame number `n` that is true at the indices. A search tree, so that a frame costs
+/// log(indices) and the parser's stack, which ends at about 100 levels, is never deep.
+fn select(indices: &[u64]) -> String {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for &index in indices {
+        match runs.last_mut() {
+            Some((_, end)) if index <= *end + 1 => *end = index,
+            _ => runs.push((index, index)),
+        }
+    }
+    let mut text = String::new();
+    tree(&runs, &mut text);
+    text
+}
+
+fn tree(runs: &[(u64, u64)], text: &mut String) {
+    use std::fmt::Write;
+    // Writing to a String cannot fail.
+    let _ = match runs {
+        [] => write!(text, "0"),
+        [(start, end)] if start == end => write!(text, "eq(n,{start})"),
+        [(start, end)] => write!(text, "between(n,{start},{end})"),
+        _ => {
+            let (low, high) = runs.split_at(runs.len() / 2);
+            let _ = write!(text, "if(lt(n,{}),", high[0].0);
+            tree(low, text);
+            text.push(',');
+            tree(high, text);
+            write!(text, ")")
+        }
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_is_a_shallow_tree_of_runs() {
+        assert_eq!(select(&[4]), "eq(n,4)");
+        assert_eq!(select(&[0, 1, 1, 2, 7]), "if(lt(n,7),between(n,0,2),eq(n,7))");
+        let many: Vec<u64> = (0..16_384).map(|i| i * 3).collect();
+        let mut depth = 0;
+        let deepest = select(&many).chars().fold(0, |deepest, c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            deepest.max(depth)
+        });
+        assert!(deepest <= 16, "{deepest} levels");
+    }
+}

@@ -1,0 +1,38 @@
+//! Frames on disk, for clips whose frame sizes are known only after the last frame was seen.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+
+use crate::MediaError;
+
+/// Frames of one size in a temporary file without a name; it is gone with this, or with the process.
+pub(crate) struct Spill {
+    file: File,
+}
+
+impl Spill {
+    /// An empty file in the folder for temporary files (`$TMPDIR`).
+    pub fn new() -> Result<Self, MediaError> {
+        tempfile::tempfile().map(|file| Self { file }).map_err(failed)
+    }
+
+    /// Adds a frame.
+    pub fn write(&mut self, frame: &[u8]) -> Result<(), MediaError> {
+        self.file.write_all(frame).map_err(failed)
+    }
+
+    /// Goes back to the first frame.
+    pub fn rewind(&mut self) -> Result<(), MediaError> {
+        self.file.seek(SeekFrom::Start(0)).map(|_| ()).map_err(failed)
+    }
+
+    /// Reads the next frame over `frame`, which has its size.
+    pub fn read(&mut self, frame: &mut [u8]) -> Result<(), MediaError> {
+        self.file.read_exact(frame).map_err(failed)
+    }
+}
+
+fn failed(source: std::io::Error) -> MediaError {
+    let input = format!("temporary file in {} (TMPDIR chooses another place)", std::env::temp_dir().display());
+    MediaError::Read { input, source }
+}

@@ -1,0 +1,303 @@
+//! Clips: from a file to patches (spec §10.2 and §10.3), one frame at a time.
+//!
+//! [`probe`](crate::probe) tells what there is, [`sampling`](crate::sampling) which frames are wanted,
+//! [`decode`](crate::decode) streams them. A `WholeClip` frame is resized and cut as it comes. The frame sizes of a
+//! `SlowFast` clip depend on how many frames turn out slow, so its frames are classified as they come, put aside on disk
+//! ([`Spill`]) and resized in a second pass.
+//!
+//! **Frames that do not come.** The packets promise a number of frames. When the decoder gives fewer of the wanted ones
+//! (a cut or damaged file, fields in packets of their own), the decodable frames are counted by decoding once, and the
+//! clip is sampled anew as if it had only those; only if even that is not kept, what came is used.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use crate::decode::{self, Frames};
+use crate::ffmpeg::{Programs, Watch};
+use crate::patches;
+use crate::probe::{Clip, probe};
+use crate::resample::{Kernel, Mode, Resizer, Scratch};
+use crate::sampling::{SamplePlan, reference_timestamp, slow_fast_plan, whole_clip_plan};
+use crate::similarity::Classifier;
+use crate::sizes::{slow_fast_sizes, whole_clip_size};
+use crate::smart_resize::smart_resize_hub;
+use crate::sniff;
+use crate::spill::Spill;
+use crate::{
+    Frame, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Patches, Pixels, Progress, Resample,
+    TimestampRule, VideoRule,
+};
+
+/// Loads a clip from an opened file. `input` names it in errors; after `deadline` the item is given up.
+///
+/// # Errors
+/// Missing programs, refused or broken files, limits, options that do not fit the clip, cancelling.
+pub(crate) fn load_clip(
+    loader: &Loader,
+    options: &ItemOptions,
+    input: &str,
+    file: &File,
+    deadline: Instant,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Media, MediaError> {
+    let demuxer = sniffed(input, file)?;
+    load_with(
+        &Programs::find()?,
+        loader,
+        options,
+        (file, demuxer),
+        Watch { input, deadline, limit: loader.limits.time, progress, done: 0, total: 0 },
+    )
+}
+
+fn sniffed(input: &str, file: &File) -> Result<&'static str, MediaError> {
+    let mut head = [0; sniff::HEAD];
+    let mut have = 0;
+    while have < head.len() {
+        match file.read_at(&mut head[have..], have as u64) {
+            Ok(0) => break,
+            Ok(n) => have += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(source) => return Err(MediaError::Read { input: input.into(), source }),
+        }
+    }
+    sniff::demuxer(&head[..have]).map_err(|reason| MediaError::Unreadable { input: input.into(), reason })
+}
+
+fn load_with(
+    programs: &Programs,
+    loader: &Loader,
+    options: &ItemOptions,
+    (file, demuxer): (&File, &'static str),
+    mut watch: Watch,
+) -> Result<Media, MediaError> {
+    watch.check()?;
+    let clip = probe(programs, file, demuxer, &loader.limits, &mut watch)?;
+    let mut work = Work { programs, loader, options, file, clip, watch };
+    match work.attempt(false)? {
+        Some(media) => Ok(media),
+        None => {
+            work.clip.times = decode::count(programs, file, &work.clip, &loader.limits, &mut work.watch)?;
+            work.attempt(true)?.ok_or_else(|| work.watch.unreadable("none of the sampled frames can be decoded"))
+        }
+    }
+}
+
+struct Work<'a, 'w> {
+    programs: &'a Programs,
+    loader: &'a Loader,
+    options: &'a ItemOptions,
+    file: &'a File,
+    clip: Clip,
+    watch: Watch<'w>,
+}
+
+impl Work<'_, '_> {
+    /// `None` when fewer frames came than wanted; with `accept_short`, when none came.
+    fn attempt(&mut self, accept_short: bool) -> Result<Option<Media>, MediaError> {
+        let plan = self.plan()?;
+        let wanted = plan.indices.len();
+        self.limit("sampled frames", wanted as u64, u64::from(self.loader.limits.frames))?;
+        (self.watch.done, self.watch.total) = (0, wanted as u32);
+        self.watch.check()?;
+        let media = match self.loader.config.video.rule {
+            VideoRule::WholeClip => self.whole_clip(&plan)?,
+            VideoRule::SlowFast => self.slow_fast(&plan, accept_short)?,
+        };
+        Ok(media.filter(|media| media.frames.len() == wanted || (accept_short && !media.frames.is_empty())))
+    }
+
+    /// Which frames are sampled. Where the rate varies and true times are wanted, `video_start` and `video_end` mean
+    /// times, and the sampling rate is that of the sampled part: the reference counts frames in both cases.
+    fn plan(&self) -> Result<SamplePlan, MediaError> {
+        let video = &self.loader.config.video;
+        let rule = match video.rule {
+            VideoRule::WholeClip => whole_clip_plan,
+            VideoRule::SlowFast => slow_fast_plan,
+        };
+        let times = &self.clip.times;
+        if self.loader.timestamps == TimestampRule::Reference || self.clip.has_constant_rate() {
+            let plan = rule(times.len() as u64, self.clip.fps, self.options, video);
+            return plan.map_err(|refusal| refusal.of(self.watch.input));
+        }
+        let start = self.options.video_start.map_or(0, |s| times.partition_point(|t| *t < s));
+        let end = self.options.video_end.map_or(times.len(), |e| times.partition_point(|t| *t <= e));
+        let part = times.get(start..end).filter(|part| !part.is_empty()).ok_or_else(|| MediaError::Option {
+            input: self.watch.input.into(),
+            option: "video_start",
+            reason: format!(
+                "no frame lies in this range; the clip has {} frames until {:?} s",
+                times.len(),
+                times.last()
+            ),
+        })?;
+        let whole = ItemOptions { video_start: None, video_end: None, ..self.options.clone() };
+        let plan = rule(part.len() as u64, self.clip.fps, &whole, video).map_err(|r| r.of(self.watch.input))?;
+        // n frames of the part's N, which last the time from first to last and one mean gap more.
+        let real = crate::probe::average(part).map(|rate| plan.indices.len() as f64 / part.len() as f64 * rate);
+        Ok(SamplePlan {
+            indices: plan.indices.iter().map(|index| index + start as u64).collect(),
+            sample_fps: real.unwrap_or(plan.sample_fps),
+        })
+    }
+
+    fn whole_clip(&mut self, plan: &SamplePlan) -> Result<Option<Media>, MediaError> {
+        let (config, patch) = (&self.loader.config, self.loader.config.processor.patch_size);
+        let (n, clip) = (plan.indices.len(), &self.clip);
+        let size = whole_clip_size(clip.height, clip.width, n as u64, self.options, &config.video);
+        let (height, width) = size.map_err(|reason| self.watch.unreadable(reason))?;
+        let first = Resizer::new(clip.height, clip.width, height, width, Kernel::Bicubic, Mode::Float);
+        // The image processor resizes frames too if its limits say so; with the published ones it never has to.
+        let processor = &config.processor;
+        let (height, width, second) = match processor.do_resize {
+            true => {
+                let hub =
+                    smart_resize_hub(height, width, processor.factor(), processor.min_pixels, processor.max_pixels);
+                let (h, w) = hub.map_err(|reason| self.watch.unreadable(reason))?;
+                let kernel = match processor.resample {
+                    Resample::Bilinear => Kernel::Bilinear,
+                    Resample::Bicubic => Kernel::Bicubic,
+                };
+                let resizer = Resizer::new(height, width, h, w, kernel, Mode::Pil22);
+                (h, w, ((h, w) != (height, width)).then_some(resizer))
+            }
+            false => (height, width, None),
+        };
+        let mut pixels = self.patch_memory(n, &[(height, width)])?;
+        let (mut resized, mut again, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
+        let came = self.stream(plan, &mut |rgb| {
+            first.run(rgb, &mut resized, &mut scratch);
+            let frame = match &second {
+                Some(second) => {
+                    second.run(&resized, &mut again, &mut scratch);
+                    &again
+                }
+                None => &resized,
+            };
+            patches::cut(frame, height, width, patch, &mut pixels);
+            Ok(())
+        })?;
+        let frames = (0..came).map(|i| self.frame(plan, i, FrameKind::Slow, (height, width))).collect();
+        Ok(Some(self.media(plan, frames, pixels)))
+    }
+
+    fn slow_fast(&mut self, plan: &SamplePlan, accept_short: bool) -> Result<Option<Media>, MediaError> {
+        let config = &self.loader.config;
+        let (h, w) = (self.clip.height, self.clip.width);
+        let similarity = self.options.min_frame_similarity.unwrap_or(config.video.min_frame_similarity);
+        let classifier = Classifier::new(h, w, similarity);
+        let mut classifier = classifier.map_err(|reason| self.watch.unreadable(reason))?;
+        let mut spill = Spill::new()?;
+        let mut kinds = Vec::with_capacity(plan.indices.len());
+        let came = self.stream(plan, &mut |rgb| {
+            kinds.push(classifier.push(rgb));
+            spill.write(rgb)
+        })?;
+        if came == 0 || (came < plan.indices.len() && !accept_short) {
+            return Ok(None);
+        }
+
+        let slow = kinds.iter().filter(|kind| **kind == FrameKind::Slow).count();
+        let sizes = slow_fast_sizes(h, w, slow as u64, (came - slow) as u64, self.options, &config.video);
+        let sizes = sizes.map_err(|reason| self.watch.unreadable(reason))?;
+        let size = |kind| match kind {
+            FrameKind::Slow => sizes.slow,
+            FrameKind::Fast => sizes.fast,
+        };
+        let mut pixels = self.patch_memory(1, &kinds.iter().map(|kind| size(*kind)).collect::<Vec<_>>())?;
+        let resizer = |(to_h, to_w)| Resizer::new(h, w, to_h, to_w, Kernel::Bilinear, Mode::Int16);
+        let (slow, fast) = (resizer(sizes.slow), resizer(sizes.fast));
+        let mut frame = vec![0; decode::frame_bytes(&self.clip).unwrap_or(0)];
+        let (mut resized, mut scratch) = (Vec::new(), Scratch::default());
+        spill.rewind()?;
+        for kind in &kinds {
+            self.watch.check()?;
+            spill.read(&mut frame)?;
+            let resizer = if *kind == FrameKind::Slow { &slow } else { &fast };
+            resizer.run(&frame, &mut resized, &mut scratch);
+            let (height, width) = size(*kind);
+            patches::cut(&resized, height, width, config.processor.patch_size, &mut pixels);
+        }
+        let frames = kinds.iter().enumerate().map(|(i, kind)| self.frame(plan, i, *kind, size(*kind))).collect();
+        Ok(Some(self.media(plan, frames, pixels)))
+    }
+
+    /// Hands every sampled frame to `take`, a frame sampled twice twice. Gives how many came.
+    fn stream(
+        &mut self,
+        plan: &SamplePlan,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), MediaError>,
+    ) -> Result<usize, MediaError> {
+        let Self { programs, loader, file, clip, watch, .. } = self;
+        let mut frames = Frames::start(programs, file, clip, &plan.indices, &loader.limits, watch)?;
+        let mut current: Option<(u64, Vec<u8>)> = None;
+        for (i, &index) in plan.indices.iter().enumerate() {
+            if current.as_ref().is_none_or(|(shown, _)| *shown != index) {
+                if let Some((_, frame)) = current.take() {
+                    frames.give_back(frame);
+                }
+                match frames.next(watch)? {
+                    Some(frame) => current = Some((index, frame)),
+                    None => {
+                        frames.finish(watch)?;
+                        return Ok(i);
+                    }
+                }
+            }
+            if let Some((_, frame)) = &current {
+                take(frame)?;
+            }
+            watch.done = i as u32 + 1;
+            watch.check()?;
+        }
+        Ok(plan.indices.len())
+    }
+
+    /// Memory for the patches of `times` frames of each of these sizes, if the limit allows it.
+    fn patch_memory(&self, times: usize, sizes: &[(u32, u32)]) -> Result<Vec<u8>, MediaError> {
+        let patch = u64::from(self.loader.config.processor.patch_size);
+        let patches = |(h, w): &(u32, u32)| (u64::from(*h) / patch) * (u64::from(*w) / patch);
+        let total = sizes.iter().fold(0u64, |sum, size| sum.saturating_add(patches(size)));
+        let total = total.saturating_mul(times as u64);
+        self.limit("patches", total, self.loader.limits.patches)?;
+        let bytes = usize::try_from(total.saturating_mul(3 * patch * patch)).unwrap_or(usize::MAX);
+        let mut pixels = Vec::new();
+        pixels
+            .try_reserve_exact(bytes)
+            .map_err(|_| self.watch.unreadable(format!("no memory for the {bytes} bytes of its patches")))?;
+        Ok(pixels)
+    }
+
+    fn limit(&self, what: &'static str, found: u64, limit: u64) -> Result<(), MediaError> {
+        match found > limit {
+            true => Err(MediaError::Limit { input: self.watch.input.into(), what, found, limit }),
+            false => Ok(()),
+        }
+    }
+
+    fn frame(&self, plan: &SamplePlan, i: usize, kind: FrameKind, (height, width): (u32, u32)) -> Frame {
+        let index = plan.indices[i];
+        let timestamp = match self.loader.timestamps {
+            TimestampRule::True => self.clip.times[index as usize] as f32,
+            TimestampRule::Reference => reference_timestamp(index, self.clip.fps),
+        };
+        Frame { index: index as usize, timestamp: Some(timestamp), kind, height, width }
+    }
+
+    fn media(&self, plan: &SamplePlan, frames: Vec<Frame>, pixels: Vec<u8>) -> Media {
+        let patch = self.loader.config.processor.patch_size;
+        let mut grid_thw: Vec<[u32; 3]> = Vec::new();
+        for frame in &frames {
+            let (h, w) = (frame.height / patch, frame.width / patch);
+            match grid_thw.last_mut() {
+                Some(row) if row[1..] == [h, w] => row[0] += 1,
+                _ => grid_thw.push([1, h, w]),
+            }
+        }
+        let pixels = Pixels::U8(pixels);
+        let hash = patches::hash(MediaKind::Video, &grid_thw, &frames, &pixels);
+        let patches = Patches { pixels, grid_thw, hash };
+        Media { kind: MediaKind::Video, patches, frames, sample_fps: Some(plan.sample_fps) }
+    }
+}
