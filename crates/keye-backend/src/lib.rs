@@ -1,9 +1,31 @@
-//! placeholder
-/// Error.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BackendError {
-    /// Memory.
-    #[error("{0}")]
-    Memory(String),
-}
+//! Device memory, weight formats and fused operations behind one trait.
+//!
+//! **In**: weights as slices of a memory map ([`WeightSource`]), rows of activations, small integer arrays. **Out**: the
+//! operations that the Keye-VL models are made of ([`Backend`]), coarse enough that a device can run each as one launch.
+//!
+//! What it promises:
+//!
+//! * [`Reference`] is the definition: scalar f32, one loop a formula. Every other backend is compared with it by one
+//!   suite ([`conformance`]).
+//! * [`Cpu`] computes on all cores with AVX-512, AVX2 or portable code, chosen when it is made; `KEYE_ISA` forces one.
+//!   Weights stored as f32 or bf16 are used in place in the memory map.
+//! * **Row invariance**: a row of a result depends only on that row's inputs. The order of every sum is fixed by its
+//!   length (and, in attention over the cache, by absolute 64-token blocks from left to right), never by the number of
+//!   rows, of threads, or by how rows were cut into calls. The suite checks it bit for bit.
+//! * No operation stores more than a tile of attention scores.
+//!
+//! No model names here: what a tensor means is `keye-model`'s business.
+
+mod backend;
+pub mod conformance;
+mod cpu;
+mod error;
+mod host;
+mod reference;
+mod weight;
+
+pub use backend::{Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, KvDtype, QkNorm, SequenceRows, Span};
+pub use cpu::{Cpu, CpuOptions, Isa};
+pub use error::BackendError;
+pub use reference::Reference;
+pub use weight::{Dtype, WeightSource};

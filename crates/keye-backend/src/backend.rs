@@ -1,0 +1,232 @@
+//! The operations of the models.
+
+use std::ops::Range;
+
+use crate::{BackendError, WeightSource};
+
+/// Tokens in a block of the KV cache.
+pub const BLOCK_TOKENS: usize = 64;
+
+/// What follows a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    None,
+    /// `0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))`.
+    GeluTanh,
+    /// `0.5 z (1 + erf(z / sqrt 2))`.
+    GeluErf,
+}
+
+/// Query rows that attend, in both directions, to key rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// Rows of q (and of the result).
+    pub queries: Range<usize>,
+    /// Rows of k and v.
+    pub keys: Range<usize>,
+}
+
+/// Heads of an attention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; query head `i` uses `i / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
+/// RMSNorm of each head of q and k.
+#[derive(Debug)]
+pub struct QkNorm<'a, W> {
+    /// `[head_dim]`.
+    pub q: &'a W,
+    /// `[head_dim]`.
+    pub k: &'a W,
+    /// Epsilon.
+    pub eps: f32,
+}
+
+/// Element type of cached keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvDtype {
+    /// Exact.
+    #[default]
+    F32,
+    /// Half the memory; keys and values are rounded to nearest even.
+    Bf16,
+}
+
+/// What is cached of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheSpec {
+    /// Layers.
+    pub layers: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Element type.
+    pub dtype: KvDtype,
+}
+
+impl CacheSpec {
+    /// Bytes of one block over all layers.
+    pub fn block_bytes(&self) -> usize {
+        let element = match self.dtype {
+            KvDtype::F32 => 4,
+            KvDtype::Bf16 => 2,
+        };
+        2 * self.layers * self.kv_heads * self.head_dim * BLOCK_TOKENS * element
+    }
+}
+
+/// Consecutive rows of a step that belong to one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SequenceRows {
+    /// Rows of the step.
+    pub rows: Range<usize>,
+    /// Index in the sequence of the first of them.
+    pub start: usize,
+    /// The sequence's blocks, enough for `start + rows.len()` tokens.
+    pub block_table: Vec<u32>,
+}
+
+/// A device and its fused operations.
+///
+/// Tensors are rows of activations `[rows, cols]`. Operations may run asynchronously; [`Backend::download`] waits. Shapes are
+/// known before a launch; a shape that does not fit is a bug of the caller and panics.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Activations `[rows, cols]` on the device.
+    type Tensor: Send + Sync;
+    /// A weight on the device, in the device's own form.
+    type Weight: Send + Sync;
+    /// Small unsigned integers on the device: token ids, row numbers.
+    type Index: Send + Sync;
+    /// The pool of KV blocks.
+    type Cache: Send;
+    /// Sequences of a step, prepared once and used by all layers.
+    type Plan: Send + Sync;
+
+    /// Device and instruction set, for display.
+    fn describe(&self) -> String;
+
+    // Memory.
+
+    /// Takes a weight over, in place where the device can.
+    fn load(&self, source: &WeightSource) -> Result<Self::Weight, BackendError>;
+    /// All zeros.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor, BackendError>;
+    /// Host values `[rows, cols]`.
+    fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Self::Tensor, BackendError>;
+    /// Host bytes `[rows, cols]`, each the number it stands for.
+    fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<Self::Tensor, BackendError>;
+    /// Host integers.
+    fn upload_index(&self, values: &[u32]) -> Result<Self::Index, BackendError>;
+    /// Values on the host, row-major; waits for the device.
+    fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
+    /// Number of rows.
+    fn rows(&self, x: &Self::Tensor) -> usize;
+    /// Number of columns.
+    fn cols(&self, x: &Self::Tensor) -> usize;
+
+    // Moving rows.
+
+    /// A copy of some rows.
+    fn slice_rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Result<Self::Tensor, BackendError>;
+    /// Writes rows `from` of `x` to `to` at row `at`.
+    fn copy_rows(
+        &self,
+        x: &Self::Tensor,
+        from: Range<usize>,
+        to: &mut Self::Tensor,
+        at: usize,
+    ) -> Result<(), BackendError>;
+    /// Row `i` of the result is the concatenation of the rows `index[group*i..group*(i+1)]` of x: `[len/group, group*cols]`.
+    fn gather_rows(&self, x: &Self::Tensor, index: &Self::Index, group: usize) -> Result<Self::Tensor, BackendError>;
+    /// Rows of a table: `[len, cols]`.
+    fn embed(&self, table: &Self::Weight, ids: &Self::Index) -> Result<Self::Tensor, BackendError>;
+    /// `x[i] += sum over t of weights[i, t] * table[index[taps*i + t]]`, taps from left to right; weights `[rows, taps]`.
+    fn add_weighted_rows(
+        &self,
+        x: &mut Self::Tensor,
+        table: &Self::Weight,
+        index: &Self::Index,
+        weights: &Self::Tensor,
+    ) -> Result<(), BackendError>;
+
+    // Arithmetic.
+
+    /// `(x - mean) / sqrt(var + eps) * gamma + beta` over each row.
+    fn layer_norm(
+        &self,
+        x: &Self::Tensor,
+        gamma: &Self::Weight,
+        beta: &Self::Weight,
+        eps: f32,
+    ) -> Result<Self::Tensor, BackendError>;
+    /// `x / sqrt(mean(x^2) + eps) * gamma` over each row.
+    fn rms_norm(&self, x: &Self::Tensor, gamma: &Self::Weight, eps: f32) -> Result<Self::Tensor, BackendError>;
+    /// `act(x w^T + bias)`; w `[out, in]`, bias `[out]`.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        activation: Activation,
+    ) -> Result<Self::Tensor, BackendError>;
+    /// `y += x w^T + bias`.
+    fn linear_add(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        y: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
+    /// `silu(x gate^T) * (x up^T)`.
+    fn gated(&self, x: &Self::Tensor, gate: &Self::Weight, up: &Self::Weight) -> Result<Self::Tensor, BackendError>;
+    /// Rotates the halves of each of `heads` heads of a row (NeoX); `angles` is `[rows, head_dim]`: cosines, then sines.
+    fn rope(&self, x: &mut Self::Tensor, heads: usize, angles: &Self::Tensor) -> Result<(), BackendError>;
+    /// Softmax attention without a mask, per span; q, k, v `[rows, heads*head_dim]`. Rows outside of every span are zero.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        shape: AttentionShape,
+        spans: &[Span],
+    ) -> Result<Self::Tensor, BackendError>;
+
+    // The KV cache.
+
+    /// A pool of `blocks` blocks; memory is taken as it is first used where the device can.
+    fn cache(&self, spec: &CacheSpec, blocks: usize) -> Result<Self::Cache, BackendError>;
+    /// Prepares the sequences of a step.
+    fn plan(&self, sequences: &[SequenceRows]) -> Result<Self::Plan, BackendError>;
+    /// Norm (where given) and RoPE on q and k, then k and v into the cache at the rows' places; q stays in its tensor.
+    #[allow(clippy::too_many_arguments, reason = "one fused launch")]
+    fn norm_rope_write(
+        &self,
+        q: &mut Self::Tensor,
+        k: Self::Tensor,
+        v: Self::Tensor,
+        norm: Option<QkNorm<'_, Self::Weight>>,
+        angles: &Self::Tensor,
+        cache: &mut Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+    ) -> Result<(), BackendError>;
+    /// Causal softmax attention of each row over its own sequence in the cache: `[rows, heads*head_dim]`.
+    fn paged_attention(
+        &self,
+        q: &Self::Tensor,
+        cache: &Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+        shape: AttentionShape,
+    ) -> Result<Self::Tensor, BackendError>;
+}

@@ -1,0 +1,324 @@
+//! One suite for every backend: each operation against [`Reference`], and row invariance bit for bit.
+//!
+//! Inputs come from a fixed seed and have shapes that are not multiples of anything, besides those of the models.
+
+use crate::{
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, KvDtype, QkNorm, Reference, SequenceRows,
+    Span, WeightSource,
+};
+
+/// One comparison.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Check {
+    /// Operation and shape.
+    pub name: String,
+    /// Largest difference, relative to the root mean square of the expected values; 0 or 1 for bitwise checks.
+    pub error: f32,
+    /// What is allowed.
+    pub tolerance: f32,
+}
+
+impl Check {
+    /// Within the tolerance.
+    pub fn passed(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+/// A seeded stream of numbers, about normal.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        let mut sum = 0.0;
+        for _ in 0..4 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            sum += (self.0 >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
+        }
+        sum * 1.732
+    }
+
+    fn values(&mut self, n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|_| self.next() * scale).collect()
+    }
+}
+
+fn source(rows: usize, cols: usize, values: &[f32], dtype: Dtype) -> WeightSource {
+    let f32s = WeightSource::from_f32("random", rows, cols, values);
+    match dtype {
+        Dtype::F32 => f32s,
+        Dtype::Bf16 => WeightSource {
+            dtype,
+            bytes: values.iter().flat_map(|v| ((v.to_bits() >> 16) as u16).to_le_bytes()).collect::<Vec<u8>>().into(),
+            ..f32s
+        },
+        // Halves of small magnitude: one decimal of exponent is enough for a load test.
+        Dtype::F16 => WeightSource {
+            dtype,
+            bytes: values
+                .iter()
+                .flat_map(|v| (0x3800u16 | (v.to_bits() >> 13) as u16 & 0x3ff).to_le_bytes())
+                .collect::<Vec<u8>>()
+                .into(),
+            ..f32s
+        },
+    }
+}
+
+/// Runs the operation on the backend and on the reference.
+struct Suite<'a, B: Backend> {
+    backend: &'a B,
+    random: Random,
+    tolerance: f32,
+    checks: Vec<Check>,
+}
+
+/// Runs `$body` once with the backend under test and once with the reference, and compares what it yields.
+macro_rules! compare {
+    ($suite:ident, $name:expr, |$b:ident| $body:block) => {{
+        let found: Vec<f32> = {
+            let $b = $suite.backend;
+            $body
+        };
+        let expected: Vec<f32> = {
+            let $b = &Reference;
+            $body
+        };
+        $suite.record($name, &found, &expected);
+    }};
+}
+
+impl<B: Backend> Suite<'_, B> {
+    fn record(&mut self, name: String, found: &[f32], expected: &[f32]) {
+        let rms = (expected.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / expected.len().max(1) as f64).sqrt();
+        let mut error = if found.len() == expected.len() { 0.0f32 } else { f32::INFINITY };
+        for (a, b) in found.iter().zip(expected) {
+            let difference = ((a - b).abs() as f64 / rms.max(1e-20)) as f32;
+            error = if difference.is_nan() { f32::INFINITY } else { error.max(difference) };
+        }
+        self.checks.push(Check { name, error, tolerance: self.tolerance });
+    }
+
+    fn equal(&mut self, name: String, found: &[f32], expected: &[f32]) {
+        let same = found.len() == expected.len() && found.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
+        self.checks.push(Check { name, error: if same { 0.0 } else { 1.0 }, tolerance: 0.0 });
+    }
+
+    fn products(&mut self) -> Result<(), BackendError> {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+            for (m, k, n) in [(1, 64, 960), (3, 72, 7), (5, 588, 64), (37, 4304, 25), (530, 150, 31), (1, 4096, 100)] {
+                let x = self.random.values(m * k, 1.0);
+                let w = source(n, k, &self.random.values(n * k, 1.0), dtype);
+                let up = source(n, k, &self.random.values(n * k, 0.05), dtype);
+                let bias = source(1, n, &self.random.values(n, 1.0), Dtype::F32);
+                let y = self.random.values(m * n, 1.0);
+                for activation in [Activation::None, Activation::GeluTanh, Activation::GeluErf] {
+                    compare!(self, format!("linear {m}x{k}x{n} {dtype:?} {activation:?}"), |b| {
+                        let (w, bias) = (b.load(&w)?, b.load(&bias)?);
+                        b.download(&b.linear(&b.upload(m, k, &x)?, &w, Some(&bias), activation)?)?
+                    });
+                }
+                compare!(self, format!("linear_add {m}x{k}x{n} {dtype:?}"), |b| {
+                    let mut y = b.upload(m, n, &y)?;
+                    b.linear_add(&b.upload(m, k, &x)?, &b.load(&w)?, None, &mut y)?;
+                    b.download(&y)?
+                });
+                compare!(self, format!("gated {m}x{k}x{n} {dtype:?}"), |b| {
+                    b.download(&b.gated(&b.upload(m, k, &x)?, &b.load(&w)?, &b.load(&up)?)?)?
+                });
+                let b = self.backend;
+                let (w, bias) = (b.load(&w)?, b.load(&bias)?);
+                let all = b.download(&b.linear(&b.upload(m, k, &x)?, &w, Some(&bias), Activation::GeluTanh)?)?;
+                let mut one_by_one = Vec::new();
+                for row in x.chunks_exact(k) {
+                    let row = b.upload(1, k, row)?;
+                    one_by_one.extend(b.download(&b.linear(&row, &w, Some(&bias), Activation::GeluTanh)?)?);
+                }
+                self.equal(format!("linear {m}x{k}x{n} {dtype:?}: rows together = one by one"), &all, &one_by_one);
+            }
+        }
+        Ok(())
+    }
+
+    fn rows(&mut self) -> Result<(), BackendError> {
+        for (m, n) in [(1, 64), (5, 72), (33, 1152), (3, 4100)] {
+            let x = self.random.values(m * n, 3.0);
+            let gamma = source(1, n, &self.random.values(n, 1.0), Dtype::Bf16);
+            let beta = source(1, n, &self.random.values(n, 1.0), Dtype::F32);
+            compare!(self, format!("layer_norm {m}x{n}"), |b| {
+                b.download(&b.layer_norm(&b.upload(m, n, &x)?, &b.load(&gamma)?, &b.load(&beta)?, 1e-6)?)?
+            });
+            compare!(self, format!("rms_norm {m}x{n}"), |b| {
+                b.download(&b.rms_norm(&b.upload(m, n, &x)?, &b.load(&gamma)?, 1e-6)?)?
+            });
+        }
+        let (m, heads, hd) = (9, 3, 72);
+        let (x, angles) = (self.random.values(m * heads * hd, 1.0), self.random.values(m * hd, 1.0));
+        compare!(self, format!("rope {m} rows, {heads} heads of {hd}"), |b| {
+            let mut x = b.upload(m, heads * hd, &x)?;
+            b.rope(&mut x, heads, &b.upload(m, hd, &angles)?)?;
+            b.download(&x)?
+        });
+        let (rows, cols) = (50, 20);
+        let table = source(rows, cols, &self.random.values(rows * cols, 1.0), Dtype::Bf16);
+        let x = self.random.values(7 * cols, 1.0);
+        let weights = self.random.values(7 * 4, 1.0);
+        let index: Vec<u32> = (0..28).map(|i| i * 37 % 50).collect();
+        compare!(self, "add_weighted_rows".into(), |b| {
+            let mut x = b.upload(7, cols, &x)?;
+            b.add_weighted_rows(&mut x, &b.load(&table)?, &b.upload_index(&index)?, &b.upload(7, 4, &weights)?)?;
+            b.download(&x)?
+        });
+        compare!(self, "embed".into(), |b| { b.download(&b.embed(&b.load(&table)?, &b.upload_index(&index)?)?)? });
+        compare!(self, "gather_rows by 4".into(), |b| {
+            let index: Vec<u32> = index.iter().map(|i| i % 7).collect();
+            b.download(&b.gather_rows(&b.upload(7, cols, &x)?, &b.upload_index(&index)?, 4)?)?
+        });
+        compare!(self, "slice_rows and copy_rows".into(), |b| {
+            let x = b.upload(7, cols, &x)?;
+            let mut y = b.zeros(5, cols)?;
+            b.copy_rows(&b.slice_rows(&x, 2..6)?, 1..3, &mut y, 3)?;
+            b.download(&y)?
+        });
+        compare!(self, "upload_u8".into(), |b| { b.download(&b.upload_u8(2, 3, &[0, 1, 127, 128, 254, 255])?)? });
+        Ok(())
+    }
+
+    fn vision_attention(&mut self) -> Result<(), BackendError> {
+        for (heads, hd, spans) in [
+            (4, 16, vec![(0..60, 0..60)]),
+            (2, 72, vec![(0..1, 0..1), (1..64, 1..64), (64..200, 64..200)]),
+            (2, 72, vec![(10..30, 0..150)]),
+            (1, 72, vec![(0..700, 0..700)]),
+        ] {
+            let rows = spans.iter().map(|(_, keys): &(_, std::ops::Range<usize>)| keys.end).max().unwrap_or(0);
+            let width = heads * hd;
+            let [q, k, v] = [2.0, 2.0, 1.0].map(|scale| self.random.values(rows * width, scale));
+            let shape = AttentionShape { heads, kv_heads: heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };
+            let spans: Vec<Span> = spans.into_iter().map(|(queries, keys)| Span { queries, keys }).collect();
+            compare!(self, format!("attention {heads} heads of {hd}, spans {spans:?}"), |b| {
+                let [q, k, v] = [&q, &k, &v].map(|x| b.upload(rows, width, x));
+                b.download(&b.attention(&q?, &k?, &v?, shape, &spans)?)?
+            });
+            let b = self.backend;
+            let [q, k, v] = [&q, &k, &v].map(|x| b.upload(rows, width, x));
+            let (q, k, v) = (q?, k?, v?);
+            let all = b.download(&b.attention(&q, &k, &v, shape, &spans)?)?;
+            let mut pieces = vec![0.0; rows * width];
+            for span in &spans {
+                for first in span.queries.clone().step_by(13) {
+                    let queries = first..span.queries.end.min(first + 13);
+                    let span = Span { queries: queries.clone(), keys: span.keys.clone() };
+                    let part = b.download(&b.attention(&q, &k, &v, shape, &[span])?)?;
+                    let values = queries.start * width..queries.end * width;
+                    pieces[values.clone()].copy_from_slice(&part[values]);
+                }
+            }
+            self.equal(format!("attention {heads} heads of {hd}: whole = query rows in pieces"), &all, &pieces);
+        }
+        Ok(())
+    }
+
+    /// Sequences that grow by chunks, side by side in one batch or alone, must see the same.
+    fn paged_attention(&mut self) -> Result<(), BackendError> {
+        for (heads, kv_heads, hd, dtype) in
+            [(4, 2, 32, KvDtype::F32), (4, 1, 128, KvDtype::F32), (3, 3, 16, KvDtype::F32), (4, 2, 32, KvDtype::Bf16)]
+        {
+            let tokens = 200;
+            let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype };
+            let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };
+            let width = (heads * hd, kv_heads * hd);
+            let q = self.random.values(tokens * width.0, 2.0);
+            let k = self.random.values(tokens * width.1, 2.0);
+            let v = self.random.values(tokens * width.1, 1.0);
+            let angles = self.random.values(tokens * hd, 1.0);
+            let gammas = [(); 2].map(|()| source(1, hd, &self.random.values(hd, 1.0), Dtype::F32));
+            let case = Case { spec, shape, q, k, v, angles, gammas };
+            let blocks = vec![5, 0, 3, 1];
+            let whole = [(0..tokens, blocks.clone())];
+            compare!(self, format!("paged_attention {heads}/{kv_heads} heads of {hd}, {dtype:?}, 200 tokens"), |b| {
+                case.run(b, std::slice::from_ref(&whole))?
+            });
+            let found = case.run(self.backend, std::slice::from_ref(&whole))?;
+            // The same tokens in chunks, each beside another sequence that starts anew every time.
+            let mut steps = Vec::new();
+            let mut at = 0;
+            for len in [1, 62, 1, 1, 70, 30, 35].into_iter().cycle() {
+                let end = tokens.min(at + len);
+                steps.push([(at..end, blocks.clone()), (0..7, vec![2])]);
+                at = end;
+                if at == tokens {
+                    break;
+                }
+            }
+            let chunked = case.run(self.backend, &steps)?;
+            let name =
+                format!("paged_attention {heads}/{kv_heads} heads of {hd}, {dtype:?}: whole = chunks in a batch");
+            self.equal(name, &found, &chunked);
+        }
+        Ok(())
+    }
+}
+
+/// Keys, values and queries of one sequence.
+struct Case {
+    spec: CacheSpec,
+    shape: AttentionShape,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    angles: Vec<f32>,
+    gammas: [WeightSource; 2],
+}
+
+impl Case {
+    /// Runs steps of token ranges on block tables; returns the results of the first sequence, one after the other.
+    fn run<B: Backend, const N: usize>(
+        &self,
+        b: &B,
+        steps: &[[(std::ops::Range<usize>, Vec<u32>); N]],
+    ) -> Result<Vec<f32>, BackendError> {
+        let mut cache = b.cache(&self.spec, 6)?;
+        let (q_norm, k_norm) = (b.load(&self.gammas[0])?, b.load(&self.gammas[1])?);
+        let mut out = Vec::new();
+        for step in steps {
+            let mut sequences = Vec::new();
+            let [mut q, mut k, mut v, mut angles] = [const { Vec::new() }; 4];
+            let mut row = 0;
+            for (tokens, block_table) in step {
+                let rows = row..row + tokens.len();
+                row = rows.end;
+                sequences.push(SequenceRows { rows, start: tokens.start, block_table: block_table.clone() });
+                let part = |all: &[f32], to: &mut Vec<f32>| {
+                    let width = all.len() / (self.angles.len() / self.spec.head_dim);
+                    to.extend_from_slice(&all[tokens.start * width..tokens.end * width]);
+                };
+                part(&self.q, &mut q);
+                part(&self.k, &mut k);
+                part(&self.v, &mut v);
+                part(&self.angles, &mut angles);
+            }
+            let width = self.shape.heads * self.shape.head_dim;
+            let kv_width = self.shape.kv_heads * self.shape.head_dim;
+            let plan = b.plan(&sequences)?;
+            let mut q = b.upload(row, width, &q)?;
+            let norm = QkNorm { q: &q_norm, k: &k_norm, eps: 1e-6 };
+            let (k, v) = (b.upload(row, kv_width, &k)?, b.upload(row, kv_width, &v)?);
+            let angles = b.upload(row, self.shape.head_dim, &angles)?;
+            b.norm_rope_write(&mut q, k, v, Some(norm), &angles, &mut cache, 1, &plan)?;
+            let attended = b.download(&b.paged_attention(&q, &cache, 1, &plan, self.shape)?)?;
+            out.extend_from_slice(&attended[..step[0].0.len() * width]);
+        }
+        Ok(out)
+    }
+}
+
+/// Runs the whole suite; `tolerance` is relative to the root mean square of what is expected.
+pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
+    let mut suite = Suite { backend, random: Random(1), tolerance, checks: Vec::new() };
+    suite.products()?;
+    suite.rows()?;
+    suite.vision_attention()?;
+    suite.paged_attention()?;
+    Ok(suite.checks)
+}

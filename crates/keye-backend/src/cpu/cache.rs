@@ -1,0 +1,123 @@
+//! The pool of KV blocks.
+
+use super::attention::value_stride;
+use crate::host::HostTensor;
+use crate::weight::f32_to_bf16;
+use crate::{BLOCK_TOKENS, BackendError, CacheSpec, KvDtype, SequenceRows};
+
+/// Blocks of all layers. Memory is asked for at once but only backed by pages as blocks are first written.
+pub struct CpuCache {
+    spec: CacheSpec,
+    layers: Vec<Blocks>,
+}
+
+/// Blocks of one layer: per block and head keys `[head_dim, 64]`, then values `[64, stride]`.
+enum Blocks {
+    F32(Vec<f32>),
+    Bf16(Vec<u16>),
+}
+
+/// Keys and values of one block and head.
+#[derive(Clone, Copy)]
+pub(super) enum KvBlock<'a> {
+    F32 { keys: &'a [f32], values: &'a [f32] },
+    Bf16 { keys: &'a [u16], values: &'a [u16] },
+}
+
+impl CpuCache {
+    pub(super) fn new(spec: CacheSpec, blocks: usize) -> Result<Self, BackendError> {
+        let elements = Self::head_elements(&spec)
+            .checked_mul(spec.kv_heads)
+            .and_then(|n| n.checked_mul(blocks))
+            .unwrap_or(usize::MAX);
+        let layers = (0..spec.layers)
+            .map(|_| {
+                Ok(match spec.dtype {
+                    KvDtype::F32 => Blocks::F32(zeroed(elements)?),
+                    KvDtype::Bf16 => Blocks::Bf16(zeroed(elements)?),
+                })
+            })
+            .collect::<Result<_, BackendError>>()?;
+        Ok(Self { spec, layers })
+    }
+
+    fn head_elements(spec: &CacheSpec) -> usize {
+        BLOCK_TOKENS * (spec.head_dim + value_stride(spec.head_dim))
+    }
+
+    pub(super) fn block(&self, layer: usize, block: usize, kv_head: usize) -> KvBlock<'_> {
+        let len = Self::head_elements(&self.spec);
+        let at = (block * self.spec.kv_heads + kv_head) * len;
+        let split = BLOCK_TOKENS * self.spec.head_dim;
+        match &self.layers[layer] {
+            Blocks::F32(data) => {
+                let (keys, values) = data[at..at + len].split_at(split);
+                KvBlock::F32 { keys, values }
+            }
+            Blocks::Bf16(data) => {
+                let (keys, values) = data[at..at + len].split_at(split);
+                KvBlock::Bf16 { keys, values }
+            }
+        }
+    }
+
+    pub(super) fn write(&mut self, layer: usize, plan: &[SequenceRows], k: &HostTensor, v: &HostTensor) {
+        let spec = self.spec;
+        match &mut self.layers[layer] {
+            Blocks::F32(data) => write(data, &spec, plan, k, v, |value| value),
+            Blocks::Bf16(data) => write(data, &spec, plan, k, v, f32_to_bf16),
+        }
+    }
+}
+
+fn write<T>(
+    data: &mut [T],
+    spec: &CacheSpec,
+    plan: &[SequenceRows],
+    k: &HostTensor,
+    v: &HostTensor,
+    store: impl Fn(f32) -> T,
+) {
+    let (hd, stride) = (spec.head_dim, value_stride(spec.head_dim));
+    let len = CpuCache::head_elements(spec);
+    for sequence in plan {
+        for (i, row) in sequence.rows.clone().enumerate() {
+            let token = sequence.start + i;
+            let block = sequence.block_table[token / BLOCK_TOKENS] as usize;
+            let slot = token % BLOCK_TOKENS;
+            for head in 0..spec.kv_heads {
+                let at = (block * spec.kv_heads + head) * len;
+                let (keys, values) = data[at..at + len].split_at_mut(BLOCK_TOKENS * hd);
+                let columns = head * hd..(head + 1) * hd;
+                for (d, value) in k.row(row)[columns.clone()].iter().enumerate() {
+                    keys[d * BLOCK_TOKENS + slot] = store(*value);
+                }
+                for (to, value) in values[slot * stride..].iter_mut().zip(&v.row(row)[columns]) {
+                    *to = store(*value);
+                }
+            }
+        }
+    }
+}
+
+/// Zeros without touching the pages, or an error instead of an abort.
+fn zeroed<T>(len: usize) -> Result<Vec<T>, BackendError> {
+    let error = |bytes: usize| BackendError::Memory {
+        what: "the KV cache of a layer".into(),
+        bytes: bytes as u64,
+        remedy: "lower --max-model-len",
+    };
+    if len == 0 {
+        return Ok(Vec::new());
+    }
+    let layout = std::alloc::Layout::array::<T>(len).map_err(|_| error(usize::MAX))?;
+    // SAFETY: the layout has a size; T is f32 or u16, for which all bits zero is a value; the vector takes over exactly
+    // this allocation with the layout that it will free.
+    unsafe {
+        let pointer = std::alloc::alloc_zeroed(layout).cast::<T>();
+        if pointer.is_null() {
+            return Err(error(layout.size()));
+        }
+        Ok(Vec::from_raw_parts(pointer, len, len))
+    }
+}

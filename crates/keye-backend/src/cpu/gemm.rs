@@ -1,0 +1,278 @@
+//! Products `x w^T` with weights as they lie in the checkpoint, `[out, in]`.
+//!
+//! Both operands run along k, so an output is a dot product in vector lanes: lane l takes the elements k = l (mod lanes)
+//! of a block of [`K_BLOCK`], lanes are summed in a fixed order, blocks from left to right. That order depends on k alone,
+//! which is what makes rows invariant; tiles of several rows and outputs only share loads. Panels of bf16 weights are
+//! widened once when more than one tile of rows uses them, which changes no value.
+
+use super::isa::{Simd, dispatch};
+use super::pool::{Pool, SyncPtr};
+use super::{Isa, rows};
+use crate::Activation;
+use crate::host::{Elements, HostTensor, HostWeight};
+
+/// Elements of k that are summed before lanes are added up: a tile of x of this depth stays in the first-level cache.
+const K_BLOCK: usize = 2048;
+/// Rows of x in a tile.
+const MR: usize = 4;
+/// Outputs in a tile.
+const NR: usize = 6;
+/// Outputs of a task.
+const PANEL: usize = 24;
+/// Rows of x of a task.
+const ROWS: usize = 512;
+
+/// What is done with the sums.
+pub(crate) enum Finish<'a> {
+    /// `out = act(z)`
+    Store(Activation),
+    /// `out += z`
+    Add,
+    /// `out = silu(z) * (x up^T)`
+    Gate(&'a HostWeight),
+}
+
+/// `out [rows, weight.rows] = finish(x weight^T + bias)`.
+pub(crate) fn product(
+    pool: &Pool,
+    isa: Isa,
+    x: &HostTensor,
+    weight: &HostWeight,
+    bias: Option<&HostWeight>,
+    finish: &Finish<'_>,
+    out: &mut HostTensor,
+) {
+    assert_eq!(x.cols, weight.cols, "input features");
+    assert_eq!((out.rows, out.cols), (x.rows, weight.rows), "result");
+    if x.rows == 0 || weight.rows == 0 {
+        return;
+    }
+    let bias = bias.map(HostWeight::vector);
+    let panels = weight.rows.div_ceil(PANEL);
+    let row_chunks = x.rows.div_ceil(ROWS);
+    let target = SyncPtr(out.data.as_mut_ptr());
+    let work = x.rows * x.cols * weight.rows;
+    pool.run(panels * row_chunks, work, |task, scratch| {
+        let m0 = task / panels * ROWS;
+        let n0 = task % panels * PANEL;
+        let m = ROWS.min(x.rows - m0);
+        let n = PANEL.min(weight.rows - n0);
+        let x = &x.data[m0 * x.cols..(m0 + m) * x.cols];
+        let (sums, rest) = scratch.split(m * PANEL, if matches!(finish, Finish::Gate(_)) { m * PANEL } else { 0 });
+        panel(isa, x, m, weight, n0, n, sums, rest.1);
+        if let Finish::Gate(up) = finish {
+            panel(isa, x, m, up, n0, n, rest.0, rest.1);
+        }
+        for r in 0..m {
+            let sums = &mut sums[r * PANEL..r * PANEL + n];
+            // SAFETY: tasks own disjoint rectangles of out, this one rows m0..m0+m and columns n0..n0+n.
+            let out = unsafe { std::slice::from_raw_parts_mut(target.get().add((m0 + r) * weight.rows + n0), n) };
+            if let Some(bias) = &bias {
+                for (sum, bias) in sums.iter_mut().zip(&bias[n0..n0 + n]) {
+                    *sum += bias;
+                }
+            }
+            match finish {
+                Finish::Store(activation) => {
+                    rows::activate(isa, sums, *activation);
+                    out.copy_from_slice(sums);
+                }
+                Finish::Add => {
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        *out += *sum;
+                    }
+                }
+                Finish::Gate(_) => {
+                    rows::silu_mul(isa, sums, &rest.0[r * PANEL..r * PANEL + n]);
+                    out.copy_from_slice(sums);
+                }
+            }
+        }
+    });
+}
+
+/// `sums [m, PANEL] = x [m, k] * rows n0..n0+n of the weight`; `widened` is scratch.
+#[allow(clippy::too_many_arguments, reason = "operands of one tile loop")]
+fn panel(
+    isa: Isa,
+    x: &[f32],
+    m: usize,
+    weight: &HostWeight,
+    n0: usize,
+    n: usize,
+    sums: &mut [f32],
+    widened: &mut Vec<f32>,
+) {
+    let k = weight.cols;
+    sums.fill(0.0);
+    for k0 in (0..k).step_by(K_BLOCK) {
+        let kb = K_BLOCK.min(k - k0);
+        match weight.elements() {
+            Elements::F32(w) => block_f32(isa, &x[k0..], m, k, &w[n0 * k + k0..], k, n, kb, sums),
+            Elements::Bf16(w) if m <= MR => block_bf16(isa, &x[k0..], m, k, &w[n0 * k + k0..], k, n, kb, sums),
+            Elements::Bf16(w) => {
+                widened.resize(PANEL * K_BLOCK, 0.0);
+                for r in 0..n {
+                    let at = (n0 + r) * k + k0;
+                    rows::widen(isa, &w[at..at + kb], &mut widened[r * kb..(r + 1) * kb]);
+                }
+                block_f32(isa, &x[k0..], m, k, widened, kb, n, kb, sums);
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Adds the products over one block of k; rows of x and w are `ldx` and `ldw` apart, those of sums `PANEL`.
+    fn block_f32(x: &[f32], m: usize, ldx: usize, w: &[f32], ldw: usize, n: usize, k: usize, sums: &mut [f32]) = block_of_f32
+}
+dispatch! {
+    /// The same with bf16 weights, widened as they are loaded.
+    fn block_bf16(x: &[f32], m: usize, ldx: usize, w: &[u16], ldw: usize, n: usize, k: usize, sums: &mut [f32]) = block_of_bf16
+}
+
+/// Loads of weights by type.
+trait Element: Copy {
+    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
+    unsafe fn load_first<S: Simd>(from: *const Self, count: usize) -> S::V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const f32) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(from: *const f32, count: usize) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_first(from, count) }
+    }
+}
+
+impl Element for u16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u16) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(from: *const u16, count: usize) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_bf16_first(from, count) }
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "a kernel's operands")]
+#[inline(always)]
+unsafe fn block_of_f32<S: Simd>(
+    x: &[f32],
+    m: usize,
+    ldx: usize,
+    w: &[f32],
+    ldw: usize,
+    n: usize,
+    k: usize,
+    sums: &mut [f32],
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { block::<S, f32>(x, m, ldx, w, ldw, n, k, sums) }
+}
+
+#[allow(clippy::too_many_arguments, reason = "a kernel's operands")]
+#[inline(always)]
+unsafe fn block_of_bf16<S: Simd>(
+    x: &[f32],
+    m: usize,
+    ldx: usize,
+    w: &[u16],
+    ldw: usize,
+    n: usize,
+    k: usize,
+    sums: &mut [f32],
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { block::<S, u16>(x, m, ldx, w, ldw, n, k, sums) }
+}
+
+#[allow(clippy::too_many_arguments, reason = "a kernel's operands")]
+#[inline(always)]
+unsafe fn block<S: Simd, E: Element>(
+    x: &[f32],
+    m: usize,
+    ldx: usize,
+    w: &[E],
+    ldw: usize,
+    n: usize,
+    k: usize,
+    sums: &mut [f32],
+) {
+    assert!(x.len() >= (m - 1) * ldx + k && w.len() >= (n - 1) * ldw + k && sums.len() >= m * PANEL && n <= PANEL);
+    let mut r = 0;
+    while r < m {
+        let rows = MR.min(m - r);
+        let mut c = 0;
+        while c < n {
+            let cols = if n - c >= NR { NR } else { 1 };
+            // SAFETY: rows r..r+rows of x and c..c+cols of w have k elements, by the assertion above.
+            unsafe {
+                let (x, w) = (x.as_ptr().add(r * ldx), w.as_ptr().add(c * ldw));
+                let sums = sums.as_mut_ptr().add(r * PANEL + c);
+                match (rows, cols) {
+                    (4, NR) => tile::<S, E, 4, NR>(x, ldx, w, ldw, k, sums),
+                    (3, NR) => tile::<S, E, 3, NR>(x, ldx, w, ldw, k, sums),
+                    (2, NR) => tile::<S, E, 2, NR>(x, ldx, w, ldw, k, sums),
+                    (_, NR) => tile::<S, E, 1, NR>(x, ldx, w, ldw, k, sums),
+                    (4, _) => tile::<S, E, 4, 1>(x, ldx, w, ldw, k, sums),
+                    (3, _) => tile::<S, E, 3, 1>(x, ldx, w, ldw, k, sums),
+                    (2, _) => tile::<S, E, 2, 1>(x, ldx, w, ldw, k, sums),
+                    (_, _) => tile::<S, E, 1, 1>(x, ldx, w, ldw, k, sums),
+                }
+            }
+            c += cols;
+        }
+        r += rows;
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const M: usize, const N: usize>(
+    x: *const f32,
+    ldx: usize,
+    w: *const E,
+    ldw: usize,
+    k: usize,
+    sums: *mut f32,
+) {
+    // SAFETY: the caller guarantees k elements behind each of the M and N rows and the instruction set.
+    unsafe {
+        let mut acc = [[S::splat(0.0); N]; M];
+        let mut i = 0;
+        while i + S::LANES <= k {
+            let mut wv = [S::splat(0.0); N];
+            for n in 0..N {
+                wv[n] = E::load::<S>(w.add(n * ldw + i));
+            }
+            for m in 0..M {
+                let xv = S::load(x.add(m * ldx + i));
+                for n in 0..N {
+                    acc[m][n] = S::fma(xv, wv[n], acc[m][n]);
+                }
+            }
+            i += S::LANES;
+        }
+        if i < k {
+            for n in 0..N {
+                let wv = E::load_first::<S>(w.add(n * ldw + i), k - i);
+                for m in 0..M {
+                    acc[m][n] = S::fma(S::load_first(x.add(m * ldx + i), k - i), wv, acc[m][n]);
+                }
+            }
+        }
+        for m in 0..M {
+            for n in 0..N {
+                *sums.add(m * PANEL + n) += S::sum(acc[m][n]);
+            }
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! The CPU backend: all cores, vector instructions chosen at run time, weights in place.
+
+mod attention;
+mod cache;
+mod gemm;
+mod isa;
+mod pool;
+mod rows;
+
+use std::ops::Range;
+
+use crate::host::{HostTensor, HostWeight};
+use crate::{Activation, AttentionShape, Backend, BackendError, CacheSpec, QkNorm, SequenceRows, Span, WeightSource};
+use gemm::Finish;
+use pool::{Pool, SyncPtr};
+
+pub use cache::CpuCache;
+pub use isa::Isa;
+
+/// Threads and instruction set.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads; `None` is one per core.
+    pub threads: Option<usize>,
+    /// Instruction set; `None` is `KEYE_ISA` or the best.
+    pub isa: Option<Isa>,
+}
+
+/// Vectors on all cores.
+pub struct Cpu {
+    isa: Isa,
+    pool: Pool,
+}
+
+impl Cpu {
+    /// Starts the threads. Errors: `KEYE_ISA` names a set that is unknown or not here; threads cannot be started.
+    pub fn new(options: CpuOptions) -> Result<Self, BackendError> {
+        let isa = match options.isa {
+            Some(isa) if isa > Isa::detect() => {
+                return Err(BackendError::Setting(format!("this machine has no {}", isa.name())));
+            }
+            Some(isa) => isa,
+            None => Isa::from_env()?,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or(cores).clamp(1, 1024);
+        let pool = Pool::new(threads)
+            .map_err(|error| BackendError::Setting(format!("cannot start {threads} threads: {error}")))?;
+        Ok(Self { isa, pool })
+    }
+
+    /// Runs `row(i, out row i)` for all rows of `out`.
+    fn each_row(&self, out: &mut HostTensor, work_per_row: usize, row: impl Fn(usize, &mut [f32]) + Sync) {
+        const ROWS: usize = 16;
+        let (rows, cols) = (out.rows, out.cols);
+        let target = SyncPtr(out.data.as_mut_ptr());
+        self.pool.run(rows.div_ceil(ROWS), rows * work_per_row, |task, _| {
+            for i in task * ROWS..rows.min((task + 1) * ROWS) {
+                // SAFETY: each row belongs to one task.
+                row(i, unsafe { std::slice::from_raw_parts_mut(target.get().add(i * cols), cols) });
+            }
+        });
+    }
+}
+
+impl Backend for Cpu {
+    type Tensor = HostTensor;
+    type Weight = HostWeight;
+    type Index = Vec<u32>;
+    type Cache = CpuCache;
+    type Plan = Vec<SequenceRows>;
+
+    fn describe(&self) -> String {
+        format!("cpu ({}, {} threads)", self.isa.name(), self.pool.threads())
+    }
+
+    fn load(&self, source: &WeightSource) -> Result<HostWeight, BackendError> {
+        HostWeight::load(source)
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
+        Ok(HostTensor::zeros(rows, cols))
+    }
+
+    fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<HostTensor, BackendError> {
+        assert_eq!(values.len(), rows * cols);
+        Ok(HostTensor { rows, cols, data: values.to_vec() })
+    }
+
+    fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<HostTensor, BackendError> {
+        assert_eq!(values.len(), rows * cols);
+        Ok(HostTensor { rows, cols, data: values.iter().map(|v| f32::from(*v)).collect() })
+    }
+
+    fn upload_index(&self, values: &[u32]) -> Result<Vec<u32>, BackendError> {
+        Ok(values.to_vec())
+    }
+
+    fn download(&self, x: &HostTensor) -> Result<Vec<f32>, BackendError> {
+        Ok(x.data.clone())
+    }
+
+    fn rows(&self, x: &HostTensor) -> usize {
+        x.rows
+    }
+
+    fn cols(&self, x: &HostTensor) -> usize {
+        x.cols
+    }
+
+    fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
+        let data = x.data[rows.start * x.cols..rows.end * x.cols].to_vec();
+        Ok(HostTensor { rows: rows.len(), cols: x.cols, data })
+    }
+
+    fn copy_rows(
+        &self,
+        x: &HostTensor,
+        from: Range<usize>,
+        to: &mut HostTensor,
+        at: usize,
+    ) -> Result<(), BackendError> {
+        assert_eq!(x.cols, to.cols);
+        let target = at * to.cols..(at + from.len()) * to.cols;
+        to.data[target].copy_from_slice(&x.data[from.start * x.cols..from.end * x.cols]);
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &HostTensor, index: &Vec<u32>, group: usize) -> Result<HostTensor, BackendError> {
+        let mut data = Vec::with_capacity(index.len() * x.cols);
+        for row in index {
+            data.extend_from_slice(x.row(*row as usize));
+        }
+        Ok(HostTensor { rows: index.len() / group, cols: group * x.cols, data })
+    }
+
+    fn embed(&self, table: &HostWeight, ids: &Vec<u32>) -> Result<HostTensor, BackendError> {
+        let mut out = HostTensor::zeros(ids.len(), table.cols);
+        for (i, id) in ids.iter().enumerate() {
+            table.widen_row(*id as usize, out.row_mut(i));
+        }
+        Ok(out)
+    }
+
+    fn add_weighted_rows(
+        &self,
+        x: &mut HostTensor,
+        table: &HostWeight,
+        index: &Vec<u32>,
+        weights: &HostTensor,
+    ) -> Result<(), BackendError> {
+        let taps = weights.cols;
+        let cols = x.cols;
+        assert_eq!(index.len(), x.rows * taps);
+        self.each_row(x, taps * cols, |i, row| {
+            let mut sum = vec![0.0f32; cols];
+            let mut tap = vec![0.0f32; cols];
+            for t in 0..taps {
+                let weight = weights.row(i)[t];
+                table.widen_row(index[i * taps + t] as usize, &mut tap);
+                for (sum, tap) in sum.iter_mut().zip(&tap) {
+                    *sum += weight * tap;
+                }
+            }
+            for (value, sum) in row.iter_mut().zip(&sum) {
+                *value += sum;
+            }
+        });
+        Ok(())
+    }
+
+    fn layer_norm(
+        &self,
+        x: &HostTensor,
+        gamma: &HostWeight,
+        beta: &HostWeight,
+        eps: f32,
+    ) -> Result<HostTensor, BackendError> {
+        let mut out = HostTensor::zeros(x.rows, x.cols);
+        let (gamma, beta) = (gamma.vector(), beta.vector());
+        self.each_row(&mut out, 4 * x.cols, |i, row| rows::layer_norm(self.isa, x.row(i), gamma, beta, eps, row));
+        Ok(out)
+    }
+
+    fn rms_norm(&self, x: &HostTensor, gamma: &HostWeight, eps: f32) -> Result<HostTensor, BackendError> {
+        let mut out = HostTensor::zeros(x.rows, x.cols);
+        let gamma = gamma.vector();
+        self.each_row(&mut out, 4 * x.cols, |i, row| rows::rms_norm(self.isa, x.row(i), gamma, eps, row));
+        Ok(out)
+    }
+
+    fn linear(
+        &self,
+        x: &HostTensor,
+        weight: &HostWeight,
+        bias: Option<&HostWeight>,
+        activation: Activation,
+    ) -> Result<HostTensor, BackendError> {
+        let mut out = HostTensor::zeros(x.rows, weight.rows);
+        gemm::product(&self.pool, self.isa, x, weight, bias, &Finish::Store(activation), &mut out);
+        Ok(out)
+    }
+
+    fn linear_add(
+        &self,
+        x: &HostTensor,
+        weight: &HostWeight,
+        bias: Option<&HostWeight>,
+        y: &mut HostTensor,
+    ) -> Result<(), BackendError> {
+        gemm::product(&self.pool, self.isa, x, weight, bias, &Finish::Add, y);
+        Ok(())
+    }
+
+    fn gated(&self, x: &HostTensor, gate: &HostWeight, up: &HostWeight) -> Result<HostTensor, BackendError> {
+        assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "gate and up");
+        let mut out = HostTensor::zeros(x.rows, gate.rows);
+        gemm::product(&self.pool, self.isa, x, gate, None, &Finish::Gate(up), &mut out);
+        Ok(out)
+    }
+
+    fn rope(&self, x: &mut HostTensor, heads: usize, angles: &HostTensor) -> Result<(), BackendError> {
+        let head_dim = x.cols / heads;
+        assert_eq!((angles.rows, angles.cols), (x.rows, head_dim), "angles");
+        self.each_row(x, 4 * heads * head_dim, |i, row| {
+            let (cos, sin) = angles.row(i).split_at(head_dim / 2);
+            for head in row.chunks_exact_mut(head_dim) {
+                rows::rope(self.isa, head, cos, sin);
+            }
+        });
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &HostTensor,
+        k: &HostTensor,
+        v: &HostTensor,
+        shape: AttentionShape,
+        spans: &[Span],
+    ) -> Result<HostTensor, BackendError> {
+        Ok(attention::spans(&self.pool, self.isa, q, k, v, shape, spans))
+    }
+
+    fn cache(&self, spec: &CacheSpec, blocks: usize) -> Result<CpuCache, BackendError> {
+        CpuCache::new(*spec, blocks)
+    }
+
+    fn plan(&self, sequences: &[SequenceRows]) -> Result<Vec<SequenceRows>, BackendError> {
+        Ok(sequences.to_vec())
+    }
+
+    fn norm_rope_write(
+        &self,
+        q: &mut HostTensor,
+        mut k: HostTensor,
+        v: HostTensor,
+        norm: Option<QkNorm<'_, HostWeight>>,
+        angles: &HostTensor,
+        cache: &mut CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+    ) -> Result<(), BackendError> {
+        let head_dim = angles.cols;
+        let norm_rope = |x: &mut HostTensor, gamma: Option<(&[f32], f32)>| {
+            self.each_row(x, 8 * head_dim, |i, row| {
+                let (cos, sin) = angles.row(i).split_at(head_dim / 2);
+                let mut normed = [0.0f32; 512];
+                for head in row.chunks_exact_mut(head_dim) {
+                    if let Some((gamma, eps)) = gamma {
+                        rows::rms_norm(self.isa, head, gamma, eps, &mut normed[..head_dim]);
+                        head.copy_from_slice(&normed[..head_dim]);
+                    }
+                    rows::rope(self.isa, head, cos, sin);
+                }
+            });
+        };
+        norm_rope(q, norm.as_ref().map(|n| (n.q.vector(), n.eps)));
+        norm_rope(&mut k, norm.as_ref().map(|n| (n.k.vector(), n.eps)));
+        cache.write(layer, plan, &k, &v);
+        Ok(())
+    }
+
+    fn paged_attention(
+        &self,
+        q: &HostTensor,
+        cache: &CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: AttentionShape,
+    ) -> Result<HostTensor, BackendError> {
+        Ok(attention::paged(&self.pool, self.isa, q, cache, layer, plan, shape))
+    }
+}

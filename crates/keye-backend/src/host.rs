@@ -1,0 +1,105 @@
+//! Activations in host memory, shared by the two CPU backends.
+
+use crate::weight::{as_f32, as_u16, bf16_to_f32};
+use crate::{BackendError, Dtype, WeightSource};
+use bytes::Bytes;
+
+/// Rows of f32 activations, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) data: Vec<f32>,
+}
+
+impl HostTensor {
+    pub(crate) fn zeros(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, data: vec![0.0; rows * cols] }
+    }
+
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.cols..(row + 1) * self.cols]
+    }
+
+    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.data[row * self.cols..(row + 1) * self.cols]
+    }
+}
+
+/// A weight in host memory. f32 and bf16 are used where they lie; f16 is widened when it is loaded.
+#[derive(Debug, Clone)]
+pub struct HostWeight {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    data: WeightData,
+}
+
+#[derive(Debug, Clone)]
+enum WeightData {
+    MappedF32(Bytes),
+    MappedBf16(Bytes),
+    OwnedF32(Vec<f32>),
+    OwnedBf16(Vec<u16>),
+}
+
+/// The elements of a weight.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Elements<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [u16]),
+}
+
+impl HostWeight {
+    pub(crate) fn load(source: &WeightSource) -> Result<Self, BackendError> {
+        source.check()?;
+        let data = match source.dtype {
+            _ if source.rows == 1 => WeightData::OwnedF32(source.to_f32().into_owned()),
+            Dtype::F32 if as_f32(&source.bytes).is_some() => WeightData::MappedF32(source.bytes.clone()),
+            Dtype::Bf16 if as_u16(&source.bytes).is_some() => WeightData::MappedBf16(source.bytes.clone()),
+            Dtype::Bf16 => {
+                WeightData::OwnedBf16(source.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
+            }
+            Dtype::F32 | Dtype::F16 => WeightData::OwnedF32(source.to_f32().into_owned()),
+        };
+        Ok(Self { rows: source.rows, cols: source.cols, data })
+    }
+
+    pub(crate) fn elements(&self) -> Elements<'_> {
+        match &self.data {
+            // Alignment was checked when the weight was loaded, so the fallback to an empty slice is never taken.
+            WeightData::MappedF32(bytes) => Elements::F32(as_f32(bytes).unwrap_or(&[])),
+            WeightData::MappedBf16(bytes) => Elements::Bf16(as_u16(bytes).unwrap_or(&[])),
+            WeightData::OwnedF32(values) => Elements::F32(values),
+            WeightData::OwnedBf16(values) => Elements::Bf16(values),
+        }
+    }
+
+    /// The elements of a vector (a weight of one row). Vectors are widened when they are loaded.
+    pub(crate) fn vector(&self) -> &[f32] {
+        match self.elements() {
+            Elements::F32(values) => values,
+            Elements::Bf16(_) => unreachable!("vectors are widened when they are loaded"),
+        }
+    }
+
+    /// Row `row`, widened into `out`.
+    pub(crate) fn widen_row(&self, row: usize, out: &mut [f32]) {
+        let range = row * self.cols..(row + 1) * self.cols;
+        match self.elements() {
+            Elements::F32(values) => out.copy_from_slice(&values[range]),
+            Elements::Bf16(values) => {
+                for (out, bits) in out.iter_mut().zip(&values[range]) {
+                    *out = bf16_to_f32(*bits);
+                }
+            }
+        }
+    }
+
+    /// All elements, widened.
+    pub(crate) fn widen(&self) -> Vec<f32> {
+        match self.elements() {
+            Elements::F32(values) => values.to_vec(),
+            Elements::Bf16(values) => values.iter().map(|bits| bf16_to_f32(*bits)).collect(),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Attention by its formula: all scores of one query, softmax, weighted sum.
+
+use crate::host::HostTensor;
+use crate::weight::{bf16_to_f32, f32_to_bf16};
+use crate::{AttentionShape, BLOCK_TOKENS, CacheSpec, KvDtype, SequenceRows, Span};
+
+/// One query head over the keys and values that `kv(i)` names, `i < count`.
+fn attend<'a>(q: &[f32], count: usize, scale: f32, kv: impl Fn(usize) -> (&'a [f32], &'a [f32]), out: &mut [f32]) {
+    let mut scores: Vec<f32> = (0..count).map(|i| super::math::dot(q, kv(i).0) * scale).collect();
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for score in &mut scores {
+        *score = (*score - max).exp();
+    }
+    let sum: f64 = scores.iter().map(|s| f64::from(*s)).sum();
+    for (d, out) in out.iter_mut().enumerate() {
+        let weighted: f64 = scores.iter().enumerate().map(|(i, s)| f64::from(*s) * f64::from(kv(i).1[d])).sum();
+        *out = (weighted / sum) as f32;
+    }
+}
+
+pub(super) fn spans(
+    q: &HostTensor,
+    k: &HostTensor,
+    v: &HostTensor,
+    shape: AttentionShape,
+    spans: &[Span],
+) -> HostTensor {
+    let (hd, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+    let mut out = HostTensor::zeros(q.rows, q.cols);
+    for span in spans {
+        for row in span.queries.clone() {
+            for head in 0..shape.heads {
+                let kv_at = head / group * hd;
+                let kv = |i: usize| {
+                    let row = span.keys.start + i;
+                    (&k.row(row)[kv_at..kv_at + hd], &v.row(row)[kv_at..kv_at + hd])
+                };
+                let q = &q.row(row)[head * hd..(head + 1) * hd];
+                attend(q, span.keys.len(), shape.scale, kv, &mut out.row_mut(row)[head * hd..(head + 1) * hd]);
+            }
+        }
+    }
+    out
+}
+
+/// Keys and values by slot: block, token in block, `[kv_heads * head_dim]`.
+pub struct ReferenceCache {
+    spec: CacheSpec,
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+impl ReferenceCache {
+    pub(super) fn new(spec: CacheSpec, blocks: usize) -> Self {
+        let layer = || vec![0.0; blocks * BLOCK_TOKENS * spec.kv_heads * spec.head_dim];
+        let layers = || (0..spec.layers).map(|_| layer()).collect();
+        Self { spec, keys: layers(), values: layers() }
+    }
+
+    fn slot(sequence: &SequenceRows, token: usize) -> usize {
+        sequence.block_table[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS + token % BLOCK_TOKENS
+    }
+
+    pub(super) fn write(&mut self, layer: usize, plan: &[SequenceRows], k: &HostTensor, v: &HostTensor) {
+        let store = |value: f32| match self.spec.dtype {
+            KvDtype::F32 => value,
+            KvDtype::Bf16 => bf16_to_f32(f32_to_bf16(value)),
+        };
+        for sequence in plan {
+            for (i, row) in sequence.rows.clone().enumerate() {
+                let at = Self::slot(sequence, sequence.start + i) * k.cols;
+                for c in 0..k.cols {
+                    self.keys[layer][at + c] = store(k.row(row)[c]);
+                    self.values[layer][at + c] = store(v.row(row)[c]);
+                }
+            }
+        }
+    }
+
+    pub(super) fn attend(
+        &self,
+        q: &HostTensor,
+        layer: usize,
+        plan: &[SequenceRows],
+        shape: AttentionShape,
+    ) -> HostTensor {
+        let (hd, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let width = shape.kv_heads * hd;
+        let mut out = HostTensor::zeros(q.rows, q.cols);
+        for sequence in plan {
+            for (i, row) in sequence.rows.clone().enumerate() {
+                for head in 0..shape.heads {
+                    let kv = |token: usize| {
+                        let at = Self::slot(sequence, token) * width + head / group * hd;
+                        (&self.keys[layer][at..at + hd], &self.values[layer][at..at + hd])
+                    };
+                    let q = &q.row(row)[head * hd..(head + 1) * hd];
+                    let out = &mut out.row_mut(row)[head * hd..(head + 1) * hd];
+                    attend(q, sequence.start + i + 1, shape.scale, kv, out);
+                }
+            }
+        }
+        out
+    }
+}

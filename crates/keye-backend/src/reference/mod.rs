@@ -1,0 +1,257 @@
+//! The definition of every operation: scalar f32, one loop a formula. Slow on purpose.
+
+mod attention;
+mod math;
+
+use std::ops::Range;
+
+use crate::host::{HostTensor, HostWeight};
+use crate::{Activation, AttentionShape, Backend, BackendError, CacheSpec, QkNorm, SequenceRows, Span, WeightSource};
+
+pub use attention::ReferenceCache;
+pub(crate) use math::gelu_erf;
+
+/// Scalar f32 on one thread. Weights of other types are widened when they are loaded.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Reference;
+
+/// A weight as f32, `[rows, cols]`.
+#[derive(Debug)]
+pub struct ReferenceWeight {
+    rows: usize,
+    cols: usize,
+    data: Vec<f32>,
+}
+
+impl ReferenceWeight {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.cols..(row + 1) * self.cols]
+    }
+}
+
+impl Backend for Reference {
+    type Tensor = HostTensor;
+    type Weight = ReferenceWeight;
+    type Index = Vec<u32>;
+    type Cache = ReferenceCache;
+    type Plan = Vec<SequenceRows>;
+
+    fn describe(&self) -> String {
+        "reference (scalar f32, 1 thread)".into()
+    }
+
+    fn load(&self, source: &WeightSource) -> Result<ReferenceWeight, BackendError> {
+        let weight = HostWeight::load(source)?;
+        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen() })
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
+        Ok(HostTensor::zeros(rows, cols))
+    }
+
+    fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<HostTensor, BackendError> {
+        assert_eq!(values.len(), rows * cols);
+        Ok(HostTensor { rows, cols, data: values.to_vec() })
+    }
+
+    fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<HostTensor, BackendError> {
+        assert_eq!(values.len(), rows * cols);
+        Ok(HostTensor { rows, cols, data: values.iter().map(|v| f32::from(*v)).collect() })
+    }
+
+    fn upload_index(&self, values: &[u32]) -> Result<Vec<u32>, BackendError> {
+        Ok(values.to_vec())
+    }
+
+    fn download(&self, x: &HostTensor) -> Result<Vec<f32>, BackendError> {
+        Ok(x.data.clone())
+    }
+
+    fn rows(&self, x: &HostTensor) -> usize {
+        x.rows
+    }
+
+    fn cols(&self, x: &HostTensor) -> usize {
+        x.cols
+    }
+
+    fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
+        let data = x.data[rows.start * x.cols..rows.end * x.cols].to_vec();
+        Ok(HostTensor { rows: rows.len(), cols: x.cols, data })
+    }
+
+    fn copy_rows(
+        &self,
+        x: &HostTensor,
+        from: Range<usize>,
+        to: &mut HostTensor,
+        at: usize,
+    ) -> Result<(), BackendError> {
+        for (i, row) in from.enumerate() {
+            to.row_mut(at + i).copy_from_slice(x.row(row));
+        }
+        Ok(())
+    }
+
+    fn gather_rows(&self, x: &HostTensor, index: &Vec<u32>, group: usize) -> Result<HostTensor, BackendError> {
+        let mut data = Vec::with_capacity(index.len() * x.cols);
+        for row in index {
+            data.extend_from_slice(x.row(*row as usize));
+        }
+        Ok(HostTensor { rows: index.len() / group, cols: group * x.cols, data })
+    }
+
+    fn embed(&self, table: &ReferenceWeight, ids: &Vec<u32>) -> Result<HostTensor, BackendError> {
+        let data = ids.iter().flat_map(|id| table.row(*id as usize)).copied().collect();
+        Ok(HostTensor { rows: ids.len(), cols: table.cols, data })
+    }
+
+    fn add_weighted_rows(
+        &self,
+        x: &mut HostTensor,
+        table: &ReferenceWeight,
+        index: &Vec<u32>,
+        weights: &HostTensor,
+    ) -> Result<(), BackendError> {
+        let taps = weights.cols;
+        for row in 0..x.rows {
+            for c in 0..x.cols {
+                let mut sum = 0.0;
+                for t in 0..taps {
+                    sum += weights.row(row)[t] * table.row(index[row * taps + t] as usize)[c];
+                }
+                x.row_mut(row)[c] += sum;
+            }
+        }
+        Ok(())
+    }
+
+    fn layer_norm(
+        &self,
+        x: &HostTensor,
+        gamma: &ReferenceWeight,
+        beta: &ReferenceWeight,
+        eps: f32,
+    ) -> Result<HostTensor, BackendError> {
+        let mut out = x.clone();
+        for row in 0..out.rows {
+            math::layer_norm(out.row_mut(row), &gamma.data, &beta.data, eps);
+        }
+        Ok(out)
+    }
+
+    fn rms_norm(&self, x: &HostTensor, gamma: &ReferenceWeight, eps: f32) -> Result<HostTensor, BackendError> {
+        let mut out = x.clone();
+        for row in 0..out.rows {
+            math::rms_norm(out.row_mut(row), &gamma.data, eps);
+        }
+        Ok(out)
+    }
+
+    fn linear(
+        &self,
+        x: &HostTensor,
+        weight: &ReferenceWeight,
+        bias: Option<&ReferenceWeight>,
+        activation: Activation,
+    ) -> Result<HostTensor, BackendError> {
+        assert_eq!(x.cols, weight.cols, "input features");
+        let mut out = HostTensor::zeros(x.rows, weight.rows);
+        for row in 0..x.rows {
+            for n in 0..weight.rows {
+                let z = math::dot(x.row(row), weight.row(n)) + bias.map_or(0.0, |b| b.data[n]);
+                out.row_mut(row)[n] = math::activate(z, activation);
+            }
+        }
+        Ok(out)
+    }
+
+    fn linear_add(
+        &self,
+        x: &HostTensor,
+        weight: &ReferenceWeight,
+        bias: Option<&ReferenceWeight>,
+        y: &mut HostTensor,
+    ) -> Result<(), BackendError> {
+        let z = self.linear(x, weight, bias, Activation::None)?;
+        for (y, z) in y.data.iter_mut().zip(&z.data) {
+            *y += z;
+        }
+        Ok(())
+    }
+
+    fn gated(&self, x: &HostTensor, gate: &ReferenceWeight, up: &ReferenceWeight) -> Result<HostTensor, BackendError> {
+        let mut out = self.linear(x, gate, None, Activation::None)?;
+        let up = self.linear(x, up, None, Activation::None)?;
+        for (z, up) in out.data.iter_mut().zip(&up.data) {
+            *z = *z / (1.0 + (-*z).exp()) * up;
+        }
+        Ok(out)
+    }
+
+    fn rope(&self, x: &mut HostTensor, heads: usize, angles: &HostTensor) -> Result<(), BackendError> {
+        for row in 0..x.rows {
+            math::rope(x.row_mut(row), heads, angles.row(row));
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &HostTensor,
+        k: &HostTensor,
+        v: &HostTensor,
+        shape: AttentionShape,
+        spans: &[Span],
+    ) -> Result<HostTensor, BackendError> {
+        Ok(attention::spans(q, k, v, shape, spans))
+    }
+
+    fn cache(&self, spec: &CacheSpec, blocks: usize) -> Result<ReferenceCache, BackendError> {
+        Ok(ReferenceCache::new(*spec, blocks))
+    }
+
+    fn plan(&self, sequences: &[SequenceRows]) -> Result<Vec<SequenceRows>, BackendError> {
+        Ok(sequences.to_vec())
+    }
+
+    fn norm_rope_write(
+        &self,
+        q: &mut HostTensor,
+        mut k: HostTensor,
+        v: HostTensor,
+        norm: Option<QkNorm<'_, ReferenceWeight>>,
+        angles: &HostTensor,
+        cache: &mut ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+    ) -> Result<(), BackendError> {
+        let head_dim = angles.cols;
+        for row in 0..q.rows {
+            if let Some(norm) = &norm {
+                for head in q.row_mut(row).chunks_exact_mut(head_dim) {
+                    math::rms_norm(head, &norm.q.data, norm.eps);
+                }
+                for head in k.row_mut(row).chunks_exact_mut(head_dim) {
+                    math::rms_norm(head, &norm.k.data, norm.eps);
+                }
+            }
+            let (heads, kv_heads) = (q.cols / head_dim, k.cols / head_dim);
+            math::rope(q.row_mut(row), heads, angles.row(row));
+            math::rope(k.row_mut(row), kv_heads, angles.row(row));
+        }
+        cache.write(layer, plan, &k, &v);
+        Ok(())
+    }
+
+    fn paged_attention(
+        &self,
+        q: &HostTensor,
+        cache: &ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: AttentionShape,
+    ) -> Result<HostTensor, BackendError> {
+        Ok(cache.attend(q, layer, plan, shape))
+    }
+}

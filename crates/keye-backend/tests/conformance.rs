@@ -1,0 +1,31 @@
+//! Every backend of this machine against the reference.
+
+use keye_backend::{Backend, Cpu, CpuOptions, Isa, Reference, conformance};
+
+fn check<B: Backend>(backend: &B, tolerance: f32) {
+    let checks = conformance::run(backend, tolerance).unwrap();
+    assert!(checks.len() > 100, "{} checks", checks.len());
+    let failed: Vec<_> = checks.iter().filter(|check| !check.passed()).collect();
+    assert!(failed.is_empty(), "{}: {failed:#?}", backend.describe());
+}
+
+#[test]
+fn reference_agrees_with_itself() {
+    check(&Reference, 0.0);
+}
+
+#[test]
+fn every_instruction_set_agrees_with_the_reference() {
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            check(&Cpu::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).unwrap(), 2e-5);
+        }
+    }
+}
+
+#[test]
+fn the_suite_notices_a_wrong_result() {
+    // Nothing agrees to the last bit with another order of summation.
+    let cpu = Cpu::new(CpuOptions { threads: Some(1), isa: None }).unwrap();
+    assert!(conformance::run(&cpu, 0.0).unwrap().iter().any(|check| !check.passed()));
+}
