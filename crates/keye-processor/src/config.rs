@@ -1,88 +1,11 @@
-//! config.json, and the table of facts by which variants differ.
+//! config.json, checked.
 
-use keye_media::MediaConfig;
+use std::path::Path;
 
-/// The models of the family that this build knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Variant {
-    /// Keye-VL-8B-Preview.
-    Preview,
-    /// Keye-VL-1.5-8B.
-    V1_5,
-}
+use serde_json::Value;
 
-/// Where the projector's LayerNorm sits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ProjectorNorm {
-    /// Over each patch, before the 2x2 merge (width D).
-    BeforeMerge,
-    /// Over each merged vector (width 4D).
-    AfterMerge,
-}
-
-/// Which patches of a clip attend to each other in the vision tower.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum VisionSpan {
-    /// All frames of a clip.
-    Clip,
-    /// Each frame alone.
-    Frame,
-}
-
-/// Temporal positions of a clip in the decoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TimeRule {
-    /// One block; frame i stands at `trunc(i * second_per_grid_t * tokens_per_second)` (spec §6.2, Preview).
-    Absolute,
-    /// Every frame is a block of its own (spec §6.2, 1.5).
-    PerFrame,
-}
-
-/// How a clip is written in the prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FrameMarkers {
-    /// One run of video pads.
-    None,
-    /// `<|frame|>`, the time stamp, and `<|fast_start|>`..`<|fast_end|>` around fast frames (spec §8.3).
-    SlowFast,
-}
-
-/// How a variant differs from the others (spec §1).
-#[derive(Debug, Clone, PartialEq)]
-pub struct Facts {
-    /// Projector norm.
-    pub projector_norm: ProjectorNorm,
-    /// Attention span of clips in the vision tower.
-    pub vision_span: VisionSpan,
-    /// Temporal positions.
-    pub time: TimeRule,
-    /// Prompt form of clips.
-    pub markers: FrameMarkers,
-    /// Media rules before the checkpoint's own files are applied.
-    pub media: MediaConfig,
-}
-
-impl Variant {
-    /// The facts of the variant.
-    pub fn facts(self) -> Facts {
-        match self {
-            Self::Preview => Facts {
-                projector_norm: ProjectorNorm::BeforeMerge,
-                vision_span: VisionSpan::Clip,
-                time: TimeRule::Absolute,
-                markers: FrameMarkers::None,
-                media: MediaConfig::preview(),
-            },
-            Self::V1_5 => Facts {
-                projector_norm: ProjectorNorm::AfterMerge,
-                vision_span: VisionSpan::Frame,
-                time: TimeRule::PerFrame,
-                markers: FrameMarkers::SlowFast,
-                media: MediaConfig::slow_fast(),
-            },
-        }
-    }
-}
+use crate::files::{CONFIG_BYTES, Fields, read_json, whole};
+use crate::{Facts, ProcessorError, Variant};
 
 /// The decoder's dimensions.
 #[derive(Debug, Clone, PartialEq)]
@@ -165,4 +88,382 @@ pub struct ModelConfig {
     pub eos_token_id: Vec<u32>,
     /// Type of the stored weights, as written ("bfloat16").
     pub torch_dtype: String,
+}
+
+/// Ceilings: several times above every published model, low enough that products of a few of them fit 64 bits.
+const MAX_WIDTH: usize = 1 << 17;
+const MAX_FEED_FORWARD: usize = 1 << 19;
+const MAX_LAYERS: usize = 1024;
+const MAX_HEADS: usize = 1024;
+const MAX_HEAD_DIM: usize = 1024;
+const MAX_VOCAB: usize = 1 << 22;
+const MAX_POSITIONS: usize = 1 << 24;
+const MAX_IMAGE_SIDE: usize = 1 << 14;
+const MAX_PATCH_SIDE: usize = 64;
+
+impl ModelConfig {
+    /// Reads and checks `config.json` of a checkpoint directory.
+    pub fn load(dir: &Path) -> Result<Self, ProcessorError> {
+        let path = dir.join("config.json");
+        Self::from_value(&path, &read_json(&path, CONFIG_BYTES)?)
+    }
+
+    /// Checks the contents of a config.json; `path` is for messages. Text fields stand at the top or in `text_config`.
+    /// Defaults: spec §2.1.
+    pub fn from_value(path: &Path, value: &Value) -> Result<Self, ProcessorError> {
+        let top = Fields::of(path, value)?;
+        let (variant, architecture) = variant(&top)?;
+        let text_fields = top.object("text_config")?.unwrap_or_else(|| top.clone());
+        let text = text_config(&top, &text_fields)?;
+        let vision_fields = top.object("vision_config")?.ok_or_else(|| top.error("vision_config", "missing"))?;
+        let vision = vision_config(&vision_fields)?;
+
+        let token = |name: &str, default: u32| match top.tokens(name, text.vocab_size as u64)?[..] {
+            [id] => Ok(id),
+            [] if (default as usize) < text.vocab_size => Ok(default),
+            [] => Err(top.error(name, "missing")),
+            _ => Err(top.error(name, "expected one token id, found a list")),
+        };
+        let mut eos_token_id = top.tokens("eos_token_id", text.vocab_size as u64)?;
+        if eos_token_id.is_empty() {
+            eos_token_id = text_fields.tokens("eos_token_id", text.vocab_size as u64)?;
+        }
+        let torch_dtype = match (top.str("torch_dtype")?, top.str("dtype")?, text_fields.str("torch_dtype")?) {
+            (Some(name), _, _) | (_, Some(name), _) | (_, _, Some(name)) => name,
+            _ => "bfloat16",
+        };
+        Ok(Self {
+            variant,
+            architecture,
+            vision,
+            image_token_id: token("image_token_id", 151_655)?,
+            video_token_id: token("video_token_id", 151_656)?,
+            vision_start_token_id: token("vision_start_token_id", 151_652)?,
+            vision_end_token_id: token("vision_end_token_id", 151_653)?,
+            eos_token_id,
+            torch_dtype: torch_dtype.to_owned(),
+            text,
+        })
+    }
+
+    /// The facts of the variant.
+    pub fn facts(&self) -> Facts {
+        self.variant.facts()
+    }
+}
+
+const SUPPORTED: &str =
+    "KeyeForConditionalGeneration (Keye-VL-8B-Preview), KeyeVL1_5ForConditionalGeneration (Keye-VL-1.5-8B)";
+
+fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
+    let architecture = match top.list("architectures")?.and_then(|list| list.first()) {
+        None => None,
+        Some(Value::String(name)) => Some(name.as_str()),
+        Some(_) => return Err(top.error("architectures", "expected a list of strings")),
+    };
+    let model_type = top.str("model_type")?;
+    let variant = match (architecture, model_type) {
+        (Some("KeyeForConditionalGeneration"), _) => Variant::Preview,
+        (Some(name), _) if name.starts_with("KeyeVL1_5") => Variant::V1_5,
+        (None, Some(name)) if name.contains("KeyeVL1_5") => Variant::V1_5,
+        (None, Some("Keye")) => Variant::Preview,
+        (None, None) => return Err(top.error("architectures", format_args!("missing; supported are {SUPPORTED}"))),
+        (architecture, model_type) => {
+            let (field, name) = match architecture {
+                Some(name) => ("architectures[0]", name),
+                None => ("model_type", model_type.unwrap_or_default()),
+            };
+            let planned = ["KeyeVL2", "KeyeVL671", "671B"].iter().any(|part| name.contains(part));
+            let found = if planned { "which is not supported yet" } else { "which is unknown" };
+            return Err(top.error(field, format_args!("found {name:?}, {found}; supported are {SUPPORTED}")));
+        }
+    };
+    Ok((variant, architecture.or(model_type).unwrap_or_default().to_owned()))
+}
+
+fn text_config(top: &Fields, text: &Fields) -> Result<TextConfig, ProcessorError> {
+    let hidden_size = text.size("hidden_size", MAX_WIDTH, None)?;
+    let num_attention_heads = text.size("num_attention_heads", MAX_HEADS, None)?;
+    let num_key_value_heads = text.size("num_key_value_heads", MAX_HEADS, Some(num_attention_heads))?;
+    if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+        let reason =
+            format!("expected a divisor of num_attention_heads ({num_attention_heads}), found {num_key_value_heads}");
+        return Err(text.error("num_key_value_heads", reason));
+    }
+    let head_dim = text.size("head_dim", MAX_HEAD_DIM, Some(hidden_size / num_attention_heads))?;
+    if head_dim == 0 || !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
+        return Err(
+            text.error("head_dim", format_args!("expected an even number up to {MAX_HEAD_DIM}, found {head_dim}"))
+        );
+    }
+    only(text, "hidden_act", "silu")?;
+    if text.bool("use_sliding_window")? == Some(true) && text.get("sliding_window").is_some() {
+        return Err(text.error("use_sliding_window", "expected false: sliding windows are not supported"));
+    }
+    let (rope_theta, mrope_section) = rope(text, head_dim)?;
+    Ok(TextConfig {
+        hidden_size,
+        intermediate_size: text.size("intermediate_size", MAX_FEED_FORWARD, None)?,
+        num_hidden_layers: text.size("num_hidden_layers", MAX_LAYERS, None)?,
+        num_attention_heads,
+        num_key_value_heads,
+        head_dim,
+        rms_norm_eps: epsilon(text, "rms_norm_eps", 1e-5)?,
+        rope_theta,
+        mrope_section,
+        max_position_embeddings: text.size("max_position_embeddings", MAX_POSITIONS, Some(32_768))?,
+        vocab_size: text.size("vocab_size", MAX_VOCAB, None)?,
+        attention_bias: text.bool("attention_bias")?.unwrap_or(false),
+        tie_word_embeddings: match top.bool("tie_word_embeddings")? {
+            Some(tied) => tied,
+            None => text.bool("tie_word_embeddings")?.unwrap_or(false),
+        },
+    })
+}
+
+/// `rope_theta` and `mrope_section`, from `rope_scaling` + `rope_theta` or from the newer `rope_parameters`.
+fn rope(text: &Fields, head_dim: usize) -> Result<(f64, [usize; 3]), ProcessorError> {
+    let (name, fields) = match text.object("rope_parameters")? {
+        Some(fields) => ("rope_parameters", Some(fields)),
+        None => ("rope_scaling", text.object("rope_scaling")?),
+    };
+    let mut theta = text.number("rope_theta", 1.0..=1e12)?;
+    let mut section = None;
+    if let Some(fields) = &fields {
+        for key in ["rope_type", "type"] {
+            if let Some(kind) = fields.str(key)?.filter(|kind| !["mrope", "default"].contains(kind)) {
+                return Err(fields.error(key, format_args!("expected \"mrope\" or \"default\", found {kind:?}")));
+            }
+        }
+        theta = fields.number("rope_theta", 1.0..=1e12)?.or(theta);
+        section = fields.list("mrope_section")?;
+    }
+    let wrong = |found: String| {
+        let expected = format!("expected three whole numbers that sum to head_dim / 2 = {}", head_dim / 2);
+        text.error(&format!("{name}.mrope_section"), format_args!("{expected}, found {found}"))
+    };
+    let section = match section {
+        None if head_dim == 128 => [16, 24, 24],
+        None => return Err(wrong("nothing".into())),
+        Some(list) => {
+            let shown = || wrong(Value::from(list.clone()).to_string().chars().take(80).collect());
+            let parts: Option<Vec<usize>> =
+                list.iter().map(|v| whole(v).filter(|n| *n <= MAX_HEAD_DIM as u64).map(|n| n as usize)).collect();
+            match parts.as_deref() {
+                Some(&[t, h, w]) if t + h + w == head_dim / 2 => [t, h, w],
+                _ => return Err(shown()),
+            }
+        }
+    };
+    Ok((theta.unwrap_or(1e6), section))
+}
+
+fn vision_config(vision: &Fields) -> Result<VisionConfig, ProcessorError> {
+    let hidden_size = vision.size("hidden_size", MAX_WIDTH, None)?;
+    let num_attention_heads = vision.size("num_attention_heads", MAX_HEADS, None)?;
+    // The 2D RoPE gives half of a head to rows and half to columns, in pairs.
+    if !hidden_size.is_multiple_of(num_attention_heads) || !(hidden_size / num_attention_heads).is_multiple_of(4) {
+        let reason =
+            format!("expected heads of a multiple of 4 wide, found {num_attention_heads} heads for {hidden_size}");
+        return Err(vision.error("num_attention_heads", reason));
+    }
+    only(vision, "hidden_act", "gelu_pytorch_tanh")?;
+    let patch_size = vision.size("patch_size", MAX_PATCH_SIDE, Some(14))?;
+    let image_size = vision.size("image_size", MAX_IMAGE_SIDE, Some(224))?;
+    if image_size < patch_size {
+        return Err(
+            vision.error("image_size", format_args!("expected at least patch_size ({patch_size}), found {image_size}"))
+        );
+    }
+    Ok(VisionConfig {
+        hidden_size,
+        intermediate_size: vision.size("intermediate_size", MAX_FEED_FORWARD, None)?,
+        num_hidden_layers: vision.size("num_hidden_layers", MAX_LAYERS, None)?,
+        num_attention_heads,
+        image_size,
+        patch_size,
+        spatial_merge_size: vision.size("spatial_merge_size", 8, Some(2))?,
+        tokens_per_second: vision.number("tokens_per_second", 0.0..=1e4)?.unwrap_or(2.0) as f32,
+        layer_norm_eps: epsilon(vision, "layer_norm_eps", 1e-6)?,
+        num_channels: match vision.size("num_channels", 3, Some(3))? {
+            3 => 3,
+            other => return Err(vision.error("num_channels", format_args!("expected 3, found {other}"))),
+        },
+        rope_theta: vision.number("rope_theta", 1.0..=1e12)?.unwrap_or(1e4),
+    })
+}
+
+fn epsilon(fields: &Fields, name: &str, default: f64) -> Result<f32, ProcessorError> {
+    Ok(fields.number(name, 1e-30..=1.0)?.unwrap_or(default) as f32)
+}
+
+fn only(fields: &Fields, name: &str, supported: &str) -> Result<(), ProcessorError> {
+    match fields.str(name)? {
+        Some(found) if found != supported => {
+            Err(fields.error(name, format_args!("expected {supported:?}, found {found:?}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The published config.json of Preview, cut down to what is read.
+    fn published() -> Value {
+        json!({
+            "architectures": ["KeyeForConditionalGeneration"], "model_type": "Keye", "attention_bias": false,
+            "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+            "image_token_id": 151655, "video_token_id": 151656, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "max_position_embeddings": 40960,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "sliding_window": null,
+            "use_sliding_window": false, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "vocab_size": 151936,
+            "vision_config": {
+                "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+                "image_size": 384, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+                "tokens_per_second": 2
+            }
+        })
+    }
+
+    fn load(value: &Value) -> Result<ModelConfig, ProcessorError> {
+        ModelConfig::from_value(Path::new("config.json"), value)
+    }
+
+    /// Sets, or with null removes, the field at a json pointer.
+    fn edited(mut value: Value, pointer: &str, field: Value) -> Value {
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        let parent = value.pointer_mut(parent).unwrap().as_object_mut().unwrap();
+        match field {
+            Value::Null => parent.remove(name),
+            field => parent.insert(name.into(), field),
+        };
+        value
+    }
+
+    #[test]
+    fn reads_the_published_file() {
+        let config = load(&published()).unwrap();
+        assert_eq!(config.variant, Variant::Preview);
+        assert_eq!((config.text.head_dim, config.text.mrope_section), (128, [16, 24, 24]));
+        assert_eq!((config.vision.layer_norm_eps, config.vision.num_channels), (1e-6, 3));
+        assert_eq!(config.eos_token_id, [151_645]);
+    }
+
+    #[test]
+    fn nested_text_config_and_rope_parameters_mean_the_same() {
+        let flat = published();
+        let mut nested = flat.clone();
+        let map = nested.as_object_mut().unwrap();
+        let mut text = serde_json::Map::new();
+        for name in [
+            "attention_bias",
+            "head_dim",
+            "hidden_act",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "vocab_size",
+            "eos_token_id",
+            "tie_word_embeddings",
+            "torch_dtype",
+        ] {
+            text.insert(name.into(), map.remove(name).unwrap());
+        }
+        map.remove("rope_theta");
+        map.remove("rope_scaling");
+        let rope = json!({"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]});
+        text.insert("rope_parameters".into(), rope);
+        map.insert("text_config".into(), text.into());
+        assert_eq!(load(&nested).unwrap(), load(&flat).unwrap());
+    }
+
+    #[test]
+    fn defaults_of_absent_fields() {
+        let mut value = published();
+        for pointer in [
+            "/head_dim",
+            "/rope_theta",
+            "/rope_scaling",
+            "/image_token_id",
+            "/vision_config/patch_size",
+            "/torch_dtype",
+        ] {
+            value = edited(value, pointer, Value::Null);
+        }
+        assert_eq!(load(&value).unwrap(), load(&published()).unwrap());
+        let config = load(&edited(published(), "/rms_norm_eps", Value::Null)).unwrap();
+        assert_eq!(config.text.rms_norm_eps, 1e-5);
+        let config = load(&edited(published(), "/eos_token_id", json!([1, 2]))).unwrap();
+        assert_eq!(config.eos_token_id, [1, 2]);
+    }
+
+    #[test]
+    fn variants() {
+        let name = |architecture: Value, model_type: &str| {
+            load(&edited(edited(published(), "/architectures", architecture), "/model_type", json!(model_type)))
+        };
+        assert_eq!(name(json!(["KeyeVL1_5ForConditionalGeneration"]), "x").unwrap().variant, Variant::V1_5);
+        assert_eq!(name(Value::Null, "my-KeyeVL1_5").unwrap().variant, Variant::V1_5);
+        assert_eq!(name(Value::Null, "Keye").unwrap().variant, Variant::Preview);
+        let error = name(json!(["KeyeVL2ForConditionalGeneration"]), "KeyeVL2").unwrap_err().to_string();
+        assert!(error.contains("not supported yet") && error.contains("KeyeVL1_5ForConditionalGeneration"), "{error}");
+        let error = name(json!(["LlamaForCausalLM"]), "llama").unwrap_err().to_string();
+        assert!(error.contains("LlamaForCausalLM") && error.contains("unknown"), "{error}");
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let cases = [
+            ("/hidden_size", json!(0), "hidden_size"),
+            ("/hidden_size", json!("4096"), "hidden_size: expected a whole number from 1 to 131072, found \"4096\""),
+            ("/hidden_size", Value::Null, "hidden_size: missing"),
+            ("/intermediate_size", json!(1u64 << 40), "intermediate_size"),
+            ("/num_hidden_layers", json!(1_000_000), "num_hidden_layers"),
+            ("/num_hidden_layers", json!(-1), "num_hidden_layers"),
+            ("/num_hidden_layers", json!(36.5), "num_hidden_layers"),
+            ("/num_attention_heads", json!([32]), "num_attention_heads"),
+            ("/num_key_value_heads", json!(7), "num_key_value_heads: expected a divisor"),
+            ("/head_dim", json!(127), "head_dim"),
+            ("/vocab_size", json!(u64::MAX), "vocab_size"),
+            ("/vocab_size", json!(1000), "eos_token_id"),
+            ("/rms_norm_eps", json!(-1.0), "rms_norm_eps"),
+            ("/rope_theta", json!(0), "rope_theta"),
+            ("/rope_scaling", json!("mrope"), "rope_scaling: expected an object"),
+            ("/rope_scaling/type", json!("yarn"), "rope_scaling.type"),
+            ("/rope_scaling/mrope_section", json!([16, 24, 25]), "rope_scaling.mrope_section"),
+            ("/rope_scaling/mrope_section", json!([16, 48]), "rope_scaling.mrope_section"),
+            ("/rope_scaling/mrope_section", json!([1u64 << 63, 1u64 << 63, 64]), "rope_scaling.mrope_section"),
+            ("/max_position_embeddings", json!(0), "max_position_embeddings"),
+            ("/hidden_act", json!("gelu"), "hidden_act"),
+            ("/attention_bias", json!("no"), "attention_bias: expected true or false"),
+            ("/eos_token_id", json!([151_645, 151_936]), "eos_token_id"),
+            ("/image_token_id", json!(-5), "image_token_id"),
+            ("/video_token_id", json!([1, 2]), "video_token_id"),
+            ("/vision_config", Value::Null, "vision_config: missing"),
+            ("/vision_config", json!([]), "vision_config: expected an object"),
+            ("/vision_config/hidden_size", json!(1150), "vision_config.num_attention_heads"),
+            ("/vision_config/patch_size", json!(0), "vision_config.patch_size"),
+            ("/vision_config/image_size", json!(13), "vision_config.image_size"),
+            ("/vision_config/num_hidden_layers", json!(true), "vision_config.num_hidden_layers"),
+            ("/vision_config/tokens_per_second", json!("two"), "vision_config.tokens_per_second"),
+            ("/vision_config/num_channels", json!(1), "vision_config.num_channels"),
+            ("/architectures", json!("Keye"), "architectures: expected a list"),
+            ("/architectures", json!([3]), "architectures"),
+            ("/torch_dtype", json!(16), "torch_dtype"),
+        ];
+        for (pointer, field, named) in cases {
+            let error = load(&edited(published(), pointer, field.clone())).expect_err(pointer).to_string();
+            assert!(error.contains("config.json: ") && error.contains(named), "{pointer} = {field}: {error}");
+        }
+        assert!(load(&json!([])).unwrap_err().to_string().contains("expected an object"));
+    }
 }

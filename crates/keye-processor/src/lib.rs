@@ -19,6 +19,7 @@ mod conversation;
 mod dtype;
 mod error;
 mod expand;
+mod facts;
 mod files;
 mod generation_config;
 mod output;
@@ -31,15 +32,14 @@ mod tokenizer;
 mod writer;
 
 pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
-pub use config::{
-    Facts, FrameMarkers, ModelConfig, ProjectorNorm, TextConfig, TimeRule, Variant, VisionConfig, VisionSpan,
-};
+pub use config::{ModelConfig, TextConfig, VisionConfig};
 pub use conversation::Conversation;
 pub use dtype::Dtype;
 pub use error::ProcessorError;
 pub use expand::FeatureSpan;
+pub use facts::{Facts, FrameMarkers, ProjectorNorm, TimeRule, Variant, VisionSpan};
 pub use generation_config::GenerationConfig;
-pub use output::{Answer, ThinkMode, parse_answer};
+pub use output::{Answer, Part, ThinkMode, ThinkSplitter, parse_answer};
 pub use processor::{Overrides, Processor, Prompt};
 pub use template::{ChatTemplate, TemplateOptions};
 pub use tokenizer::{StreamDecoder, Tokenizer};

@@ -12,6 +12,17 @@ pub enum ThinkMode {
     NoThink,
 }
 
+impl ThinkMode {
+    /// What is put behind the last user text.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Auto => "",
+            Self::Think => "/think",
+            Self::NoThink => "/no_think",
+        }
+    }
+}
+
 /// An answer taken apart. All parts are slices of the text without their tags, trimmed.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
 pub struct Answer {
@@ -28,7 +39,265 @@ pub struct Answer {
     pub boxed: Option<String>,
 }
 
-/// Takes a whole answer apart as the vendor's evaluator does.
+/// Takes a whole answer apart as the vendor's evaluator does: what follows the last `</analysis>`, then the last
+/// `</think>`, then inside the last `<answer>`. A part that is still open (the answer was cut short) takes all that
+/// follows its tag.
 pub fn parse_answer(text: &str) -> Answer {
-    Answer { answer: text.trim().to_owned(), ..Answer::default() }
+    let (analysis, rest) = leading_part(text, "<analysis>", "</analysis>");
+    let (thinking, rest) = leading_part(rest, "<think>", "</think>");
+    let answer = match rest.rsplit_once("</answer>") {
+        Some((before, _)) if before.contains("<answer>") => before.rsplit_once("<answer>").map_or(before, |(_, a)| a),
+        Some((before, _)) => before,
+        None => rest.rsplit_once("<answer>").map_or(rest, |(_, open)| open),
+    };
+    Answer { analysis, thinking, answer: answer.trim().to_owned(), boxed: boxed(answer) }
+}
+
+/// Splits off the part up to the last closing tag, or, when the part is open, all from its tag on.
+fn leading_part<'a>(text: &'a str, open: &str, close: &str) -> (Option<String>, &'a str) {
+    let (closed, rest) = match text.rsplit_once(close) {
+        Some((before, after)) => (Some(before.split_once(open).map_or(before, |(_, inside)| inside)), after),
+        None => (None, text),
+    };
+    let (rest, opened) = match rest.split_once(open) {
+        Some((before, inside)) => (before, Some(inside)),
+        None => (rest, None),
+    };
+    let part = match (closed, opened) {
+        (None, None) => None,
+        (Some(part), None) | (None, Some(part)) => Some(part.trim().to_owned()),
+        (Some(first), Some(second)) => Some(format!("{}\n{}", first.trim(), second.trim())),
+    };
+    (part, rest)
+}
+
+/// The inside of the last `\boxed{}` whose braces balance; `\{` and `\}` are characters, not braces.
+fn boxed(text: &str) -> Option<String> {
+    const OPEN: &str = "\\boxed{";
+    text.rmatch_indices(OPEN).find_map(|(at, _)| {
+        let inside = &text[at + OPEN.len()..];
+        let (mut depth, mut escaped) = (1usize, false);
+        for (i, c) in inside.char_indices() {
+            match c {
+                _ if escaped => escaped = false,
+                '\\' => escaped = true,
+                '{' => depth += 1,
+                '}' if depth == 1 => return Some(inside[..i].trim().to_owned()),
+                '}' => depth -= 1,
+                _ => {}
+            }
+        }
+        None
+    })
+}
+
+/// Where a piece of streamed text belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Inside `<analysis>`.
+    Analysis,
+    /// Inside `<think>`.
+    Thinking,
+    /// Everything else, `<answer>` or not.
+    Answer,
+}
+
+/// Takes an answer apart while it comes.
+///
+/// Tags are removed and never shown in halves; white space around a part is removed. For well-formed answers the pieces of
+/// each part, joined, equal what [`parse_answer`] gives. Analysis and thinking end with their first closing tag.
+#[derive(Debug, Clone)]
+pub struct ThinkSplitter {
+    part: Part,
+    /// Text that may be the beginning of a tag.
+    pending: String,
+    /// White space that is shown only if more text of its part follows.
+    space: String,
+    /// Something of this part has been shown.
+    begun: bool,
+}
+
+impl Default for ThinkSplitter {
+    fn default() -> Self {
+        Self { part: Part::Answer, pending: String::new(), space: String::new(), begun: false }
+    }
+}
+
+impl ThinkSplitter {
+    /// A splitter for a new answer.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the next piece of text; returns what is settled, in order.
+    pub fn push(&mut self, text: &str) -> Vec<(Part, String)> {
+        self.pending.push_str(text);
+        let mut pieces = Vec::new();
+        let buffer = std::mem::take(&mut self.pending);
+        let mut rest = &buffer[..];
+        loop {
+            let tags = self.tags();
+            let Some(at) = rest.find('<') else { break };
+            let (before, tail) = rest.split_at(at);
+            self.emit(before, &mut pieces);
+            if let Some((tag, next)) = tags.iter().find(|(tag, _)| tail.starts_with(tag)) {
+                self.enter(*next);
+                rest = &tail[tag.len()..];
+            } else if tags.iter().any(|(tag, _)| tag.starts_with(tail)) {
+                self.pending = tail.to_owned();
+                return pieces;
+            } else {
+                self.emit("<", &mut pieces);
+                rest = &tail[1..];
+            }
+        }
+        self.emit(rest, &mut pieces);
+        pieces
+    }
+
+    /// What is left at the end: the beginning of a tag that never came.
+    pub fn finish(&mut self) -> Vec<(Part, String)> {
+        let rest = std::mem::take(&mut self.pending);
+        let mut pieces = Vec::new();
+        self.emit(&rest, &mut pieces);
+        pieces
+    }
+
+    /// The tags that count in this part, and the part behind each.
+    fn tags(&self) -> &'static [(&'static str, Part)] {
+        match self.part {
+            Part::Analysis => &[("</analysis>", Part::Answer)],
+            Part::Thinking => &[("</think>", Part::Answer)],
+            Part::Answer => &[
+                ("<analysis>", Part::Analysis),
+                ("</analysis>", Part::Answer),
+                ("<think>", Part::Thinking),
+                ("</think>", Part::Answer),
+                ("<answer>", Part::Answer),
+                ("</answer>", Part::Answer),
+            ],
+        }
+    }
+
+    fn enter(&mut self, part: Part) {
+        self.part = part;
+        self.begun = false;
+        self.space.clear();
+    }
+
+    fn emit(&mut self, text: &str, pieces: &mut Vec<(Part, String)>) {
+        let text = if self.begun { text } else { text.trim_start() };
+        let shown = text.trim_end();
+        if shown.is_empty() {
+            self.space.push_str(text);
+            return;
+        }
+        let mut piece = std::mem::take(&mut self.space);
+        piece.push_str(shown);
+        self.space.push_str(&text[shown.len()..]);
+        self.begun = true;
+        match pieces.last_mut() {
+            Some((part, last)) if *part == self.part => last.push_str(&piece),
+            _ => pieces.push((self.part, piece)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(analysis: Option<&str>, thinking: Option<&str>, answer: &str, boxed: Option<&str>) -> Answer {
+        Answer {
+            analysis: analysis.map(Into::into),
+            thinking: thinking.map(Into::into),
+            answer: answer.into(),
+            boxed: boxed.map(Into::into),
+        }
+    }
+
+    const WELL_FORMED: [&str; 9] = [
+        "A cat.",
+        "  a < b and c <d> e\n\n",
+        "<think>\nhm, 1 < 2 \n</think>\n<answer>\nThe answer is \\boxed{A}.</answer>",
+        "<analysis>Easy. Therefore, /no_think mode is more appropriate.</analysis>A cat.",
+        "<analysis>Hard.</analysis><think>Let me <answer> see</think><answer>\\boxed{\\frac{1}{2}}</answer>",
+        "<think>cut in the midd",
+        "<analysis>cut in the midd",
+        "<think>x</think><answer>cut in the mid",
+        "",
+    ];
+
+    #[test]
+    fn takes_answers_apart() {
+        let expected = [
+            answer(None, None, "A cat.", None),
+            answer(None, None, "a < b and c <d> e", None),
+            answer(None, Some("hm, 1 < 2"), "The answer is \\boxed{A}.", Some("A")),
+            answer(Some("Easy. Therefore, /no_think mode is more appropriate."), None, "A cat.", None),
+            answer(Some("Hard."), Some("Let me <answer> see"), "\\boxed{\\frac{1}{2}}", Some("\\frac{1}{2}")),
+            answer(None, Some("cut in the midd"), "", None),
+            answer(Some("cut in the midd"), None, "", None),
+            answer(None, Some("x"), "cut in the mid", None),
+            answer(None, None, "", None),
+        ];
+        for (text, expected) in WELL_FORMED.iter().zip(expected) {
+            assert_eq!(parse_answer(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_last_tags_count() {
+        let cases = [
+            ("no opening tag</think> x", answer(None, Some("no opening tag"), "x", None)),
+            ("<think>a</think>b</think>c", answer(None, Some("a</think>b"), "c", None)),
+            ("<answer>1</answer><answer>2</answer> bye", answer(None, None, "2", None)),
+            ("\\boxed{1} or \\boxed{2 \\} {x}} \\boxed{3", {
+                answer(None, None, "\\boxed{1} or \\boxed{2 \\} {x}} \\boxed{3", Some("2 \\} {x}"))
+            }),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_answer(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn splitting_a_stream_gives_the_parts_whatever_the_chunks() {
+        for text in WELL_FORMED {
+            let whole = parse_answer(text);
+            let bounds: Vec<usize> = text.char_indices().map(|(i, _)| i).chain([text.len()]).collect();
+            for width in 1..=bounds.len() {
+                let mut splitter = ThinkSplitter::new();
+                let mut parts = [String::new(), String::new(), String::new()];
+                let mut take = |pieces: Vec<(Part, String)>| {
+                    for (part, piece) in pieces {
+                        assert!(!piece.is_empty());
+                        parts[part as usize].push_str(&piece);
+                    }
+                };
+                for chunk in bounds.chunks(width) {
+                    let end = chunk[chunk.len() - 1];
+                    let start = bounds.iter().position(|b| *b == chunk[0]).map_or(0, |i| bounds[i.saturating_sub(1)]);
+                    take(splitter.push(&text[start..end]));
+                }
+                take(splitter.finish());
+                let expected = [
+                    whole.analysis.clone().unwrap_or_default(),
+                    whole.thinking.clone().unwrap_or_default(),
+                    whole.answer.clone(),
+                ];
+                assert_eq!(parts, expected, "{text:?} in chunks of {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn text_is_shown_as_soon_as_it_cannot_be_a_tag() {
+        let mut splitter = ThinkSplitter::new();
+        assert_eq!(splitter.push("a <thi"), [(Part::Answer, "a".into())]);
+        assert_eq!(splitter.push("s"), [(Part::Answer, " <this".into())]);
+        assert_eq!(splitter.push("<think>b\n"), [(Part::Thinking, "b".into())]);
+        assert_eq!(splitter.push("c</think>d</th"), [(Part::Thinking, "\nc".into()), (Part::Answer, "d".into())]);
+        assert_eq!(splitter.finish(), [(Part::Answer, "</th".into())]);
+    }
 }

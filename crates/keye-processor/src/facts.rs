@@ -1,0 +1,85 @@
+//! The table of facts by which variants differ.
+
+use keye_media::MediaConfig;
+
+/// The models of the family that this build knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Variant {
+    /// Keye-VL-8B-Preview.
+    Preview,
+    /// Keye-VL-1.5-8B.
+    V1_5,
+}
+
+/// Where the projector's LayerNorm sits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProjectorNorm {
+    /// Over each patch, before the 2x2 merge (width D).
+    BeforeMerge,
+    /// Over each merged vector (width 4D).
+    AfterMerge,
+}
+
+/// Which patches of a clip attend to each other in the vision tower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VisionSpan {
+    /// All frames of a clip.
+    Clip,
+    /// Each frame alone.
+    Frame,
+}
+
+/// Temporal positions of a clip in the decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeRule {
+    /// One block; frame i stands at `trunc(i * second_per_grid_t * tokens_per_second)` (spec §6.2, Preview).
+    Absolute,
+    /// Every frame is a block of its own (spec §6.2, 1.5).
+    PerFrame,
+}
+
+/// How a clip is written in the prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameMarkers {
+    /// One run of video pads.
+    None,
+    /// `<|frame|>`, the time stamp, and `<|fast_start|>`..`<|fast_end|>` around fast frames (spec §8.3).
+    SlowFast,
+}
+
+/// How a variant differs from the others (spec §1).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// Projector norm.
+    pub projector_norm: ProjectorNorm,
+    /// Attention span of clips in the vision tower.
+    pub vision_span: VisionSpan,
+    /// Temporal positions.
+    pub time: TimeRule,
+    /// Prompt form of clips.
+    pub markers: FrameMarkers,
+    /// Media rules before the checkpoint's own files are applied.
+    pub media: MediaConfig,
+}
+
+impl Variant {
+    /// The facts of the variant.
+    pub fn facts(self) -> Facts {
+        match self {
+            Self::Preview => Facts {
+                projector_norm: ProjectorNorm::BeforeMerge,
+                vision_span: VisionSpan::Clip,
+                time: TimeRule::Absolute,
+                markers: FrameMarkers::None,
+                media: MediaConfig::preview(),
+            },
+            Self::V1_5 => Facts {
+                projector_norm: ProjectorNorm::AfterMerge,
+                vision_span: VisionSpan::Frame,
+                time: TimeRule::PerFrame,
+                markers: FrameMarkers::SlowFast,
+                media: MediaConfig::slow_fast(),
+            },
+        }
+    }
+}
