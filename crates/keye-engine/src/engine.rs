@@ -1,46 +1,190 @@
-//! The engine's thread and its handle.
+//! The engine's handle and its two threads: one prepares requests, one runs the model.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 use keye_media::Loader;
-use keye_model::Runner;
+use keye_model::{Runner, RunnerInfo};
 use keye_processor::Processor;
 
-use crate::{EngineError, EventStream, Request};
+use crate::event::{EventSender, event_channel};
+use crate::prepare::Preparer;
+use crate::queue::Queue;
+use crate::sequence::{Clock, Place, PreparedRequest};
+use crate::worker::Worker;
+use crate::{EngineError, EventStream, Request, Stage};
 
 /// Limits of an engine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineOptions {
-    /// Longest sequence, prompt and answer together; at most the model's.
+    /// Longest sequence, prompt and answer together; at most the model's and what the pool of blocks holds.
     pub max_model_len: Option<usize>,
     /// Most tokens in one step: prompts longer than this are cut into chunks.
     pub max_batch_tokens: usize,
+    /// Sequences that share steps. With 1 a request gets the whole machine and the next one waits.
+    pub max_running: usize,
     /// Requests that may wait.
     pub max_queue: usize,
     /// Bytes of media features kept for later requests.
     pub feature_cache_bytes: usize,
+    /// Bytes of decoded media kept for later requests, such as the next turn of a chat.
+    pub media_cache_bytes: usize,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { max_model_len: None, max_batch_tokens: 512, max_queue: 64, feature_cache_bytes: 512 << 20 }
+        Self {
+            max_model_len: None,
+            max_batch_tokens: 512,
+            max_running: 1,
+            max_queue: 64,
+            feature_cache_bytes: 512 << 20,
+            media_cache_bytes: 256 << 20,
+        }
     }
 }
 
-/// A handle to the engine; clones are the same engine.
+/// What an engine is doing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct EngineStats {
+    /// Requests that wait or are being prepared.
+    pub waiting: usize,
+    /// Sequences that generate or whose prompt is being processed.
+    pub running: usize,
+    /// Blocks of the KV cache that no sequence uses.
+    pub free_blocks: usize,
+    /// Blocks in all.
+    pub num_blocks: usize,
+    /// Bytes of media features held.
+    pub feature_bytes: usize,
+    /// Tokens generated since the start.
+    pub generated_tokens: u64,
+}
+
+/// A handle to the engine; clones are the same engine. When the last one is dropped the engine stops: requests that are
+/// not finished end with [`EngineError::Stopped`], and the drop returns when the threads are gone.
 #[derive(Clone)]
-pub struct Engine {}
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    info: RunnerInfo,
+    max_queue: usize,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// A request that nothing was done for yet.
+pub(crate) struct Submission {
+    pub request: Request,
+    pub events: EventSender,
+    pub clock: Clock,
+    pub place: Place,
+}
+
+/// What the handle and the threads share.
+pub(crate) struct Shared {
+    pub submissions: Queue<Submission>,
+    pub prepared: Queue<PreparedRequest>,
+    pub max_model_len: usize,
+    pub stopping: AtomicBool,
+    places: Arc<AtomicUsize>,
+    stats: Mutex<EngineStats>,
+}
+
+impl Shared {
+    fn new(info: &RunnerInfo, options: &EngineOptions) -> Self {
+        let longest = info.max_positions.min(info.num_blocks.saturating_mul(info.block_tokens));
+        Self {
+            submissions: Queue::new(),
+            prepared: Queue::new(),
+            max_model_len: options.max_model_len.map_or(longest, |wanted| wanted.min(longest)),
+            stopping: AtomicBool::new(false),
+            places: Arc::new(AtomicUsize::new(0)),
+            stats: Mutex::new(EngineStats::default()),
+        }
+    }
+
+    pub fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Ends both threads; what is queued is dropped and so ends with [`EngineError::Stopped`].
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.submissions.close();
+        self.prepared.close();
+        self.submissions.retain(|_| false);
+        self.prepared.retain(|_| false);
+    }
+
+    pub fn stats(&self) -> MutexGuard<'_, EngineStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn count_token(&self) {
+        self.stats().generated_tokens += 1;
+    }
+}
 
 impl Engine {
     /// Starts the engine's threads.
     pub fn new(runner: Box<dyn Runner>, processor: Arc<Processor>, loader: Loader, options: EngineOptions) -> Self {
-        let _ = (runner, processor, loader, options);
-        Self {}
+        let info = runner.info().clone();
+        let shared = Arc::new(Shared::new(&info, &options));
+        let worker = Worker::new(runner, Arc::clone(&shared), &options);
+        let preparer = Preparer::new(processor, loader, Arc::clone(&shared), options.media_cache_bytes);
+        let threads = vec![spawn("keye-engine", move || worker.run()), spawn("keye-prepare", move || preparer.run())];
+        Self { inner: Arc::new(Inner { shared, info, max_queue: options.max_queue, threads }) }
     }
 
-    /// Queues a request. Errors that need no work (no room in the queue) are returned, all others are streamed.
+    /// Queues a request. Errors that need no work (wrong parameters, no room in the queue) are returned, all others are
+    /// streamed.
     pub fn submit(&self, request: Request) -> Result<EventStream, EngineError> {
-        let _ = request;
-        Err(EngineError::Stopped)
+        let shared = &self.inner.shared;
+        request.sampling.validate().map_err(EngineError::Refused)?;
+        let max_queue = self.inner.max_queue;
+        let place = Place::take(&shared.places, max_queue).or_else(|| {
+            // Requests that were given up while they waited may still be in the queue.
+            shared.submissions.retain(|submission| !submission.events.cancelled());
+            Place::take(&shared.places, max_queue)
+        });
+        let place = place.ok_or(EngineError::QueueFull(max_queue))?;
+        let (events, stream) = event_channel();
+        events.stage(Stage::Queued);
+        let submission = Submission { request, events, clock: Clock::start(), place };
+        shared.submissions.push(submission).map_err(|_| EngineError::Stopped)?;
+        Ok(stream)
     }
+
+    /// Sizes of the model.
+    pub fn info(&self) -> &RunnerInfo {
+        &self.inner.info
+    }
+
+    /// Longest sequence, prompt and answer together.
+    pub fn max_model_len(&self) -> usize {
+        self.inner.shared.max_model_len
+    }
+
+    /// What it is doing now.
+    pub fn stats(&self) -> EngineStats {
+        EngineStats { waiting: self.inner.shared.places.load(Ordering::Acquire), ..*self.inner.shared.stats() }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.stop();
+        for thread in self.threads.drain(..) {
+            // A panic has been told where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    std::thread::Builder::new().name(name.into()).spawn(work).expect("the system can start a thread")
 }

@@ -1,11 +1,13 @@
 //! What a request streams back.
 
-use std::sync::mpsc::Receiver;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use keye_processor::Answer;
 
 use crate::EngineError;
+use crate::queue::{Queue, Timeout};
 
 /// Work that is going on before tokens come.
 #[derive(Debug, Clone, PartialEq)]
@@ -122,15 +124,153 @@ pub enum Event {
     Failed(EngineError),
 }
 
-/// The events of one request, in order. Dropping it cancels the request.
+/// The events of one request, in order; the last is [`Event::Finished`] or [`Event::Failed`]. Dropping it cancels the
+/// request.
+///
+/// A slow reader stalls nobody, and what waits for it is bounded by its own request: a [`Stage`] takes the place of an
+/// unread one of the same kind, and there are at most `max_tokens` tokens.
 pub struct EventStream {
-    pub(crate) receiver: Receiver<Event>,
+    channel: Arc<Channel>,
 }
+
+/// Cancels a request from elsewhere, such as a signal handler's thread. The stream then ends with
+/// [`EngineError::Cancelled`].
+#[derive(Clone)]
+pub struct Canceller {
+    channel: Arc<Channel>,
+}
+
+/// The engine's end.
+pub(crate) struct EventSender {
+    channel: Arc<Channel>,
+    ended: bool,
+}
+
+struct Channel {
+    events: Queue<Event>,
+    cancelled: AtomicBool,
+}
+
+pub(crate) fn event_channel() -> (EventSender, EventStream) {
+    let channel = Arc::new(Channel { events: Queue::new(), cancelled: AtomicBool::new(false) });
+    (EventSender { channel: Arc::clone(&channel), ended: false }, EventStream { channel })
+}
+
+impl EventStream {
+    /// Waits for the next event for at most `timeout`: `Ok(None)` is the end of the stream, `Err` that nothing came.
+    pub fn next_timeout(&mut self, timeout: Duration) -> Result<Option<Event>, NothingYet> {
+        self.channel.events.pop_timeout(timeout).map_err(|Timeout| NothingYet)
+    }
+
+    /// A handle that cancels this request.
+    pub fn canceller(&self) -> Canceller {
+        Canceller { channel: Arc::clone(&self.channel) }
+    }
+}
+
+/// No event came in the time given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no event yet")]
+pub struct NothingYet;
 
 impl Iterator for EventStream {
     type Item = Event;
 
     fn next(&mut self) -> Option<Event> {
-        self.receiver.recv().ok()
+        self.channel.events.pop()
+    }
+}
+
+impl Drop for EventStream {
+    fn drop(&mut self) {
+        self.channel.cancelled.store(true, Ordering::Release);
+        self.channel.events.close();
+        self.channel.events.retain(|_| false);
+    }
+}
+
+impl Canceller {
+    /// Ends the request as soon as the engine looks: between steps, and within media decoding and the vision tower.
+    pub fn cancel(&self) {
+        self.channel.cancelled.store(true, Ordering::Release);
+    }
+}
+
+impl EventSender {
+    pub fn cancelled(&self) -> bool {
+        self.channel.cancelled.load(Ordering::Acquire)
+    }
+
+    pub fn stage(&self, stage: Stage) {
+        let same = |last: &Event| matches!(last, Event::Stage(last) if last.updates() == stage.updates());
+        let event = Event::Stage(stage.clone());
+        self.channel.events.push_or_replace(event, same);
+    }
+
+    pub fn token(&self, id: u32, text: String) {
+        // A closed channel is a cancelled request, which is noticed elsewhere.
+        let _ = self.channel.events.push(Event::Token { id, text });
+    }
+
+    /// The last event.
+    pub fn end(mut self, event: Event) {
+        self.ended = true;
+        let _ = self.channel.events.push(event);
+    }
+}
+
+impl Drop for EventSender {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.channel.events.push(Event::Failed(EngineError::Stopped));
+        }
+        self.channel.events.close();
+    }
+}
+
+impl Stage {
+    /// Stages with equal values tell of the same work at different times.
+    fn updates(&self) -> (std::mem::Discriminant<Self>, usize) {
+        let index = match self {
+            Self::Queued | Self::Prefill { .. } => 0,
+            Self::Media { index, .. } | Self::MediaReady { index, .. } | Self::Vision { index, .. } => *index,
+        };
+        (std::mem::discriminant(self), index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unread_progress_is_replaced_by_newer_of_its_kind_only() {
+        let (sender, mut stream) = event_channel();
+        for index in [0, 1] {
+            for part in 0..1000 {
+                sender.stage(Stage::Vision { index, fraction: part as f32 });
+            }
+        }
+        sender.token(7, "x".into());
+        sender.stage(Stage::Vision { index: 1, fraction: 1.0 });
+        drop(sender);
+        let seen: Vec<Event> = stream.by_ref().collect();
+        assert!(matches!(seen[0], Event::Stage(Stage::Vision { index: 0, fraction: 999.0 })));
+        assert!(matches!(seen[1], Event::Stage(Stage::Vision { index: 1, fraction: 999.0 })));
+        assert!(matches!(seen[2], Event::Token { id: 7, .. }));
+        assert!(matches!(seen[3], Event::Stage(Stage::Vision { index: 1, fraction: 1.0 })));
+        assert!(matches!(seen[4], Event::Failed(EngineError::Stopped)), "a lost request does not hang its reader");
+        assert_eq!(seen.len(), 5);
+        assert!(matches!(stream.next_timeout(Duration::from_secs(9)), Ok(None)));
+    }
+
+    #[test]
+    fn dropping_the_stream_is_seen_at_once() {
+        let (sender, stream) = event_channel();
+        assert!(!sender.cancelled());
+        drop(stream);
+        assert!(sender.cancelled());
+        sender.token(1, String::new());
+        sender.end(Event::Failed(EngineError::Cancelled));
     }
 }

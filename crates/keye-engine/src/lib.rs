@@ -16,13 +16,21 @@
 mod block_manager;
 mod engine;
 mod event;
+mod feature_cache;
+mod media_cache;
+mod prepare;
+mod queue;
 mod random;
 mod request;
 mod sampling;
 mod scheduler;
+mod sequence;
 mod stop;
+mod trace;
+mod worker;
 
-pub use engine::{Engine, EngineOptions};
-pub use event::{Event, EventStream, FinishReason, Stage, Timings, Usage};
+pub use engine::{Engine, EngineOptions, EngineStats};
+pub use event::{Canceller, Event, EventStream, FinishReason, NothingYet, Stage, Timings, Usage};
 pub use request::{EngineError, Request};
 pub use sampling::{SamplingParams, distribution, sample};
+pub use trace::{Trace, trace};

@@ -1,6 +1,6 @@
 //! What the engine is asked.
 
-use keye_processor::{Conversation, ThinkMode};
+use keye_processor::{Conversation, TemplateOptions, ThinkMode};
 
 use crate::SamplingParams;
 
@@ -13,6 +13,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Suffix on the last user text.
     pub think: ThinkMode,
+    /// Variables of the chat template.
+    pub template: TemplateOptions,
 }
 
 /// Why a request failed.
@@ -28,9 +30,18 @@ pub enum EngineError {
     /// The model.
     #[error(transparent)]
     Model(#[from] keye_model::ModelError),
+    /// As many requests wait as may; try again later.
+    #[error("{0} requests are waiting, no more are taken; try again later")]
+    QueueFull(usize),
     /// It cannot be run with these limits.
     #[error("{0}")]
     Refused(String),
+    /// The caller gave up.
+    #[error("cancelled")]
+    Cancelled,
+    /// A defect: a panic, or an answer of the model that breaks its contract. Only this request is lost.
+    #[error("internal error: {0}")]
+    Internal(String),
     /// The engine is shutting down or its thread is gone.
     #[error("the engine has stopped")]
     Stopped,

@@ -1,0 +1,136 @@
+//! Decoded media of recent requests. A chat sends all of its media again with every turn.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use keye_media::{Loader, Media, MediaError, MediaItem, Pixels, Progress, Source};
+use sha2::{Digest, Sha256};
+
+/// How long the content of a URL is taken to be the same.
+const URL_AGE: Duration = Duration::from_secs(600);
+
+type Identity = [u8; 32];
+
+struct Entry {
+    identity: Identity,
+    loaded: Instant,
+    media: Arc<Media>,
+}
+
+/// Media by what they were loaded from and with which options, up to a number of bytes; the longest unused go first.
+pub(crate) struct MediaCache {
+    /// The last used last.
+    entries: Vec<Entry>,
+    max_bytes: usize,
+}
+
+impl MediaCache {
+    pub fn new(max_bytes: usize) -> Self {
+        Self { entries: Vec::new(), max_bytes }
+    }
+
+    /// [`Loader::load`], unless the item is here.
+    pub fn load(
+        &mut self,
+        loader: &Loader,
+        item: &MediaItem,
+        progress: &mut dyn FnMut(Progress) -> bool,
+    ) -> Result<Arc<Media>, MediaError> {
+        self.entries.retain(|entry| entry.loaded.elapsed() < URL_AGE);
+        // Taken before loading: a file that changes meanwhile must not be found under its new state.
+        let identity = identity(item, loader.access.root.as_deref());
+        if let Some(identity) = identity
+            && let Some(media) = self.find(&identity)
+        {
+            return Ok(media);
+        }
+        let media = Arc::new(loader.load(item, progress)?);
+        if let Some(identity) = identity {
+            self.keep(identity, Arc::clone(&media));
+        }
+        Ok(media)
+    }
+
+    fn find(&mut self, identity: &Identity) -> Option<Arc<Media>> {
+        let index = self.entries.iter().position(|entry| entry.identity == *identity)?;
+        self.entries[index..].rotate_left(1);
+        self.entries.last().map(|entry| Arc::clone(&entry.media))
+    }
+
+    fn keep(&mut self, identity: Identity, media: Arc<Media>) {
+        self.entries.push(Entry { identity, loaded: Instant::now(), media });
+        let mut bytes = 0;
+        let fit = self.entries.iter().rev().take_while(|entry| {
+            bytes += size(&entry.media);
+            bytes <= self.max_bytes
+        });
+        let drop = self.entries.len() - fit.count();
+        self.entries.drain(..drop);
+    }
+}
+
+fn size(media: &Media) -> usize {
+    let pixels = match &media.patches.pixels {
+        Pixels::U8(values) => values.len(),
+        Pixels::F32(values) => values.len() * size_of::<f32>(),
+    };
+    pixels + size_of_val(media.frames.as_slice())
+}
+
+/// A hash that is equal only when loading gives the same; `None` when that cannot be known.
+fn identity(item: &MediaItem, root: Option<&Path>) -> Option<Identity> {
+    let mut hasher = Sha256::new();
+    hasher.update(format!("{:?}\0{:?}\0", item.kind, item.options));
+    add_source(&mut hasher, &item.source, root)?;
+    Some(hasher.finalize().into())
+}
+
+fn add_source(hasher: &mut Sha256, source: &Source, root: Option<&Path>) -> Option<()> {
+    // Every field is preceded by its length, so that no two sources are written alike.
+    let mut field = |bytes: &[u8]| {
+        hasher.update((bytes.len() as u64).to_le_bytes());
+        hasher.update(bytes);
+    };
+    match source {
+        Source::Path(path) => {
+            let path = root.map_or_else(|| path.clone(), |root| root.join(path));
+            field(b"path");
+            field(path.as_os_str().as_encoded_bytes());
+            field(&file_state(&path)?);
+        }
+        Source::Url(url) => {
+            field(b"url");
+            field(url.as_bytes());
+        }
+        Source::Bytes(bytes) => {
+            field(b"bytes");
+            field(bytes);
+        }
+        Source::Frames(frames) => {
+            field(b"frames");
+            field(&(frames.len() as u64).to_le_bytes());
+            for frame in frames {
+                hasher.update(format!("{:?}\0", frame.options));
+                add_source(hasher, &frame.source, root)?;
+            }
+        }
+    }
+    Some(())
+}
+
+/// Changes when the file's content does.
+fn file_state(path: &Path) -> Option<Vec<u8>> {
+    let metadata = std::fs::metadata(path).ok()?;
+    if !metadata.is_file() {
+        return None;
+    }
+    let modified = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
+    let mut state = format!("{} {}", metadata.len(), modified.as_nanos());
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        state += &format!(" {} {} {} {}", metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
+    }
+    Some(state.into_bytes())
+}

@@ -1,0 +1,158 @@
+//! A queue between threads that can be looked into, cleared and closed.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+#[derive(Debug)]
+struct State<T> {
+    items: VecDeque<T>,
+    closed: bool,
+}
+
+/// First in, first out. Whoever pushes decides what may be in it; see [`Queue::push_when`].
+#[derive(Debug)]
+pub(crate) struct Queue<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+impl<T> Queue<T> {
+    pub fn new() -> Self {
+        Self { state: Mutex::new(State { items: VecDeque::new(), closed: false }), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends; gives the item back when the queue is closed.
+    pub fn push(&self, item: T) -> Result<(), T> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(item);
+        }
+        state.items.push_back(item);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Appends, or takes the place of the last item when `replaces(last)` says so.
+    pub fn push_or_replace(&self, item: T, replaces: impl FnOnce(&T) -> bool) {
+        let mut state = self.lock();
+        if state.closed {
+            return;
+        }
+        match state.items.back_mut() {
+            Some(last) if replaces(last) => *last = item,
+            _ => state.items.push_back(item),
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until fewer than `room` items are in the queue, then appends. Gives the item back when the queue is closed or
+    /// when `give_up` says so, which is asked from time to time.
+    pub fn push_when(&self, room: usize, item: T, give_up: impl Fn(&T) -> bool) -> Result<(), T> {
+        const ASK: Duration = Duration::from_millis(20);
+        let mut state = self.lock();
+        while !state.closed && !give_up(&item) {
+            if state.items.len() < room {
+                state.items.push_back(item);
+                self.changed.notify_all();
+                return Ok(());
+            }
+            state = self.changed.wait_timeout(state, ASK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Err(item)
+    }
+
+    /// Waits for the first item; `None` once the queue is closed and empty.
+    pub fn pop(&self) -> Option<T> {
+        let mut state = self.lock();
+        loop {
+            if let Some(item) = state.items.pop_front() {
+                self.changed.notify_all();
+                return Some(item);
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Like [`Queue::pop`], for at most `timeout`. `Err` when the time is over.
+    pub fn pop_timeout(&self, timeout: Duration) -> Result<Option<T>, Timeout> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        loop {
+            if let Some(item) = state.items.pop_front() {
+                self.changed.notify_all();
+                return Ok(Some(item));
+            }
+            if state.closed {
+                return Ok(None);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Timeout);
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The first item, if there is one now.
+    pub fn try_pop(&self) -> Option<T> {
+        let item = self.lock().items.pop_front();
+        self.changed.notify_all();
+        item
+    }
+
+    /// Drops the items that `keep` does not want.
+    pub fn retain(&self, keep: impl FnMut(&T) -> bool) {
+        self.lock().items.retain(keep);
+        self.changed.notify_all();
+    }
+
+    /// Nothing more is taken; what is there can still be popped.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Nothing came in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Timeout;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_closed_queue_gives_what_it_has_and_takes_nothing() {
+        let queue = Queue::new();
+        queue.push(1).expect("open");
+        queue.close();
+        assert_eq!(queue.push(2), Err(2));
+        assert_eq!((queue.pop(), queue.pop()), (Some(1), None));
+        assert_eq!(queue.pop_timeout(Duration::from_secs(9)), Ok(None));
+    }
+
+    #[test]
+    fn waits_for_room_until_told_otherwise() {
+        let queue = Arc::new(Queue::new());
+        queue.push(1).expect("open");
+        assert_eq!(queue.push_when(1, 2, |_| true), Err(2));
+        let reader = Arc::clone(&queue);
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            (reader.pop(), reader.pop())
+        });
+        assert_eq!(queue.push_when(1, 3, |_| false), Ok(()));
+        assert_eq!(thread.join().expect("no panic"), (Some(1), Some(3)));
+        assert_eq!(queue.pop_timeout(Duration::from_millis(1)), Err(Timeout));
+    }
+}
