@@ -21,19 +21,25 @@ mod config;
 mod decode;
 mod error;
 mod ffmpeg;
+mod frames;
 mod hsv;
 mod item;
 mod loader;
 mod media;
+mod options;
 mod patches;
 mod probe;
+#[cfg(feature = "remote")]
+mod remote;
 mod resample;
 mod sampling;
 mod similarity;
 mod sizes;
 mod smart_resize;
 mod sniff;
+mod source;
 mod spill;
+mod still;
 mod video;
 
 pub use config::{Alpha, ImageConfig, MediaConfig, ProcessorConfig, Resample, VideoConfig, VideoRule};
@@ -45,3 +51,7 @@ pub use media::{Frame, FrameKind, Media, Patches, Pixels};
 #[cfg(test)]
 #[path = "../tests/golden/arith.rs"]
 mod golden_arith;
+
+#[cfg(test)]
+#[path = "../tests/golden/decoding.rs"]
+mod golden_decoding;

@@ -1,9 +1,15 @@
 //! From an item to its patches.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::{Media, MediaConfig, MediaError, MediaItem};
+use crate::options::Target;
+use crate::smart_resize::IMAGE_FACTOR;
+use crate::source::Opener;
+use crate::still::{self, PixelRange};
+use crate::{
+    Frame, FrameItem, FrameKind, Media, MediaConfig, MediaError, MediaItem, MediaKind, Source, frames, options, patches,
+};
 
 /// What may be opened.
 #[derive(Debug, Clone, Default)]
@@ -101,7 +107,71 @@ impl Loader {
     /// `progress` is called as work goes on; when it returns false the item is given up with
     /// [`MediaError::Cancelled`] and every child process is gone before this returns.
     pub fn load(&self, item: &MediaItem, progress: &mut dyn FnMut(Progress) -> bool) -> Result<Media, MediaError> {
-        let _ = (item, progress);
-        Err(MediaError::Cancelled)
+        let name = item.source.name();
+        let frame_list = matches!(item.source, Source::Frames(_));
+        let target = match (item.kind, frame_list) {
+            (MediaKind::Image, _) => Target::Picture,
+            (MediaKind::Video, false) => Target::ClipFile,
+            (MediaKind::Video, true) => Target::FrameList,
+        };
+        options::check(&item.options, target, self.config.video.rule).map_err(|refusal| refusal.of(&name))?;
+        self.check_patch_size(&name)?;
+
+        let deadline = Instant::now() + self.limits.time;
+        let opener = Opener { access: &self.access, limits: &self.limits, deadline };
+        match (item.kind, &item.source) {
+            (MediaKind::Image, source) => {
+                let opened = opener.open(source, progress)?;
+                let upright = item.options.exif == Some(true);
+                let picture = still::decode(opened, &name, self.config.image.alpha, upright, &self.limits)?;
+                let range = PixelRange::of_pictures(&self.config.image);
+                let picture = still::first_stage(picture, &name, &item.options, range, &self.limits)?;
+                let picture = still::processor_stage(picture, &name, &self.config.processor, &self.limits)?;
+                let (height, width, patch) = (picture.height, picture.width, self.config.processor.patch_size);
+                let mut pixels = Vec::new();
+                patches::cut(&picture.rgb, height, width, patch, &mut pixels);
+                let frame = Frame { index: 0, timestamp: None, kind: FrameKind::Slow, height, width };
+                Ok(patches::assemble(MediaKind::Image, vec![frame], pixels, patch, None))
+            }
+            (MediaKind::Video, Source::Frames(list)) => {
+                let mut fetch = |frame: &FrameItem, upright: bool| {
+                    let name = frame.source.name();
+                    if Instant::now() >= deadline {
+                        return Err(self.too_slow(&name));
+                    }
+                    // What is told of a list is how many of its frames are done.
+                    let opened = opener.open(&frame.source, &mut |_| true)?;
+                    let picture = still::decode(opened, &name, self.config.image.alpha, upright, &self.limits)?;
+                    Ok((name, picture))
+                };
+                frames::load(self, list, &item.options, &mut fetch, progress)
+            }
+            (MediaKind::Video, source) => {
+                let opened = opener.open(source, progress)?;
+                let file = opened.into_file().map_err(|source| MediaError::Read { input: name.clone(), source })?;
+                crate::video::load_clip(self, &item.options, &name, &file, deadline, progress)
+            }
+        }
+    }
+
+    /// The sizes of `keye-vl-utils` are multiples of 28; patches have to divide them.
+    fn check_patch_size(&self, name: &str) -> Result<(), MediaError> {
+        let (patch, merge) = (self.config.processor.patch_size, self.config.processor.merge_size);
+        match patch.checked_mul(merge).is_some_and(|side| side > 0 && IMAGE_FACTOR.is_multiple_of(side)) {
+            true => Ok(()),
+            false => Err(MediaError::Option {
+                input: name.to_owned(),
+                option: "patch_size",
+                reason: format!(
+                    "patches of {patch} merged {merge} by {merge} (preprocessor_config.json) do not divide \
+                     {IMAGE_FACTOR}, the step of all sizes"
+                ),
+            }),
+        }
+    }
+
+    fn too_slow(&self, name: &str) -> MediaError {
+        let limit = self.limits.time.as_secs();
+        MediaError::Limit { input: name.to_owned(), what: "the time in seconds", found: limit + 1, limit }
     }
 }

@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::{Frame, FrameKind, MediaKind, Pixels};
+use crate::{Frame, FrameKind, Media, MediaKind, Patches, Pixels};
 
 /// Changes with everything that [`hash`] covers or leaves out.
 const HASH_VERSION: &[u8] = b"keye-patches-1";
@@ -31,9 +31,37 @@ pub(crate) fn cut(rgb: &[u8], h: u32, w: u32, patch: u32, out: &mut Vec<u8>) {
     }
 }
 
-/// SHA-256 over everything of a [`crate::Media`] that the model gets to see: kind, grid, kinds and time stamps of the
-/// frames, pixels, each with its length.
-pub(crate) fn hash(kind: MediaKind, grid_thw: &[[u32; 3]], frames: &[Frame], pixels: &Pixels) -> [u8; 32] {
+/// The finished item: `pixels` are the patches of `frames` as [`cut`] appended them, in order. Runs of frames of equal
+/// size share a row of the grid.
+pub(crate) fn assemble(
+    kind: MediaKind,
+    frames: Vec<Frame>,
+    pixels: Vec<u8>,
+    patch: u32,
+    sample_fps: Option<f64>,
+) -> Media {
+    let mut grid_thw: Vec<[u32; 3]> = Vec::new();
+    for frame in &frames {
+        let (h, w) = (frame.height / patch, frame.width / patch);
+        match grid_thw.last_mut() {
+            Some(row) if row[1..] == [h, w] => row[0] += 1,
+            _ => grid_thw.push([1, h, w]),
+        }
+    }
+    let pixels = Pixels::U8(pixels);
+    let hash = hash(kind, &grid_thw, &frames, sample_fps, &pixels);
+    Media { kind, patches: Patches { pixels, grid_thw, hash }, frames, sample_fps }
+}
+
+/// SHA-256 over everything of a [`Media`] that the model gets to see: kind, grid, kinds and time stamps of the frames,
+/// sampling rate, pixels.
+fn hash(
+    kind: MediaKind,
+    grid_thw: &[[u32; 3]],
+    frames: &[Frame],
+    sample_fps: Option<f64>,
+    pixels: &Pixels,
+) -> [u8; 32] {
     let mut sha = Sha256::new();
     sha.update(HASH_VERSION);
     sha.update([matches!(kind, MediaKind::Video) as u8]);
@@ -44,6 +72,8 @@ pub(crate) fn hash(kind: MediaKind, grid_thw: &[[u32; 3]], frames: &[Frame], pix
         sha.update([matches!(frame.kind, FrameKind::Fast) as u8, frame.timestamp.is_some() as u8]);
         sha.update(frame.timestamp.unwrap_or(0.0).to_bits().to_le_bytes());
     }
+    sha.update([sample_fps.is_some() as u8]);
+    sha.update(sample_fps.unwrap_or(0.0).to_bits().to_le_bytes());
     match pixels {
         Pixels::U8(values) => {
             sha.update([0]);
@@ -76,23 +106,33 @@ mod tests {
         assert_eq!(patch, wanted);
     }
 
+    fn media(kind: MediaKind, frames: &[Frame], fps: Option<f64>, pixels: &[u8]) -> [u8; 32] {
+        assemble(kind, frames.to_vec(), pixels.to_vec(), 14, fps).patches.hash
+    }
+
     #[test]
     fn the_hash_covers_every_part() {
         let frame = Frame { index: 0, timestamp: Some(0.5), kind: FrameKind::Slow, height: 28, width: 28 };
-        let pixels = Pixels::U8(vec![1, 2, 3]);
-        let base = hash(MediaKind::Video, &[[1, 2, 2]], std::slice::from_ref(&frame), &pixels);
-        let fast = Frame { kind: FrameKind::Fast, ..frame.clone() };
-        let later = Frame { timestamp: Some(0.6), ..frame.clone() };
-        let timeless = Frame { timestamp: None, ..frame.clone() };
+        let base = media(MediaKind::Video, std::slice::from_ref(&frame), Some(2.0), &[1, 2, 3]);
         let others = [
-            hash(MediaKind::Image, &[[1, 2, 2]], std::slice::from_ref(&frame), &pixels),
-            hash(MediaKind::Video, &[[1, 2, 4]], std::slice::from_ref(&frame), &pixels),
-            hash(MediaKind::Video, &[[1, 2, 2]], &[fast], &pixels),
-            hash(MediaKind::Video, &[[1, 2, 2]], &[later], &pixels),
-            hash(MediaKind::Video, &[[1, 2, 2]], &[timeless], &pixels),
-            hash(MediaKind::Video, &[[1, 2, 2]], std::slice::from_ref(&frame), &Pixels::U8(vec![1, 2, 4])),
+            media(MediaKind::Image, std::slice::from_ref(&frame), Some(2.0), &[1, 2, 3]),
+            media(MediaKind::Video, &[Frame { width: 56, ..frame.clone() }], Some(2.0), &[1, 2, 3]),
+            media(MediaKind::Video, &[Frame { kind: FrameKind::Fast, ..frame.clone() }], Some(2.0), &[1, 2, 3]),
+            media(MediaKind::Video, &[Frame { timestamp: Some(0.6), ..frame.clone() }], Some(2.0), &[1, 2, 3]),
+            media(MediaKind::Video, &[Frame { timestamp: None, ..frame.clone() }], Some(2.0), &[1, 2, 3]),
+            media(MediaKind::Video, std::slice::from_ref(&frame), Some(1.0), &[1, 2, 3]),
+            media(MediaKind::Video, std::slice::from_ref(&frame), None, &[1, 2, 3]),
+            media(MediaKind::Video, std::slice::from_ref(&frame), Some(2.0), &[1, 2, 4]),
         ];
         assert!(others.iter().all(|other| *other != base));
-        assert_eq!(base, hash(MediaKind::Video, &[[1, 2, 2]], &[frame], &pixels));
+        assert_eq!(base, media(MediaKind::Video, &[frame], Some(2.0), &[1, 2, 3]));
+    }
+
+    #[test]
+    fn runs_of_equal_size_share_a_grid_row() {
+        let frame = |height| Frame { index: 0, timestamp: None, kind: FrameKind::Slow, height, width: 28 };
+        let frames = [56, 28, 28, 56].map(frame).to_vec();
+        let media = assemble(MediaKind::Video, frames, Vec::new(), 14, None);
+        assert_eq!(media.patches.grid_thw, [[1, 4, 2], [2, 2, 2], [1, 4, 2]]);
     }
 }

@@ -25,8 +25,7 @@ use crate::smart_resize::smart_resize_hub;
 use crate::sniff;
 use crate::spill::Spill;
 use crate::{
-    Frame, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Patches, Pixels, Progress, Resample,
-    TimestampRule, VideoRule,
+    Frame, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Progress, Resample, TimestampRule, VideoRule,
 };
 
 /// Loads a clip from an opened file. `input` names it in errors; after `deadline` the item is given up.
@@ -65,7 +64,7 @@ fn sniffed(input: &str, file: &File) -> Result<&'static str, MediaError> {
     sniff::demuxer(&head[..have]).map_err(|reason| MediaError::Unreadable { input: input.into(), reason })
 }
 
-fn load_with(
+pub(crate) fn load_with(
     programs: &Programs,
     loader: &Loader,
     options: &ItemOptions,
@@ -287,17 +286,6 @@ impl Work<'_, '_> {
 
     fn media(&self, plan: &SamplePlan, frames: Vec<Frame>, pixels: Vec<u8>) -> Media {
         let patch = self.loader.config.processor.patch_size;
-        let mut grid_thw: Vec<[u32; 3]> = Vec::new();
-        for frame in &frames {
-            let (h, w) = (frame.height / patch, frame.width / patch);
-            match grid_thw.last_mut() {
-                Some(row) if row[1..] == [h, w] => row[0] += 1,
-                _ => grid_thw.push([1, h, w]),
-            }
-        }
-        let pixels = Pixels::U8(pixels);
-        let hash = patches::hash(MediaKind::Video, &grid_thw, &frames, &pixels);
-        let patches = Patches { pixels, grid_thw, hash };
-        Media { kind: MediaKind::Video, patches, frames, sample_fps: Some(plan.sample_fps) }
+        patches::assemble(MediaKind::Video, frames, pixels, patch, Some(plan.sample_fps))
     }
 }

@@ -1,0 +1,195 @@
+//! Clips given as a list of pictures (spec §10.2.7 and §10.3.6).
+
+use crate::error::Refusal;
+use crate::options::{self, Target};
+use crate::patches;
+use crate::resample::{Kernel, Mode, Resizer, Scratch};
+use crate::sampling::{reference_timestamp, slow_fast_plan};
+use crate::similarity::Classifier;
+use crate::sizes::slow_fast_sizes;
+use crate::still::{self, Picture, PixelRange};
+use crate::{Frame, FrameItem, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Progress, VideoRule};
+
+/// How frame lists are named in errors about the list itself.
+pub(crate) const NAME: &str = "frame list";
+
+/// Opens and decodes one picture of the list; given by the loader.
+pub(crate) type Fetch<'a> = dyn FnMut(&FrameItem, bool) -> Result<(String, Picture), MediaError> + 'a;
+
+/// Loads a list of frames as a clip.
+pub(crate) fn load(
+    loader: &Loader,
+    list: &[FrameItem],
+    options: &ItemOptions,
+    fetch: &mut Fetch,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Media, MediaError> {
+    if list.is_empty() {
+        return Err(MediaError::Unreadable { input: NAME.into(), reason: "it has no frame".into() });
+    }
+    for frame in list {
+        if let Some(own) = &frame.options {
+            let own_options = match loader.config.video.rule {
+                VideoRule::SlowFast => options::check(own, Target::Picture, VideoRule::SlowFast),
+                VideoRule::WholeClip if *own == ItemOptions::default() => Ok(()),
+                VideoRule::WholeClip => Err(Refusal::new(
+                    "options",
+                    "frames of Keye-VL-8B-Preview take none of their own; Keye-VL-1.5's do",
+                )),
+            };
+            own_options.map_err(|refusal| refusal.of(&frame.source.name()))?;
+        }
+    }
+    match loader.config.video.rule {
+        VideoRule::WholeClip => whole_clip(loader, list, options, fetch, progress),
+        VideoRule::SlowFast => slow_fast(loader, list, options, fetch, progress),
+    }
+}
+
+/// Preview: every frame is a picture on its own, resized by the rules of pictures; the last one is doubled when their
+/// number is odd.
+fn whole_clip(
+    loader: &Loader,
+    list: &[FrameItem],
+    options: &ItemOptions,
+    fetch: &mut Fetch,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Media, MediaError> {
+    let total = list.len().next_multiple_of(2);
+    check_count(loader, total as u64)?;
+    let range = PixelRange::of_pictures(&loader.config.image);
+    let processor = &loader.config.processor;
+    let patch = processor.patch_size;
+    let (mut pixels, mut frames): (Vec<u8>, Vec<Frame>) = (Vec::new(), Vec::new());
+    for (index, item) in list.iter().enumerate() {
+        tell(progress, index, total)?;
+        let picture = first_stage(loader, item, options, range, fetch)?;
+        let picture = still::processor_stage(picture, NAME, processor, &loader.limits)?;
+        let (height, width) = (picture.height, picture.width);
+        same_size(frames.first().map(|first| (first.height, first.width)), (height, width), index)?;
+        check_patches(loader, (height, width), total)?;
+        let repeats = if index + 1 == list.len() { total - index } else { 1 };
+        let timestamp = options.fps.map(|fps| reference_timestamp(index as u64, fps));
+        for _ in 0..repeats {
+            patches::cut(&picture.rgb, height, width, patch, &mut pixels);
+            frames.push(Frame { index, timestamp, kind: FrameKind::Slow, height, width });
+        }
+    }
+    tell(progress, total, total)?;
+    let sample_fps = options.fps.unwrap_or(loader.config.video.fps);
+    Ok(patches::assemble(MediaKind::Video, frames, pixels, patch, Some(sample_fps)))
+}
+
+/// 1.5: frames are first brought to a size as pictures with the limits of video frames, then sampled, classified and
+/// resized like the frames of a clip. Only sampled frames are read; there are time stamps only when `fps` is given.
+fn slow_fast(
+    loader: &Loader,
+    list: &[FrameItem],
+    options: &ItemOptions,
+    fetch: &mut Fetch,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Media, MediaError> {
+    let (video, patch) = (&loader.config.video, loader.config.processor.patch_size);
+    let list_fps = options.fps.unwrap_or(video.fps);
+    let plan = slow_fast_plan(list.len() as u64, list_fps, options, video).map_err(|refusal| refusal.of(NAME))?;
+    let total = plan.indices.len();
+    check_count(loader, total as u64)?;
+    let range = PixelRange {
+        default: (video.min_pixels, video.max_pixels),
+        pair: (loader.config.image.min_pixels, loader.config.image.max_pixels),
+    };
+    let threshold = options.min_frame_similarity.unwrap_or(video.min_frame_similarity);
+    let unreadable = |reason| MediaError::Unreadable { input: NAME.into(), reason };
+
+    let (mut kept, mut kinds): (Vec<Picture>, Vec<FrameKind>) = (Vec::new(), Vec::new());
+    let mut classifier: Option<Classifier> = None;
+    for (done, &index) in plan.indices.iter().enumerate() {
+        tell(progress, done, total)?;
+        let index = index as usize;
+        let picture = first_stage(loader, &list[index], options, range, fetch)?;
+        let size = (picture.height, picture.width);
+        same_size(kept.first().map(|first| (first.height, first.width)), size, index)?;
+        check_patches(loader, size, total)?;
+        let classifier = match &mut classifier {
+            Some(classifier) => classifier,
+            None => classifier.insert(Classifier::new(size.0, size.1, threshold).map_err(unreadable)?),
+        };
+        kinds.push(classifier.push(&picture.rgb));
+        kept.push(picture);
+    }
+    let Some((h, w)) = kept.first().map(|first| (first.height, first.width)) else {
+        return Err(unreadable("it has no frame".into()));
+    };
+
+    let slow_count = kinds.iter().filter(|kind| **kind == FrameKind::Slow).count();
+    let sizes =
+        slow_fast_sizes(h, w, slow_count as u64, (total - slow_count) as u64, options, video).map_err(unreadable)?;
+    check_patches(loader, sizes.slow, slow_count)?;
+    check_patches(loader, sizes.fast, total - slow_count)?;
+    let resizer = |(to_h, to_w)| Resizer::new(h, w, to_h, to_w, Kernel::Bilinear, Mode::Int16);
+    let (slow, fast) = (resizer(sizes.slow), resizer(sizes.fast));
+    let (mut resized, mut scratch, mut pixels, mut frames) = (Vec::new(), Scratch::default(), Vec::new(), Vec::new());
+    for ((picture, kind), &index) in kept.into_iter().zip(kinds).zip(&plan.indices) {
+        let (resizer, (height, width)) = match kind {
+            FrameKind::Slow => (&slow, sizes.slow),
+            FrameKind::Fast => (&fast, sizes.fast),
+        };
+        resizer.run(&picture.rgb, &mut resized, &mut scratch);
+        patches::cut(&resized, height, width, patch, &mut pixels);
+        let timestamp = options.fps.map(|fps| reference_timestamp(index, fps));
+        frames.push(Frame { index: index as usize, timestamp, kind, height, width });
+    }
+    tell(progress, total, total)?;
+    Ok(patches::assemble(MediaKind::Video, frames, pixels, patch, Some(plan.sample_fps)))
+}
+
+fn first_stage(
+    loader: &Loader,
+    item: &FrameItem,
+    options: &ItemOptions,
+    range: PixelRange,
+    fetch: &mut Fetch,
+) -> Result<Picture, MediaError> {
+    let options = item.options.as_ref().unwrap_or(options);
+    let (name, picture) = fetch(item, options.exif == Some(true))?;
+    still::first_stage(picture, &name, options, range, &loader.limits)
+}
+
+fn tell(progress: &mut dyn FnMut(Progress) -> bool, done: usize, total: usize) -> Result<(), MediaError> {
+    match progress(Progress::Decoding { done: done as u32, total: total as u32 }) {
+        true => Ok(()),
+        false => Err(MediaError::Cancelled),
+    }
+}
+
+fn same_size(first: Option<(u32, u32)>, size: (u32, u32), index: usize) -> Result<(), MediaError> {
+    match first {
+        Some(first) if first != size => Err(MediaError::Unreadable {
+            input: NAME.into(),
+            reason: format!(
+                "frame {index} becomes {}x{} pixels, the first one {}x{}; give frames of one shape, or resized_height \
+                 and resized_width",
+                size.0, size.1, first.0, first.1
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn check_count(loader: &Loader, found: u64) -> Result<(), MediaError> {
+    let limit = u64::from(loader.limits.frames);
+    if found > limit {
+        return Err(MediaError::Limit { input: NAME.into(), what: "the number of frames", found, limit });
+    }
+    Ok(())
+}
+
+fn check_patches(loader: &Loader, (height, width): (u32, u32), frames: usize) -> Result<(), MediaError> {
+    let patch = u64::from(loader.config.processor.patch_size);
+    let found = (u64::from(height) / patch) * (u64::from(width) / patch) * frames as u64;
+    if found > loader.limits.patches {
+        let (what, limit) = ("the number of patches", loader.limits.patches);
+        return Err(MediaError::Limit { input: NAME.into(), what, found, limit });
+    }
+    Ok(())
+}
