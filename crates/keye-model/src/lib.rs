@@ -11,9 +11,22 @@
 //! * Row invariance: what a row yields depends only on its own input and history, not on what else is in the batch
 //!   nor on how a prompt was cut into chunks.
 //! * Every tensor of interest can be watched through a [`Tap`]; without one nothing is copied.
+//!
+//! From patches to logits: [`vision`](self) tower, projector, decoder, held together by [`KeyeModel`].
 
+mod cost;
+mod decoder;
+mod layout;
+mod model;
+mod projector;
+mod rope;
 mod runner;
 mod tap;
+mod vision;
+mod weights;
 
+pub use cost::Cost;
+pub use layout::{TensorShape, weight_layout};
+pub use model::{KeyeModel, LoadOptions};
 pub use runner::{Batch, Chunk, FeatureId, FeatureRows, LogitRows, ModelError, Outputs, Runner, RunnerInfo};
 pub use tap::{NoTap, Tap};

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use keye_media::{MediaKind, Patches};
 
-use crate::Tap;
+use crate::{Cost, Tap};
 
 /// Media features held by a runner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -108,7 +108,7 @@ pub trait Runner: Send {
     fn step(&mut self, batch: &Batch, tap: &mut dyn Tap) -> Result<Outputs, ModelError>;
 
     /// Floating-point operations of [`Runner::encode`] for this grid, and of a prefill of `tokens` tokens.
-    fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> (f64, f64);
+    fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost;
 
     /// Floating-point operations per second that this machine reaches on a product of the model's shapes; measured on
     /// the first call (some tens of milliseconds).

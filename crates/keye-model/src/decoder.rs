@@ -1,0 +1,146 @@
+//! The language model (spec §6): Qwen3 with three-axis RoPE over a paged KV cache.
+
+use keye_backend::{Activation, AttentionShape, Backend, BackendError, CacheSpec, KvDtype, QkNorm, SequenceRows};
+use keye_processor::TextConfig;
+
+use crate::rope::Rope;
+use crate::vision::linear;
+use crate::weights::{Linear, Weights};
+use crate::{ModelError, Tap};
+
+pub(crate) struct Decoder<B: Backend> {
+    pub(crate) config: TextConfig,
+    rope: Rope,
+    /// `[V, H]`
+    embed_tokens: B::Weight,
+    layers: Vec<DecoderLayer<B>>,
+    /// `[H]`
+    norm: B::Weight,
+    /// `[V, H]`; `None` when it is `embed_tokens`.
+    lm_head: Option<B::Weight>,
+}
+
+struct DecoderLayer<B: Backend> {
+    /// `[H]`
+    input_layernorm: B::Weight,
+    q_proj: Linear<B>,
+    k_proj: Linear<B>,
+    v_proj: Linear<B>,
+    o_proj: Linear<B>,
+    /// `[head_dim]`
+    q_norm: B::Weight,
+    /// `[head_dim]`
+    k_norm: B::Weight,
+    /// `[H]`
+    post_attention_layernorm: B::Weight,
+    /// `[F, H]`
+    gate_proj: B::Weight,
+    /// `[F, H]`
+    up_proj: B::Weight,
+    /// `[H, F]`
+    down_proj: B::Weight,
+}
+
+impl<B: Backend> Decoder<B> {
+    pub(crate) fn load(weights: &Weights<'_, B>, config: &TextConfig) -> Result<Self, ModelError> {
+        let (h, f) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+        let bias = config.attention_bias;
+        let model = weights.at("model");
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let layer = model.at(format_args!("layers.{layer}"));
+                let attention = layer.at("self_attn");
+                let mlp = layer.at("mlp");
+                Ok(DecoderLayer {
+                    input_layernorm: layer.vector("input_layernorm.weight", h)?,
+                    q_proj: attention.linear("q_proj", q, h, bias)?,
+                    k_proj: attention.linear("k_proj", kv, h, bias)?,
+                    v_proj: attention.linear("v_proj", kv, h, bias)?,
+                    o_proj: attention.linear("o_proj", h, q, bias)?,
+                    q_norm: attention.vector("q_norm.weight", config.head_dim)?,
+                    k_norm: attention.vector("k_norm.weight", config.head_dim)?,
+                    post_attention_layernorm: layer.vector("post_attention_layernorm.weight", h)?,
+                    gate_proj: mlp.matrix("gate_proj.weight", f, h)?,
+                    up_proj: mlp.matrix("up_proj.weight", f, h)?,
+                    down_proj: mlp.matrix("down_proj.weight", h, f)?,
+                })
+            })
+            .collect::<Result<_, ModelError>>()?;
+        let tied = config.tie_word_embeddings && !weights.has("lm_head.weight");
+        Ok(Self {
+            rope: Rope::decoder(config.rope_theta, config.head_dim, config.mrope_section),
+            embed_tokens: model.matrix("embed_tokens.weight", config.vocab_size, h)?,
+            layers,
+            norm: model.vector("norm.weight", h)?,
+            lm_head: if tied { None } else { Some(weights.matrix("lm_head.weight", config.vocab_size, h)?) },
+            config: config.clone(),
+        })
+    }
+
+    pub(crate) fn cache_spec(config: &TextConfig, dtype: KvDtype) -> CacheSpec {
+        CacheSpec {
+            layers: config.num_hidden_layers,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            dtype,
+        }
+    }
+
+    /// `[n, H]`
+    pub(crate) fn embed(&self, backend: &B, tokens: &[u32]) -> Result<B::Tensor, BackendError> {
+        backend.embed(&self.embed_tokens, &backend.upload_index(tokens)?)
+    }
+
+    /// All layers over the rows of a step, `[n, H]`, before the final norm.
+    pub(crate) fn forward(
+        &self,
+        backend: &B,
+        mut x: B::Tensor,
+        positions: &[[u32; 3]],
+        sequences: &[SequenceRows],
+        cache: &mut B::Cache,
+        tap: &mut dyn Tap,
+    ) -> Result<B::Tensor, BackendError> {
+        let config = &self.config;
+        let shape = AttentionShape {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: (config.head_dim as f32).powf(-0.5),
+        };
+        let plan = backend.plan(sequences)?;
+        let mut table = Vec::with_capacity(positions.len() * config.head_dim);
+        for position in positions {
+            self.rope.push(position, &mut table);
+        }
+        let angles = backend.upload(positions.len(), config.head_dim, &table)?;
+        for (number, layer) in self.layers.iter().enumerate() {
+            let h = backend.rms_norm(&x, &layer.input_layernorm, config.rms_norm_eps)?;
+            let mut q = linear(backend, &h, &layer.q_proj, Activation::None)?;
+            let k = linear(backend, &h, &layer.k_proj, Activation::None)?;
+            let v = linear(backend, &h, &layer.v_proj, Activation::None)?;
+            let norm = QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps: config.rms_norm_eps };
+            backend.norm_rope_write(&mut q, k, v, Some(norm), &angles, cache, number, &plan)?;
+            let attended = backend.paged_attention(&q, cache, number, &plan, shape)?;
+            backend.linear_add(&attended, &layer.o_proj.weight, layer.o_proj.bias.as_ref(), &mut x)?;
+            let h = backend.rms_norm(&x, &layer.post_attention_layernorm, config.rms_norm_eps)?;
+            let h = backend.gated(&h, &layer.gate_proj, &layer.up_proj)?;
+            backend.linear_add(&h, &layer.down_proj, None, &mut x)?;
+            if number == 0 && tap.wants("lm_layer0") {
+                tap.record("lm_layer0", config.hidden_size, &backend.download(&x)?);
+            }
+        }
+        Ok(x)
+    }
+
+    /// The final norm: `[n, H]` to `[n, H]`.
+    pub(crate) fn final_norm(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor, BackendError> {
+        backend.rms_norm(x, &self.norm, self.config.rms_norm_eps)
+    }
+
+    /// Logits of normed rows: `[n, V]`.
+    pub(crate) fn logits(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor, BackendError> {
+        backend.linear(x, self.lm_head.as_ref().unwrap_or(&self.embed_tokens), None, Activation::None)
+    }
+}

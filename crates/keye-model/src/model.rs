@@ -1,0 +1,311 @@
+//! Vision tower, projector and decoder under one roof: the [`Runner`] of a backend.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::Instant;
+
+use keye_backend::{Activation, BLOCK_TOKENS, Backend, KvDtype, SequenceRows, WeightSource};
+use keye_media::{MediaKind, Patches, Pixels, ProcessorConfig};
+use keye_processor::{Checkpoint, Facts, ModelConfig, VisionSpan};
+
+use crate::decoder::Decoder;
+use crate::projector::Projector;
+use crate::vision::{Grid, VisionTower, Watch};
+use crate::weights::Weights;
+use crate::{Batch, Chunk, Cost, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap, cost};
+
+/// Patches of small spans that go through the tower together.
+const GROUP: usize = 4096;
+/// Tokens that go through the projector together.
+const PROJECTOR_ROWS: usize = 1024;
+
+/// What can be chosen when a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadOptions {
+    /// Tokens that the KV cache holds, over all sequences.
+    pub cache_tokens: usize,
+    /// Element type of the KV cache.
+    pub kv_dtype: KvDtype,
+}
+
+/// A loaded model.
+pub struct KeyeModel<B: Backend> {
+    backend: B,
+    config: ModelConfig,
+    facts: Facts,
+    info: RunnerInfo,
+    vision: VisionTower<B>,
+    projector: Projector<B>,
+    decoder: Decoder<B>,
+    cache: B::Cache,
+    features: BTreeMap<FeatureId, B::Tensor>,
+    next_feature: u64,
+    flops: Option<f64>,
+}
+
+impl<B: Backend> KeyeModel<B> {
+    /// Takes the weights over and makes the cache. Weights are checked by name, shape and type, but not read where the
+    /// backend can use them in place.
+    pub fn load(
+        backend: B,
+        config: &ModelConfig,
+        processor: &ProcessorConfig,
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+    ) -> Result<Self, ModelError> {
+        let facts = config.variant.facts();
+        let weights = Weights::new(checkpoint, &backend);
+        let vision = VisionTower::load(&weights, &config.vision, processor)?;
+        let projector = Projector::load(&weights, &config.vision, facts.projector_norm, config.text.hidden_size)?;
+        let decoder = Decoder::load(&weights, &config.text)?;
+        let spec = Decoder::<B>::cache_spec(&config.text, options.kv_dtype);
+        let num_blocks = options.cache_tokens.div_ceil(BLOCK_TOKENS);
+        let cache = backend.cache(&spec, num_blocks)?;
+        let info = RunnerInfo {
+            vocab_size: config.text.vocab_size,
+            max_positions: config.text.max_position_embeddings,
+            block_tokens: BLOCK_TOKENS,
+            num_blocks,
+            block_bytes: spec.block_bytes(),
+            feature_row_bytes: config.text.hidden_size * 4,
+        };
+        Ok(Self {
+            backend,
+            config: config.clone(),
+            facts,
+            info,
+            vision,
+            projector,
+            decoder,
+            cache,
+            features: BTreeMap::new(),
+            next_feature: 0,
+            flops: None,
+        })
+    }
+
+    /// Device and instruction set.
+    pub fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
+    /// The patch rectangles that attend together, one per span.
+    fn spans(&self, kind: MediaKind, grid_thw: &[[u32; 3]]) -> Vec<Grid> {
+        let mut start = 0;
+        let mut spans = Vec::new();
+        for [t, h, w] in grid_thw.iter().map(|row| row.map(|n| n as usize)) {
+            let per_frame = kind == MediaKind::Video && self.facts.vision_span == VisionSpan::Frame;
+            let (count, t) = if per_frame { (t, 1) } else { (1, t) };
+            for _ in 0..count {
+                spans.push(Grid { t, h, w, start });
+                start += t * h * w;
+            }
+        }
+        spans
+    }
+
+    fn check_patches(&self, patches: &Patches) -> Result<(), ModelError> {
+        let vision = &self.config.vision;
+        let patch = vision.num_channels * vision.patch_size * vision.patch_size;
+        let values = match &patches.pixels {
+            Pixels::U8(data) => data.len(),
+            Pixels::F32(data) => data.len(),
+        };
+        let merge = vision.spatial_merge_size as u32;
+        let mut n = 0usize;
+        for [t, h, w] in &patches.grid_thw {
+            if *t == 0 || *h == 0 || *w == 0 || h % merge != 0 || w % merge != 0 {
+                let reason =
+                    format!("grid ({t}, {h}, {w}): expected positive sides, height and width multiples of {merge}");
+                return Err(ModelError::Media(reason));
+            }
+            let row = (*t as usize).checked_mul(*h as usize).and_then(|n| n.checked_mul(*w as usize));
+            n = row.and_then(|row| n.checked_add(row)).unwrap_or(usize::MAX);
+        }
+        if n == 0 || n.checked_mul(patch) != Some(values) {
+            return Err(ModelError::Media(format!("grids of {n} patches of {patch} values, {values} values found")));
+        }
+        Ok(())
+    }
+
+    fn check_chunk(&self, chunk: &Chunk) -> Result<(), ModelError> {
+        let n = chunk.tokens.len();
+        let error = |reason: String| Err(ModelError::Batch(reason));
+        if n == 0 || chunk.positions.len() != n {
+            return error(format!("{n} tokens with {} positions", chunk.positions.len()));
+        }
+        if let Some(token) = chunk.tokens.iter().find(|token| **token as usize >= self.info.vocab_size) {
+            return error(format!("token {token}, the vocabulary has {}", self.info.vocab_size));
+        }
+        let blocks = (chunk.start + n).div_ceil(BLOCK_TOKENS);
+        if chunk.block_table.len() < blocks {
+            return error(format!("{} blocks for {} tokens", chunk.block_table.len(), chunk.start + n));
+        }
+        if let Some(block) = chunk.block_table.iter().find(|block| **block as usize >= self.info.num_blocks) {
+            return error(format!("block {block}, the pool has {}", self.info.num_blocks));
+        }
+        for rows in &chunk.features {
+            let have = self.feature_rows(rows.feature);
+            if rows.at + rows.len > n || rows.row + rows.len > have {
+                return error(format!("feature rows {rows:?} in {n} tokens, of {have} rows"));
+            }
+        }
+        if let LogitRows::Range(range) = &chunk.logits
+            && (range.start > range.end || range.end > n)
+        {
+            return error(format!("logits of rows {range:?} of {n}"));
+        }
+        Ok(())
+    }
+}
+
+/// Rows of a chunk whose logits are wanted.
+fn logit_rows(chunk: &Chunk) -> Range<usize> {
+    let n = chunk.tokens.len();
+    match &chunk.logits {
+        LogitRows::None => 0..0,
+        LogitRows::Last => n - 1..n,
+        LogitRows::Range(range) => range.clone(),
+    }
+}
+
+impl<B: Backend> Runner for KeyeModel<B> {
+    fn info(&self) -> &RunnerInfo {
+        &self.info
+    }
+
+    fn encode(
+        &mut self,
+        kind: MediaKind,
+        patches: &Patches,
+        tap: &mut dyn Tap,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<FeatureId, ModelError> {
+        self.check_patches(patches)?;
+        let backend = &self.backend;
+        let merge = self.config.vision.spatial_merge_size.pow(2);
+        let prefix = match kind {
+            MediaKind::Image => "image_",
+            MediaKind::Video => "video_",
+        };
+        let total = patches.len() as u64 * self.vision.layers() as u64;
+        let mut watch = Watch { prefix, tap, done: 0, total, progress };
+        let mut features = backend.zeros(patches.len() / merge, self.config.text.hidden_size)?; // [tokens, H]
+        let mut done = 0;
+        let spans = self.spans(kind, &patches.grid_thw);
+        let mut rest = spans.as_slice();
+        while !rest.is_empty() {
+            // As many spans as fit a group, at least one; what is in a group changes no value.
+            let mut patches_of_group = 0;
+            let fits = rest.iter().take_while(|grid| {
+                patches_of_group += grid.len();
+                patches_of_group <= GROUP
+            });
+            let (group, others) = rest.split_at(fits.count().max(1));
+            rest = others;
+            let first = group[0].start;
+            let attend: Vec<_> = group.iter().map(|g| g.start - first..g.start - first + g.len()).collect();
+            let x = self.vision.forward(backend, &patches.pixels, group, &attend, &mut watch)?;
+            if watch.tap.wants(&format!("{prefix}vit_out")) {
+                watch.record(backend, "vit_out", &self.vision.post_layernorm.forward(backend, &x)?)?;
+            }
+            for order in self.projector.order(group).chunks(PROJECTOR_ROWS * merge) {
+                let rows = backend.gather_rows(&x, &backend.upload_index(order)?, 1)?;
+                let rows = self.vision.post_layernorm.forward(backend, &rows)?;
+                let projected = self.projector.forward(backend, &rows)?;
+                watch.record(backend, "projector", &projected)?;
+                backend.copy_rows(&projected, 0..order.len() / merge, &mut features, done)?;
+                done += order.len() / merge;
+            }
+        }
+        let id = FeatureId(self.next_feature);
+        self.next_feature += 1;
+        self.features.insert(id, features);
+        Ok(id)
+    }
+
+    fn feature_rows(&self, feature: FeatureId) -> usize {
+        self.features.get(&feature).map_or(0, |features| self.backend.rows(features))
+    }
+
+    fn release(&mut self, feature: FeatureId) {
+        self.features.remove(&feature);
+    }
+
+    fn step(&mut self, batch: &Batch, tap: &mut dyn Tap) -> Result<Outputs, ModelError> {
+        batch.chunks.iter().try_for_each(|chunk| self.check_chunk(chunk))?;
+        if batch.chunks.is_empty() {
+            return Ok(Outputs::default());
+        }
+        let backend = &self.backend;
+        let mut tokens = Vec::new();
+        let mut positions = Vec::new();
+        let mut sequences = Vec::new();
+        for chunk in &batch.chunks {
+            let rows = tokens.len()..tokens.len() + chunk.tokens.len();
+            tokens.extend_from_slice(&chunk.tokens);
+            positions.extend_from_slice(&chunk.positions);
+            sequences.push(SequenceRows { rows, start: chunk.start, block_table: chunk.block_table.clone() });
+        }
+        let mut x = self.decoder.embed(backend, &tokens)?; // [n, H]
+        for (chunk, sequence) in batch.chunks.iter().zip(&sequences) {
+            for rows in &chunk.features {
+                let features = &self.features[&rows.feature];
+                backend.copy_rows(features, rows.row..rows.row + rows.len, &mut x, sequence.rows.start + rows.at)?;
+            }
+        }
+        let hidden_size = self.config.text.hidden_size;
+        if tap.wants("inputs_embeds") {
+            tap.record("inputs_embeds", hidden_size, &backend.download(&x)?);
+        }
+        let x = self.decoder.forward(backend, x, &positions, &sequences, &mut self.cache, tap)?;
+        if tap.wants("lm_final_norm") {
+            tap.record("lm_final_norm", hidden_size, &backend.download(&self.decoder.final_norm(backend, &x)?)?);
+        }
+        let mut wanted = Vec::new();
+        for (chunk, sequence) in batch.chunks.iter().zip(&sequences) {
+            wanted.extend(logit_rows(chunk).map(|row| (sequence.rows.start + row) as u32));
+        }
+        if wanted.is_empty() {
+            return Ok(Outputs { logits: vec![Vec::new(); batch.chunks.len()] });
+        }
+        let rows = backend.gather_rows(&x, &backend.upload_index(&wanted)?, 1)?;
+        let rows = self.decoder.final_norm(backend, &rows)?;
+        let mut all = backend.download(&self.decoder.logits(backend, &rows)?)?.into_iter();
+        let vocab_size = self.info.vocab_size;
+        let logits = batch
+            .chunks
+            .iter()
+            .map(|chunk| all.by_ref().take(logit_rows(chunk).len() * vocab_size).collect())
+            .collect();
+        Ok(Outputs { logits })
+    }
+
+    fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost {
+        let spans: Vec<usize> = self.spans(kind, grid_thw).iter().map(Grid::len).collect();
+        let text = &self.config.text;
+        let vision = cost::vision(&self.config.vision, text.hidden_size, spans.iter().sum(), &spans);
+        Cost { vision, prefill: cost::prefill(text, tokens) }
+    }
+
+    fn flops_per_second(&mut self) -> f64 {
+        if let Some(flops) = self.flops {
+            return flops;
+        }
+        // A product of the vision tower's shape, a few times over.
+        let (rows, width) = (256, 1024);
+        let measure = || -> Result<f64, ModelError> {
+            let b = &self.backend;
+            let weight = b.load(&WeightSource::from_f32("probe", width, width, &vec![0.5; width * width]))?;
+            let x = b.upload(rows, width, &vec![0.5; rows * width])?;
+            b.download(&b.linear(&x, &weight, None, Activation::None)?)?;
+            let start = Instant::now();
+            b.download(&b.linear(&x, &weight, None, Activation::None)?)?;
+            Ok((2 * rows * width * width) as f64 / start.elapsed().as_secs_f64().max(1e-9))
+        };
+        // Without a figure there is no estimate; that is not worth an error.
+        let flops = measure().unwrap_or(f64::INFINITY);
+        self.flops = Some(flops);
+        flops
+    }
+}

@@ -1,0 +1,104 @@
+//! From the checkpoint's tensors to the backend's weights.
+
+use keye_backend::{Backend, BackendError, Dtype, WeightSource};
+use keye_processor::{Checkpoint, StoredTensor};
+
+use crate::ModelError;
+
+/// A weight matrix and its bias.
+pub(crate) struct Linear<B: Backend> {
+    /// `[out, in]`
+    pub weight: B::Weight,
+    /// `[out]`
+    pub bias: Option<B::Weight>,
+}
+
+/// Gain and shift of a LayerNorm.
+pub(crate) struct LayerNorm<B: Backend> {
+    /// `[width]`
+    pub weight: B::Weight,
+    /// `[width]`
+    pub bias: B::Weight,
+    pub eps: f32,
+}
+
+impl<B: Backend> LayerNorm<B> {
+    pub(crate) fn forward(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor, BackendError> {
+        backend.layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// Names tensors relative to a prefix.
+pub(crate) struct Weights<'a, B: Backend> {
+    checkpoint: &'a Checkpoint,
+    backend: &'a B,
+    prefix: String,
+}
+
+impl<'a, B: Backend> Weights<'a, B> {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, backend: &'a B) -> Self {
+        Self { checkpoint, backend, prefix: String::new() }
+    }
+
+    /// The weights below `name`.
+    pub(crate) fn at(&self, name: impl std::fmt::Display) -> Self {
+        Self { checkpoint: self.checkpoint, backend: self.backend, prefix: format!("{}{name}.", self.prefix) }
+    }
+
+    /// A stored tensor of any shape that has `shape`'s elements in `shape`'s order.
+    pub(crate) fn source(&self, name: &str, shape: &[usize]) -> Result<WeightSource, ModelError> {
+        let name = format!("{}{name}", self.prefix);
+        let tensor = self.checkpoint.tensor(&name, shape)?;
+        let (rows, cols) = match shape {
+            [n] => (1, *n),
+            [rows, rest @ ..] => (*rows, rest.iter().product()),
+            [] => (1, 1),
+        };
+        Ok(WeightSource { dtype: dtype(&tensor)?, name, rows, cols, bytes: tensor.bytes })
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.checkpoint.get(&format!("{}{name}", self.prefix)).is_some()
+    }
+
+    /// `[rows, cols]`
+    pub(crate) fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<B::Weight, ModelError> {
+        Ok(self.backend.load(&self.source(name, &[rows, cols])?)?)
+    }
+
+    /// `[n]`
+    pub(crate) fn vector(&self, name: &str, n: usize) -> Result<B::Weight, ModelError> {
+        Ok(self.backend.load(&self.source(name, &[n])?)?)
+    }
+
+    /// `name.weight [out, in]` and, if there is to be one, `name.bias [out]`.
+    pub(crate) fn linear(&self, name: &str, out: usize, input: usize, bias: bool) -> Result<Linear<B>, ModelError> {
+        let at = self.at(name);
+        let bias = if bias { Some(at.vector("bias", out)?) } else { None };
+        Ok(Linear { weight: at.matrix("weight", out, input)?, bias })
+    }
+
+    /// `name.weight [n]` and `name.bias [n]`.
+    pub(crate) fn layer_norm(&self, name: &str, n: usize, eps: f32) -> Result<LayerNorm<B>, ModelError> {
+        let at = self.at(name);
+        Ok(LayerNorm { weight: at.vector("weight", n)?, bias: at.vector("bias", n)?, eps })
+    }
+
+    pub(crate) fn backend(&self) -> &'a B {
+        self.backend
+    }
+}
+
+fn dtype(tensor: &StoredTensor) -> Result<Dtype, ModelError> {
+    use keye_processor::Dtype as Stored;
+    match tensor.dtype {
+        Stored::F32 => Ok(Dtype::F32),
+        Stored::Bf16 => Ok(Dtype::Bf16),
+        Stored::F16 => Ok(Dtype::F16),
+        other => Err(BackendError::Weight {
+            name: tensor.name.clone(),
+            reason: format!("{}: expected F32, BF16 or F16 elements, found {other:?}", tensor.file.display()),
+        }
+        .into()),
+    }
+}

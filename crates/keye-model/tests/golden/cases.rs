@@ -1,0 +1,66 @@
+//! Every tensor of every case, on every backend of this machine.
+
+use keye_backend::{Backend, Cpu, CpuOptions, Isa, Reference};
+
+use crate::support::{Case, FIXTURES, Recorder, encode, generate, load, pads, prefill};
+
+/// Cases whose patches are whole in the files.
+const CASES: [&str; 8] =
+    ["image_big", "image_one", "image_options", "image_two", "text_only", "text_system", "video_file", "video_frames"];
+
+/// Largest absolute differences of an f32 implementation (fixtures/README.md).
+const TOLERANCES: [(&str, f32); 8] = [
+    ("vit_embeddings", 1e-5),
+    ("vit_layer0", 1e-4),
+    ("vit_out", 1e-5),
+    ("projector", 1e-5),
+    ("inputs_embeds", 1e-5),
+    ("lm_layer0", 1e-4),
+    ("lm_final_norm", 1e-4),
+    ("logits_last8", 2e-4),
+];
+
+fn check<B: Backend>(make: impl Fn() -> B) {
+    let mut worst = TOLERANCES.map(|(name, _)| (name, 0.0f32));
+    let mut cases = 0;
+    for fixture in FIXTURES {
+        let mut model = load(fixture, make());
+        let pads = pads(fixture);
+        for case in CASES.into_iter().filter_map(|name| Case::open(fixture, name)) {
+            cases += 1;
+            let mut tap = Recorder::default();
+            let ids = encode(&mut model, &case, &mut tap);
+            let logits = prefill(&mut model, &case, &ids, pads, &mut tap);
+            tap.0.insert("logits_last8".into(), logits.clone());
+            for (i, (stage, tolerance)) in TOLERANCES.into_iter().enumerate() {
+                for prefix in ["image_", "video_", ""] {
+                    let name = format!("{prefix}{stage}");
+                    if !case.has(&name) {
+                        continue;
+                    }
+                    let difference = case.difference(&name, &tap.0[&name]);
+                    assert!(difference <= tolerance, "{fixture}/{} {name}: {difference} > {tolerance}", case.name);
+                    worst[i].1 = worst[i].1.max(difference);
+                }
+            }
+            assert_eq!(generate(&mut model, &case, &logits, 16), case.generated, "{fixture}/{}", case.name);
+            for id in ids {
+                keye_model::Runner::release(&mut model, id);
+            }
+        }
+    }
+    assert_eq!(cases, 14, "cases with whole patches");
+    println!("{}: largest differences {worst:?}", make().describe());
+}
+
+#[test]
+fn reference_reproduces_every_case() {
+    check(|| Reference);
+}
+
+#[test]
+fn every_instruction_set_reproduces_every_case() {
+    for isa in Isa::available() {
+        check(|| Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap());
+    }
+}
