@@ -95,7 +95,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn new(info: &RunnerInfo, options: &EngineOptions) -> Self {
+    pub fn new(info: &RunnerInfo, options: &EngineOptions) -> Self {
         let longest = info.max_positions.min(info.num_blocks.saturating_mul(info.block_tokens));
         Self {
             submissions: Queue::new(),

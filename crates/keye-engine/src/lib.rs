@@ -16,6 +16,8 @@
 mod block_manager;
 mod engine;
 mod event;
+#[cfg(test)]
+mod fake;
 mod feature_cache;
 mod media_cache;
 mod prepare;
@@ -26,6 +28,8 @@ mod sampling;
 mod scheduler;
 mod sequence;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod trace;
 mod worker;
 

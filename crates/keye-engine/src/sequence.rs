@@ -78,6 +78,7 @@ pub(crate) struct Sequence {
     stop: StopMatcher,
     text: String,
     usage: Usage,
+    started: bool,
     /// Features in use.
     pub pinned: Vec<(usize, FeatureKey, FeatureId)>,
 }
@@ -101,6 +102,7 @@ impl Sequence {
             stop: StopMatcher::new(&request.sampling.stop),
             text: String::new(),
             usage,
+            started: false,
             pinned: Vec::new(),
             request,
         })
@@ -124,7 +126,8 @@ impl Sequence {
 
     /// It leaves the queue; `cached` prompt tokens need not be computed.
     pub fn admitted(&mut self, cached: usize) {
-        if self.request.place.take().is_some() {
+        if !std::mem::replace(&mut self.started, true) {
+            self.request.place = None;
             self.usage.cached_tokens = cached;
             self.request.clock.lap(|timings| &mut timings.queued);
         }
