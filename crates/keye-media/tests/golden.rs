@@ -1,0 +1,11 @@
+//! Golden tests: the crate from outside, against the fixtures and against `ffmpeg` itself.
+
+#[path = "golden/make.rs"]
+mod make;
+#[path = "golden/support.rs"]
+mod support;
+
+#[path = "golden/clips.rs"]
+mod clips;
+#[path = "golden/video.rs"]
+mod video;
