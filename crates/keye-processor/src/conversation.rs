@@ -1,7 +1,9 @@
 //! A conversation with media in it.
 
-use keye_media::MediaItem;
-use serde_json::Value;
+use keye_media::{MediaItem, MediaKind, Source};
+use serde_json::{Map, Value, json};
+
+use crate::ThinkMode;
 
 /// Chat messages as the template sees them, and the media they mention, in order.
 ///
@@ -29,5 +31,81 @@ impl Conversation {
     /// The normalised messages, for display and for the template.
     pub fn messages(&self) -> &[Value] {
         &self.messages
+    }
+
+    /// Puts a system message in front.
+    pub fn with_system(mut self, text: &str) -> Self {
+        self.messages.insert(0, json!({"role": "system", "content": text}));
+        self
+    }
+
+    /// Adds a user's turn: the media, in order, then the text.
+    pub fn push_user(&mut self, media: Vec<MediaItem>, text: &str) {
+        let content = if media.is_empty() {
+            Value::from(text)
+        } else {
+            let parts = media.iter().map(shown_part).chain([text_part(text)]);
+            Value::Array(parts.collect())
+        };
+        self.messages.push(json!({"role": "user", "content": content}));
+        self.media.extend(media);
+    }
+
+    /// Adds an answer.
+    pub fn push_assistant(&mut self, text: &str) {
+        self.messages.push(json!({"role": "assistant", "content": text}));
+    }
+
+    /// A copy whose last user text ends with the suffix of `mode`, without a space (spec §9). A suffix that is already
+    /// there stays as it was written.
+    pub fn with_think(&self, mode: ThinkMode) -> Self {
+        let mut copy = self.clone();
+        let last_user = copy.messages.iter_mut().rfind(|m| m["role"] == "user");
+        if let (Some(message), false) = (last_user, mode == ThinkMode::Auto) {
+            append(&mut message["content"], mode.suffix());
+        }
+        copy
+    }
+}
+
+/// Appends to a content's last text, unless it ends with a think suffix.
+fn append(content: &mut Value, suffix: &str) {
+    let add = |text: &str| {
+        let chosen = [ThinkMode::Think, ThinkMode::NoThink].iter().any(|mode| text.trim_end().ends_with(mode.suffix()));
+        Value::from(if chosen { text.to_owned() } else { format!("{text}{suffix}") })
+    };
+    match content {
+        Value::String(text) => *content = add(text),
+        Value::Array(parts) => match parts.iter_mut().rfind(|part| part["text"].is_string()) {
+            Some(part) => part["text"] = add(part["text"].as_str().unwrap_or_default()),
+            None => parts.push(text_part(suffix)),
+        },
+        _ => {}
+    }
+}
+
+/// A text part as the template sees it.
+pub(crate) fn text_part(text: &str) -> Value {
+    json!({"type": "text", "text": text})
+}
+
+/// A media part as the template sees it: what it is and, shortened, where it comes from.
+pub(crate) fn shown_part(item: &MediaItem) -> Value {
+    let name = match item.kind {
+        MediaKind::Image => "image",
+        MediaKind::Video => "video",
+    };
+    let mut part = Map::new();
+    part.insert("type".into(), name.into());
+    part.insert(name.into(), shown_source(&item.source));
+    Value::Object(part)
+}
+
+fn shown_source(source: &Source) -> Value {
+    match source {
+        Source::Path(path) => path.to_string_lossy().into_owned().into(),
+        Source::Url(url) => url.as_str().into(),
+        Source::Bytes(bytes) => format!("<{} bytes>", bytes.len()).into(),
+        Source::Frames(frames) => frames.iter().map(|frame| shown_source(&frame.source)).collect(),
     }
 }

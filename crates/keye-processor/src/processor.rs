@@ -4,6 +4,10 @@ use std::path::Path;
 
 use keye_media::{Media, MediaConfig};
 
+use crate::expand::Expander;
+use crate::files::file_error;
+use crate::positions::positions;
+use crate::preprocessor_config;
 use crate::{
     ChatTemplate, Conversation, FeatureSpan, GenerationConfig, ModelConfig, ProcessorError, TemplateOptions, Tokenizer,
 };
@@ -36,21 +40,36 @@ pub struct Prompt {
 pub struct Processor {
     /// config.json.
     pub config: ModelConfig,
-    /// generation_config.json, or its defaults.
+    /// generation_config.json, or its defaults; its end tokens are config.json's where it has none.
     pub generation: GenerationConfig,
     /// Media rules: the variant's, then preprocessor_config.json, then the overrides.
     pub media: MediaConfig,
-    /// tokenizer.json.
+    /// Tokenizer, padded to the model's vocabulary.
     pub tokenizer: Tokenizer,
     /// The chat template.
     pub template: ChatTemplate,
+    expander: Expander,
 }
 
 impl Processor {
     /// Reads the files of a checkpoint directory; weights are not touched.
     pub fn load(dir: &Path, overrides: &Overrides) -> Result<Self, ProcessorError> {
-        let _ = (dir, overrides);
-        Err(ProcessorError::Prompt("not loaded".into()))
+        let config = ModelConfig::load(dir)?;
+        let mut generation = GenerationConfig::load(dir, config.text.vocab_size)?;
+        if generation.eos_token_id.is_empty() {
+            generation.eos_token_id.clone_from(&config.eos_token_id);
+        }
+        let media = media_config(dir, &config, overrides)?;
+        // Every vocabulary that `config` accepts fits 32 bits.
+        let tokenizer = Tokenizer::load(dir)?.padded_to(config.text.vocab_size as u32);
+        if tokenizer.vocab_size() > config.text.vocab_size {
+            let (have, found) = (config.text.vocab_size, tokenizer.vocab_size());
+            let reason = format!("vocab_size: expected at least the {found} ids of the tokenizer, found {have}");
+            return Err(file_error(&dir.join("config.json"), reason));
+        }
+        let template = ChatTemplate::load(dir, config.variant)?;
+        let expander = Expander::new(&config, &tokenizer, media.processor.merge_size)?;
+        Ok(Self { config, generation, media, tokenizer, template, expander })
     }
 
     /// Renders, expands and tokenises a conversation whose media have been processed, in order.
@@ -60,7 +79,39 @@ impl Processor {
         media: &[&Media],
         options: &TemplateOptions,
     ) -> Result<Prompt, ProcessorError> {
-        let _ = (conversation, media, options);
-        Err(ProcessorError::Prompt("not loaded".into()))
+        let wanted = conversation.media();
+        if wanted.len() != media.len() || wanted.iter().zip(media).any(|(item, media)| item.kind != media.kind) {
+            let reason =
+                format!("expected the {} media of the conversation in order, found {}", wanted.len(), media.len());
+            return Err(ProcessorError::Prompt(reason));
+        }
+        let text = self.template.render(conversation.messages(), options)?;
+        let (input_ids, blocks) = self.expander.expand(&text, media, &self.tokenizer)?;
+        let (positions, rope_delta) = positions(input_ids.len(), &blocks, self.config.vision.tokens_per_second)?;
+        let features = blocks.into_iter().map(|block| block.span).collect();
+        Ok(Prompt { text, input_ids, positions, rope_delta, features })
     }
+}
+
+/// The variant's rules, then preprocessor_config.json, then the overrides.
+fn media_config(dir: &Path, config: &ModelConfig, overrides: &Overrides) -> Result<MediaConfig, ProcessorError> {
+    let mut processor = preprocessor_config::load(dir)?;
+    let path = dir.join("preprocessor_config.json");
+    for (name, found, vision) in [
+        ("patch_size", processor.patch_size, config.vision.patch_size),
+        ("merge_size", processor.merge_size, config.vision.spatial_merge_size),
+    ] {
+        if found as usize != vision {
+            let reason = format!("{name}: expected {vision} as config.json's vision_config says, found {found}");
+            return Err(file_error(&path, reason));
+        }
+    }
+    processor.min_pixels = overrides.processor_min_pixels.unwrap_or(processor.min_pixels);
+    processor.max_pixels = overrides.processor_max_pixels.unwrap_or(processor.max_pixels);
+    if processor.min_pixels == 0 || processor.min_pixels > processor.max_pixels {
+        let found = format!("{} and {}", processor.min_pixels, processor.max_pixels);
+        let reason = format!("processor min_pixels and max_pixels: expected 1 or more, in rising order, found {found}");
+        return Err(file_error(&path, reason));
+    }
+    Ok(MediaConfig { processor, ..config.facts().media })
 }

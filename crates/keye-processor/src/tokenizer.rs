@@ -56,7 +56,7 @@ impl Tokenizer {
         let merges = read_text(&merges_path, VOCABULARY_BYTES)?
             .lines()
             .enumerate()
-            .filter(|(i, line)| !line.is_empty() && !(*i == 0 && line.starts_with("#version")))
+            .filter(|(i, line)| !(line.is_empty() || *i == 0 && line.starts_with("#version")))
             .map(|(i, line)| match line.split_once(' ') {
                 Some((left, right)) => Ok(json!([left, right])),
                 None => Err(file_error(&merges_path, format!("line {}: expected two pieces, found {line:?}", i + 1))),

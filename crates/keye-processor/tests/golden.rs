@@ -2,3 +2,5 @@
 
 #[path = "golden/checkpoint.rs"]
 mod checkpoint;
+#[path = "golden/text.rs"]
+mod text;
