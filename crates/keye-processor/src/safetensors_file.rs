@@ -64,8 +64,11 @@ impl SafetensorsFile {
     }
 }
 
+/// Metadata and tensors of a file.
+type CheckedHeader = (BTreeMap<String, String>, BTreeMap<String, Entry>);
+
 /// Metadata and tensors of the file whose bytes are `file`, or what is wrong with it.
-fn parse_header(file: &[u8]) -> Result<(BTreeMap<String, String>, BTreeMap<String, Entry>), String> {
+fn parse_header(file: &[u8]) -> Result<CheckedHeader, String> {
     let size = file.len();
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("truncated: {size} bytes are less than the 8 of a safetensors header length"));

@@ -48,10 +48,11 @@ impl SafetensorsWriter {
             reason,
         })?;
         let (partial, file) = PartialFile::create(path)?;
+        let tensors = tensors.to_vec().into_iter();
         let mut out = BufWriter::with_capacity(1 << 20, file);
         let written = out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header));
         written.map_err(|source| ProcessorError::Write { path: path.to_owned(), source })?;
-        Ok(Self { out, partial, tensors: tensors.to_vec().into_iter() })
+        Ok(Self { out, partial, tensors })
     }
 
     /// Writes the elements of the next tensor: `fill` writes as many little-endian bytes as the tensor has.

@@ -1,1 +1,5 @@
 //! Keye-VL.
+
+mod disk;
+pub mod presets;
+pub mod random_checkpoint;

@@ -1,0 +1,447 @@
+//! Checkpoint layouts without their weights: the files and tensors of the published models, and of tiny ones.
+
+use keye_processor::{Dtype, NewTensor};
+use serde_json::{Map, Value, json};
+
+/// A checkpoint that can be written with random weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preset {
+    /// Keye-VL-8B-Preview in its real size.
+    KeyeVl8b,
+    /// Keye-VL-1.5-8B in its real size.
+    KeyeVl1_5_8b,
+    /// Preview with the dimensions of the golden data.
+    KeyeTiny,
+    /// 1.5 with the dimensions of the golden data.
+    Keye1_5Tiny,
+}
+
+/// The dimensions in which the presets differ (spec §2, §3).
+struct Dims {
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    vocab: usize,
+    mrope_section: [usize; 3],
+    vision_hidden: usize,
+    vision_intermediate: usize,
+    vision_layers: usize,
+    vision_heads: usize,
+    /// Rows of the table that inference does not use.
+    packing_positions: usize,
+    image_max_pixels: u64,
+    /// The id of `<|endoftext|>`, the first added token; others keep their distance from it.
+    first_added: usize,
+}
+
+/// The side of the learned position grid is 384 / 14.
+const GRID: usize = 27;
+const PATCH: usize = 14;
+const MERGE: usize = 2;
+
+const REAL: Dims = Dims {
+    hidden: 4096,
+    intermediate: 12288,
+    layers: 36,
+    heads: 32,
+    kv_heads: 8,
+    head_dim: 128,
+    vocab: 151_936,
+    mrope_section: [16, 24, 24],
+    vision_hidden: 1152,
+    vision_intermediate: 4304,
+    vision_layers: 27,
+    vision_heads: 16,
+    packing_positions: 32_768,
+    image_max_pixels: 1_003_520,
+    first_added: 151_643,
+};
+
+const TINY: Dims = Dims {
+    hidden: 64,
+    intermediate: 144,
+    layers: 4,
+    heads: 4,
+    kv_heads: 2,
+    head_dim: 32,
+    vocab: 960,
+    mrope_section: [4, 6, 6],
+    vision_hidden: 64,
+    vision_intermediate: 120,
+    vision_layers: 3,
+    vision_heads: 4,
+    packing_positions: 96,
+    image_max_pixels: 37_632,
+    first_added: 672,
+};
+
+/// Added tokens of Preview in the order of their ids (spec §7).
+const ADDED: [&str; 32] = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    "<|point_start|>",
+    "<|point_end|>",
+    "<|ocr_text_start|>",
+    "<|ocr_text_end|>",
+    "<|clip_time_start|>",
+    "<|clip_time_end|>",
+];
+/// Further added tokens of 1.5.
+const ADDED_1_5: [&str; 4] = ["<|frame|>", "<|fast_video_pad|>", "<|fast_start|>", "<|fast_end|>"];
+
+/// Decoding skips the tokens of turns and of vision, counted from `<|endoftext|>`.
+fn is_special(index: usize) -> bool {
+    matches!(index, 0..=2 | 9..=13 | 32..)
+}
+
+/// Split regex of the family's tokenizers (spec §7).
+const SPLIT: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The chat template (spec §8.1) in the pieces between which 1.5 inserts its default system prompt (§8.2).
+const TEMPLATE: [&str; 3] = [
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}",
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n\
+     {% else %}{% for content in message['content'] %}\
+     {% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
+     {% set image_count.value = image_count.value + 1 %}\
+     {% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
+     {% elif content['type'] == 'video' or 'video' in content %}\
+     {% set video_count.value = video_count.value + 1 %}\
+     {% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
+     {% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}\
+     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+];
+
+impl Preset {
+    /// Every preset.
+    pub const ALL: [Self; 4] = [Self::KeyeVl8b, Self::KeyeVl1_5_8b, Self::KeyeTiny, Self::Keye1_5Tiny];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KeyeVl8b => "keye-vl-8b",
+            Self::KeyeVl1_5_8b => "keye-vl-1.5-8b",
+            Self::KeyeTiny => "keye-tiny",
+            Self::Keye1_5Tiny => "keye-1.5-tiny",
+        }
+    }
+
+    /// The preset called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|preset| preset.name() == name)
+    }
+
+    fn is_1_5(self) -> bool {
+        matches!(self, Self::KeyeVl1_5_8b | Self::Keye1_5Tiny)
+    }
+
+    fn is_tiny(self) -> bool {
+        matches!(self, Self::KeyeTiny | Self::Keye1_5Tiny)
+    }
+
+    fn dims(self) -> &'static Dims {
+        if self.is_tiny() { &TINY } else { &REAL }
+    }
+
+    /// Names and contents of the checkpoint's json files, for weights of type `dtype`.
+    pub fn files(self, dtype: Dtype) -> [(&'static str, Value); 6] {
+        let template: String = match self.is_1_5() {
+            true => TEMPLATE.concat(),
+            false => [TEMPLATE[0], TEMPLATE[2]].concat(),
+        };
+        [
+            ("config.json", self.config(dtype)),
+            ("generation_config.json", self.generation_config()),
+            ("preprocessor_config.json", self.preprocessor_config()),
+            ("chat_template.json", json!({"chat_template": template})),
+            ("tokenizer.json", self.tokenizer()),
+            ("tokenizer_config.json", tokenizer_config()),
+        ]
+    }
+
+    fn config(self, dtype: Dtype) -> Value {
+        let (dims, id) = (self.dims(), |token: &str| self.id(token));
+        let (architecture, model_type) = match self.is_1_5() {
+            true => ("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
+            false => ("KeyeForConditionalGeneration", "Keye"),
+        };
+        let torch_dtype = match dtype {
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            _ => "bfloat16",
+        };
+        let vision = json!({
+            "architectures": ["SiglipVisionModel"],
+            "attention_dropout": 0.0,
+            "hidden_size": dims.vision_hidden,
+            "image_size": 384,
+            "intermediate_size": dims.vision_intermediate,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": dims.vision_heads,
+            "num_hidden_layers": dims.vision_layers,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+        });
+        let mut config = json!({
+            "architectures": [architecture],
+            "model_type": model_type,
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "bos_token_id": id("<|endoftext|>"),
+            "eos_token_id": id("<|im_end|>"),
+            "vision_start_token_id": id("<|vision_start|>"),
+            "vision_end_token_id": id("<|vision_end|>"),
+            "vision_token_id": id("<|vision_pad|>"),
+            "image_token_id": id("<|image_pad|>"),
+            "video_token_id": id("<|video_pad|>"),
+            "head_dim": dims.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": dims.hidden,
+            "initializer_factor": 1.0,
+            "initializer_range": 0.02,
+            "intermediate_size": dims.intermediate,
+            "max_position_embeddings": if self.is_1_5() { 131_072 } else { 40_960 },
+            "max_window_layers": dims.layers,
+            "num_attention_heads": dims.heads,
+            "num_hidden_layers": dims.layers,
+            "num_key_value_heads": dims.kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"type": "mrope", "mrope_section": dims.mrope_section},
+            "rope_theta": if self.is_1_5() { 8_000_000 } else { 1_000_000 },
+            "sliding_window": null,
+            "tie_word_embeddings": false,
+            "torch_dtype": torch_dtype,
+            "transformers_version": "4.41.2",
+            "use_cache": true,
+            "use_sliding_window": false,
+            "vision_config": vision,
+            "vocab_size": dims.vocab,
+        });
+        if self.is_1_5() {
+            config["fast_video_token_id"] = json!(id("<|fast_video_pad|>"));
+        }
+        config
+    }
+
+    fn generation_config(self) -> Value {
+        let (end, turn_end) = (self.id("<|endoftext|>"), self.id("<|im_end|>"));
+        json!({
+            "bos_token_id": end,
+            "do_sample": true,
+            "eos_token_id": [turn_end, end],
+            "pad_token_id": end,
+            "temperature": 0.6,
+            "top_k": 20,
+            "top_p": 0.95,
+            "transformers_version": "4.41.2",
+        })
+    }
+
+    fn preprocessor_config(self) -> Value {
+        json!({
+            "do_convert_rgb": true,
+            "do_normalize": true,
+            "do_rescale": true,
+            "do_resize": true,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "max_pixels": self.dims().image_max_pixels,
+            "merge_size": MERGE,
+            "min_pixels": 3136,
+            "patch_size": PATCH,
+            "processor_class": if self.is_1_5() { "KeyeVL1_5Processor" } else { "KeyeProcessor" },
+            "resample": 3,
+            "rescale_factor": 1.0 / 255.0,
+            "temporal_patch_size": 1,
+        })
+    }
+
+    /// Added tokens with their ids and whether decoding skips them.
+    fn added_tokens(self) -> impl Iterator<Item = (usize, &'static str, bool)> {
+        let first = self.dims().first_added;
+        // 151675 and 151676 of 1.5 are unknown (spec §7).
+        let gap = if self.is_tiny() { 0 } else { 2 };
+        let of_1_5 = ADDED_1_5.into_iter().enumerate().filter(move |_| self.is_1_5());
+        let of_1_5 = of_1_5.map(move |(i, token)| (ADDED.len() + gap + i, token));
+        ADDED.into_iter().enumerate().chain(of_1_5).map(move |(i, token)| (first + i, token, is_special(i)))
+    }
+
+    fn id(self, token: &str) -> Option<usize> {
+        self.added_tokens().find(|(_, text, _)| *text == token).map(|(id, ..)| id)
+    }
+
+    /// A byte-level tokenizer without the published vocabulary: bytes, a few pairs for the tiny presets, the added tokens at
+    /// their real ids. Added tokens are in the model's vocabulary too, since ids given beside it are not kept.
+    fn tokenizer(self) -> Value {
+        let mut vocab: Map<String, Value> = byte_symbols().map(String::from).zip((0..).map(Value::from)).collect();
+        let mut merges = Vec::new();
+        if self.is_tiny() {
+            let starts = std::iter::once('Ġ').chain("bcdfghklmnprstw".chars());
+            for (start, end) in starts.flat_map(|start| ('a'..='z').map(move |end| (start, end))) {
+                merges.push(json!([start, end]));
+                vocab.insert(format!("{start}{end}"), vocab.len().into());
+            }
+        }
+        let mut added = Vec::new();
+        for (id, content, special) in self.added_tokens() {
+            vocab.insert(content.into(), id.into());
+            added.push(json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": special,
+            }));
+        }
+        let byte_level = |trim: bool, space: bool| json!({"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": trim, "use_regex": space});
+        json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": added,
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": false},
+                byte_level(true, false),
+            ]},
+            "post_processor": byte_level(false, false),
+            "decoder": byte_level(true, true),
+            "model": {
+                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                "vocab": vocab, "merges": merges,
+            },
+        })
+    }
+
+    /// Every tensor of the checkpoint, those that inference does not use included (spec §3).
+    pub fn tensors(self, dtype: Dtype) -> Vec<NewTensor> {
+        let dims = self.dims();
+        let mut list = TensorList { dtype, tensors: Vec::new() };
+        let (h, f, d, i) = (dims.hidden, dims.intermediate, dims.vision_hidden, dims.vision_intermediate);
+        let (q, kv) = (dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim);
+
+        let embeddings = "visual.vision_model.embeddings";
+        list.add(&format!("{embeddings}.patch_embedding.weight"), &[d, 3, PATCH, PATCH]);
+        list.add(&format!("{embeddings}.patch_embedding.bias"), &[d]);
+        list.add(&format!("{embeddings}.position_embedding.weight"), &[GRID * GRID, d]);
+        list.add(&format!("{embeddings}.packing_position_embedding.weight"), &[dims.packing_positions, d]);
+        for layer in 0..dims.vision_layers {
+            let layer = format!("visual.vision_model.encoder.layers.{layer}");
+            list.norm(&format!("{layer}.layer_norm1"), d);
+            for projection in ["q", "k", "v", "out"] {
+                list.linear(&format!("{layer}.self_attn.{projection}_proj"), d, d);
+            }
+            list.norm(&format!("{layer}.layer_norm2"), d);
+            list.linear(&format!("{layer}.mlp.fc1"), i, d);
+            list.linear(&format!("{layer}.mlp.fc2"), d, i);
+        }
+        list.norm("visual.vision_model.post_layernorm", d);
+        let head = "visual.vision_model.head";
+        list.add(&format!("{head}.probe"), &[1, 1, d]);
+        list.add(&format!("{head}.attention.in_proj_weight"), &[3 * d, d]);
+        list.add(&format!("{head}.attention.in_proj_bias"), &[3 * d]);
+        list.linear(&format!("{head}.attention.out_proj"), d, d);
+        list.norm(&format!("{head}.layernorm"), d);
+        list.linear(&format!("{head}.mlp.fc1"), i, d);
+        list.linear(&format!("{head}.mlp.fc2"), d, i);
+
+        let merged = MERGE * MERGE * d;
+        list.norm("mlp_AR.pre_norm", if self.is_1_5() { merged } else { d });
+        list.linear("mlp_AR.linear_1", merged, merged);
+        list.linear("mlp_AR.linear_2", h, merged);
+
+        list.add("model.embed_tokens.weight", &[dims.vocab, h]);
+        for layer in 0..dims.layers {
+            let layer = format!("model.layers.{layer}");
+            list.add(&format!("{layer}.input_layernorm.weight"), &[h]);
+            list.add(&format!("{layer}.self_attn.q_proj.weight"), &[q, h]);
+            list.add(&format!("{layer}.self_attn.k_proj.weight"), &[kv, h]);
+            list.add(&format!("{layer}.self_attn.v_proj.weight"), &[kv, h]);
+            list.add(&format!("{layer}.self_attn.o_proj.weight"), &[h, q]);
+            list.add(&format!("{layer}.self_attn.q_norm.weight"), &[dims.head_dim]);
+            list.add(&format!("{layer}.self_attn.k_norm.weight"), &[dims.head_dim]);
+            list.add(&format!("{layer}.post_attention_layernorm.weight"), &[h]);
+            list.add(&format!("{layer}.mlp.gate_proj.weight"), &[f, h]);
+            list.add(&format!("{layer}.mlp.up_proj.weight"), &[f, h]);
+            list.add(&format!("{layer}.mlp.down_proj.weight"), &[h, f]);
+        }
+        list.add("model.norm.weight", &[h]);
+        list.add("lm_head.weight", &[dims.vocab, h]);
+        list.tensors
+    }
+}
+
+struct TensorList {
+    dtype: Dtype,
+    tensors: Vec<NewTensor>,
+}
+
+impl TensorList {
+    fn add(&mut self, name: &str, shape: &[usize]) {
+        self.tensors.push(NewTensor { name: name.to_owned(), dtype: self.dtype, shape: shape.to_vec() });
+    }
+
+    fn linear(&mut self, name: &str, out: usize, into: usize) {
+        self.add(&format!("{name}.weight"), &[out, into]);
+        self.add(&format!("{name}.bias"), &[out]);
+    }
+
+    fn norm(&mut self, name: &str, width: usize) {
+        self.add(&format!("{name}.weight"), &[width]);
+        self.add(&format!("{name}.bias"), &[width]);
+    }
+}
+
+fn tokenizer_config() -> Value {
+    json!({
+        "add_bos_token": false,
+        "add_prefix_space": false,
+        "bos_token": null,
+        "clean_up_tokenization_spaces": false,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131_072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": false,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": null,
+    })
+}
+
+/// The characters that stand for bytes in a byte-level vocabulary, in the order of their ids: bytes that print stand for
+/// themselves and come first, the others are counted up from U+0100.
+fn byte_symbols() -> impl Iterator<Item = char> {
+    let prints = |byte: &u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    let others = (0..=255u8).filter(|byte| !prints(byte)).count() as u32;
+    let counted = (0x100..0x100 + others).filter_map(char::from_u32);
+    (0..=255u8).filter(move |byte| prints(byte)).map(char::from).chain(counted)
+}
