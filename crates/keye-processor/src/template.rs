@@ -256,6 +256,7 @@ mod tests {
             ("{{ messages[::-1][0]['content'].strip('bc') }}", "a b "),
             ("{% set n = namespace(v=1) %}{% for i in [1,2] %}{% set n.v = n.v + i %}{% endfor %}{{ n.v }}", "4"),
             ("a\n  {% if true %}\nb\n  {% endif %}\nc\n", "a\nb\nc"),
+            ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
             ("{% if add_generation_prompt and not add_vision_id %}x{% endif %}", "x"),
         ];
         for (source, expected) in cases {

@@ -30,6 +30,19 @@ struct Shared {
 const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Longest run of white space. The regex engine stops after a million backtracking steps, one for each such character,
+/// and what follows would silently get other ids than the reference gives.
+const MAX_WHITESPACE: usize = 500_000;
+
+fn longest_whitespace(text: &str) -> usize {
+    let (mut run, mut longest) = (0, 0);
+    for c in text.chars() {
+        run = if c.is_whitespace() { run + 1 } else { 0 };
+        longest = longest.max(run);
+    }
+    longest
+}
+
 impl Tokenizer {
     /// Reads `tokenizer.json` of a checkpoint directory, or else builds the same from `vocab.json`, `merges.txt` and
     /// `tokenizer_config.json`.
@@ -133,7 +146,14 @@ impl Tokenizer {
     }
 
     /// Ids of `text`; nothing is put in front or behind.
+    ///
+    /// # Errors
+    /// [`ProcessorError::Prompt`] for a run of white space so long that the split regex would give up on it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ProcessorError> {
+        if text.len() > MAX_WHITESPACE && longest_whitespace(text) > MAX_WHITESPACE {
+            let reason = format!("cannot tokenise more than {MAX_WHITESPACE} white-space characters in a row");
+            return Err(ProcessorError::Prompt(reason));
+        }
         let encoding = self.shared.inner.encode_fast(text, false);
         let encoding = encoding.map_err(|e| ProcessorError::Prompt(format!("cannot tokenise the text: {e}")))?;
         Ok(encoding.get_ids().to_vec())
@@ -331,6 +351,14 @@ mod tests {
                 assert_eq!(text, expected);
             }
         }
+    }
+
+    #[test]
+    fn deserts_of_white_space_are_errors() {
+        let tokenizer = Tokenizer::load(&fixture()).unwrap();
+        let spaces = |n: usize| format!("a{}x{}", " ".repeat(n), " ".repeat(600_000 - n));
+        assert!(tokenizer.encode(&spaces(300_000)).is_ok());
+        assert!(tokenizer.encode(&spaces(500_001)).is_err());
     }
 
     #[test]

@@ -4,3 +4,5 @@
 mod checkpoint;
 #[path = "golden/text.rs"]
 mod text;
+#[path = "golden/qwen3.rs"]
+mod qwen3;

@@ -301,3 +301,22 @@ fn prompts_that_do_not_fit_their_media_are_explained() {
         assert!(matches!(error, ProcessorError::Prompt(_)) && error.to_string().contains(expected), "{error}");
     }
 }
+
+#[test]
+fn long_clips_expand() {
+    let processor = processor("keye-1_5-tiny");
+    let conversation = Conversation::from_json(&json!([{"role": "user", "content": [{"video": "a"}]}])).unwrap();
+    let frames = 512;
+    let frame = |index: usize| {
+        let kind = if index.is_multiple_of(4) { FrameKind::Slow } else { FrameKind::Fast };
+        Frame { index, timestamp: Some(index as f32 * 0.5), kind, height: 280, width: 336 }
+    };
+    let clip = media(MediaKind::Video, vec![[frames as u32, 20, 24]], (0..frames).map(frame).collect(), None);
+    let start = std::time::Instant::now();
+    let prompt = processor.prompt(&conversation, &[&clip], &TemplateOptions::default()).unwrap();
+    println!("{} tokens in {:?}", prompt.input_ids.len(), start.elapsed());
+    assert_eq!(prompt.positions.len(), prompt.input_ids.len());
+    assert_eq!(prompt.features.len(), frames);
+    let pads = prompt.input_ids.iter().filter(|id| **id == processor.config.video_token_id).count();
+    assert_eq!(pads, frames * 120);
+}
