@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use keye_media::{Frame, FrameKind, Media, MediaKind, Patches, Pixels};
-use keye_model::{Batch, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap};
+use keye_model::{Batch, Cost, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap};
 use keye_processor::{FeatureSpan, Prompt};
 
 use crate::random::philox;
@@ -164,8 +164,8 @@ impl Runner for FakeRunner {
         Ok(outputs)
     }
 
-    fn cost(&self, _kind: MediaKind, grid_thw: &[[u32; 3]], _tokens: usize) -> (f64, f64) {
-        (f64::from(grid_thw.iter().map(|[t, h, w]| t * h * w).sum::<u32>()), 0.0)
+    fn cost(&self, _kind: MediaKind, grid_thw: &[[u32; 3]], _tokens: usize) -> Cost {
+        Cost { vision: f64::from(grid_thw.iter().map(|[t, h, w]| t * h * w).sum::<u32>()), prefill: 0.0 }
     }
 
     fn flops_per_second(&mut self) -> f64 {

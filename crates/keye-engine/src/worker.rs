@@ -94,8 +94,8 @@ impl Worker {
             return Some(0.0);
         }
         let seconds = guarded(|| {
-            let (flops, _) = self.runner.cost(media.kind, &media.patches.grid_thw, 0);
-            Ok(flops / self.runner.flops_per_second())
+            let cost = self.runner.cost(media.kind, &media.patches.grid_thw, 0);
+            Ok(cost.vision / self.runner.flops_per_second())
         });
         seconds.ok().filter(|seconds| seconds.is_finite() && *seconds > 0.0)
     }
@@ -198,9 +198,8 @@ impl Worker {
 
     fn fail(&mut self, id: u64, error: EngineError) {
         if let Some(sequence) = self.forget(id) {
-            // Whatever went wrong, a request that was given up was given up.
-            let cancelled = sequence.events().cancelled();
-            sequence.fail(if cancelled { EngineError::Cancelled } else { error });
+            let error = self.shared.why(sequence.events(), error);
+            sequence.fail(error);
         }
     }
 
