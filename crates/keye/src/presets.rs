@@ -1,6 +1,8 @@
 //! Checkpoint layouts without their weights: the files and tensors of the published models, and of tiny ones.
 
-use keye_processor::{Dtype, NewTensor};
+use std::path::Path;
+
+use keye_processor::{Dtype, ModelConfig, NewTensor, ProcessorError};
 use serde_json::{Map, Value, json};
 
 /// A checkpoint that can be written with random weights.
@@ -37,8 +39,6 @@ struct Dims {
     first_added: usize,
 }
 
-/// The side of the learned position grid is 384 / 14.
-const GRID: usize = 27;
 const PATCH: usize = 14;
 const MERGE: usize = 2;
 
@@ -343,81 +343,26 @@ impl Preset {
     }
 
     /// Every tensor of the checkpoint, those that inference does not use included (spec §3).
-    pub fn tensors(self, dtype: Dtype) -> Vec<NewTensor> {
-        let dims = self.dims();
-        let mut list = TensorList { dtype, tensors: Vec::new() };
-        let (h, f, d, i) = (dims.hidden, dims.intermediate, dims.vision_hidden, dims.vision_intermediate);
-        let (q, kv) = (dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim);
-
-        let embeddings = "visual.vision_model.embeddings";
-        list.add(&format!("{embeddings}.patch_embedding.weight"), &[d, 3, PATCH, PATCH]);
-        list.add(&format!("{embeddings}.patch_embedding.bias"), &[d]);
-        list.add(&format!("{embeddings}.position_embedding.weight"), &[GRID * GRID, d]);
-        list.add(&format!("{embeddings}.packing_position_embedding.weight"), &[dims.packing_positions, d]);
-        for layer in 0..dims.vision_layers {
-            let layer = format!("visual.vision_model.encoder.layers.{layer}");
-            list.norm(&format!("{layer}.layer_norm1"), d);
-            for projection in ["q", "k", "v", "out"] {
-                list.linear(&format!("{layer}.self_attn.{projection}_proj"), d, d);
-            }
-            list.norm(&format!("{layer}.layer_norm2"), d);
-            list.linear(&format!("{layer}.mlp.fc1"), i, d);
-            list.linear(&format!("{layer}.mlp.fc2"), d, i);
-        }
-        list.norm("visual.vision_model.post_layernorm", d);
-        let head = "visual.vision_model.head";
-        list.add(&format!("{head}.probe"), &[1, 1, d]);
-        list.add(&format!("{head}.attention.in_proj_weight"), &[3 * d, d]);
-        list.add(&format!("{head}.attention.in_proj_bias"), &[3 * d]);
-        list.linear(&format!("{head}.attention.out_proj"), d, d);
-        list.norm(&format!("{head}.layernorm"), d);
-        list.linear(&format!("{head}.mlp.fc1"), i, d);
-        list.linear(&format!("{head}.mlp.fc2"), d, i);
-
-        let merged = MERGE * MERGE * d;
-        list.norm("mlp_AR.pre_norm", if self.is_1_5() { merged } else { d });
-        list.linear("mlp_AR.linear_1", merged, merged);
-        list.linear("mlp_AR.linear_2", h, merged);
-
-        list.add("model.embed_tokens.weight", &[dims.vocab, h]);
-        for layer in 0..dims.layers {
-            let layer = format!("model.layers.{layer}");
-            list.add(&format!("{layer}.input_layernorm.weight"), &[h]);
-            list.add(&format!("{layer}.self_attn.q_proj.weight"), &[q, h]);
-            list.add(&format!("{layer}.self_attn.k_proj.weight"), &[kv, h]);
-            list.add(&format!("{layer}.self_attn.v_proj.weight"), &[kv, h]);
-            list.add(&format!("{layer}.self_attn.o_proj.weight"), &[h, q]);
-            list.add(&format!("{layer}.self_attn.q_norm.weight"), &[dims.head_dim]);
-            list.add(&format!("{layer}.self_attn.k_norm.weight"), &[dims.head_dim]);
-            list.add(&format!("{layer}.post_attention_layernorm.weight"), &[h]);
-            list.add(&format!("{layer}.mlp.gate_proj.weight"), &[f, h]);
-            list.add(&format!("{layer}.mlp.up_proj.weight"), &[f, h]);
-            list.add(&format!("{layer}.mlp.down_proj.weight"), &[h, f]);
-        }
-        list.add("model.norm.weight", &[h]);
-        list.add("lm_head.weight", &[dims.vocab, h]);
-        list.tensors
-    }
-}
-
-struct TensorList {
-    dtype: Dtype,
-    tensors: Vec<NewTensor>,
-}
-
-impl TensorList {
-    fn add(&mut self, name: &str, shape: &[usize]) {
-        self.tensors.push(NewTensor { name: name.to_owned(), dtype: self.dtype, shape: shape.to_vec() });
-    }
-
-    fn linear(&mut self, name: &str, out: usize, into: usize) {
-        self.add(&format!("{name}.weight"), &[out, into]);
-        self.add(&format!("{name}.bias"), &[out]);
-    }
-
-    fn norm(&mut self, name: &str, width: usize) {
-        self.add(&format!("{name}.weight"), &[width]);
-        self.add(&format!("{name}.bias"), &[width]);
+    pub fn tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
+        let config = ModelConfig::from_value(Path::new("config.json"), &self.config(dtype))?;
+        let used = keye_model::weight_layout(&config).into_iter().map(|tensor| (tensor.name, tensor.shape));
+        let (d, i) = (config.vision.hidden_size, config.vision.intermediate_size);
+        let unused = [
+            ("embeddings.packing_position_embedding.weight", vec![self.dims().packing_positions, d]),
+            ("head.probe", vec![1, 1, d]),
+            ("head.attention.in_proj_weight", vec![3 * d, d]),
+            ("head.attention.in_proj_bias", vec![3 * d]),
+            ("head.attention.out_proj.weight", vec![d, d]),
+            ("head.attention.out_proj.bias", vec![d]),
+            ("head.layernorm.weight", vec![d]),
+            ("head.layernorm.bias", vec![d]),
+            ("head.mlp.fc1.weight", vec![i, d]),
+            ("head.mlp.fc1.bias", vec![i]),
+            ("head.mlp.fc2.weight", vec![d, i]),
+            ("head.mlp.fc2.bias", vec![d]),
+        ];
+        let unused = unused.into_iter().map(|(name, shape)| (format!("visual.vision_model.{name}"), shape));
+        Ok(used.chain(unused).map(|(name, shape)| NewTensor { name, dtype, shape }).collect())
     }
 }
 

@@ -34,7 +34,7 @@ pub fn write(dir: &Path, preset: Preset, dtype: Dtype, seed: u64, progress: &mut
     if dir.exists() && !is_empty(dir) {
         bail!("{} is there already and not an empty directory; choose another name or remove it", dir.display());
     }
-    let tensors = preset.tensors(dtype);
+    let tensors = preset.tensors(dtype)?;
     let total: u64 = tensors.iter().filter_map(NewTensor::bytes).sum();
     let free = free_bytes(dir).with_context(|| format!("cannot tell how much room there is for {}", dir.display()))?;
     if total + EXTRA_BYTES > free {

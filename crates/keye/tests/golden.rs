@@ -1,4 +1,7 @@
 //! Behaviour of the crate, one binary.
 
+#[cfg(feature = "hub")]
+#[path = "golden/hub.rs"]
+mod hub;
 #[path = "golden/random_checkpoint.rs"]
 mod random_checkpoint;

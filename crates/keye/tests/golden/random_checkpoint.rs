@@ -63,7 +63,7 @@ fn tiny_presets_have_the_layout_of_the_golden_models() {
 #[test]
 fn published_sizes() {
     for (preset, frame) in [(Preset::KeyeVl8b, None), (Preset::KeyeVl1_5_8b, Some(151_677))] {
-        let tensors = preset.tensors(Dtype::Bf16);
+        let tensors = preset.tensors(Dtype::Bf16).unwrap();
         let shape = |name: &str| tensors.iter().find(|t| t.name == name).unwrap().shape.clone();
         assert_eq!(shape("lm_head.weight"), [151_936, 4096]);
         assert_eq!(shape("model.layers.35.self_attn.k_proj.weight"), [1024, 4096]);
