@@ -55,3 +55,7 @@ mod golden_arith;
 #[cfg(test)]
 #[path = "../tests/golden/decoding.rs"]
 mod golden_decoding;
+
+#[cfg(test)]
+#[path = "../tests/golden/modes.rs"]
+mod golden_modes;

@@ -1,7 +1,8 @@
 //! Still pictures: bytes to RGB to patches (spec §10.1).
 //!
 //! Formats are told by content: PNG, JPEG, WebP, GIF (first frame), BMP, TIFF. Lossless formats give Pillow's values.
-//! JPEG and lossy WebP decoders differ from libjpeg-turbo's and libwebp's by a few levels in some pixels.
+//! JPEG and lossy WebP decoders differ from libjpeg-turbo's and libwebp's by a few levels in some pixels, CMYK by one.
+//! Not read: grey float TIFFs.
 
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -155,7 +156,7 @@ fn to_rgb(image: DynamicImage, composite: bool, clip_grey: bool) -> Vec<u8> {
         }
         DynamicImage::ImageRgb16(image) => image.pixels().flat_map(|p| p.0.map(high)).collect(),
         DynamicImage::ImageRgba16(image) => image.pixels().flat_map(|p| on_white(p.0.map(high))).collect(),
-        // Float TIFFs: Pillow clips to 0..255 and cuts the fraction.
+        // Samples are clipped to 0..255 and lose their fraction, Pillow's rule for floats; `as` does both.
         DynamicImage::ImageRgb32F(image) => image.pixels().flat_map(|p| p.0.map(|v| v as u8)).collect(),
         other => other.to_rgb8().into_raw(),
     }

@@ -44,10 +44,9 @@ fn smart_resize() {
         for row in rows(fixture, "host/smart_resize.json", 500) {
             let [h, w] = ["h", "w"].map(|key| int(&row, key) as u32);
             let (min, max) = (int(&row, "min"), int(&row, "max"));
-            for (key, got) in [
-                ("utils", smart_resize_utils(h, w, 28, min, max)),
-                ("processor", smart_resize_hub(h, w, 28, min, max)),
-            ] {
+            for (key, got) in
+                [("utils", smart_resize_utils(h, w, 28, min, max)), ("processor", smart_resize_hub(h, w, 28, min, max))]
+            {
                 // Where the reference gets a side of 0 it fails one step later; here that is an error at once.
                 let wanted = ints(&row[key]).filter(|size| !size.contains(&0));
                 let got = got.ok().map(|(h, w)| vec![u64::from(h), u64::from(w)]);
