@@ -2,7 +2,7 @@
 
 #[path = "golden/checkpoint.rs"]
 mod checkpoint;
-#[path = "golden/text.rs"]
-mod text;
 #[path = "golden/qwen3.rs"]
 mod qwen3;
+#[path = "golden/text.rs"]
+mod text;
