@@ -66,11 +66,11 @@ pub struct EngineStats {
 /// not finished end with [`EngineError::Stopped`], and the drop returns when the threads are gone.
 #[derive(Clone)]
 pub struct Engine {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
-    shared: Arc<Shared>,
+pub(crate) struct Inner {
+    pub(crate) shared: Arc<Shared>,
     info: RunnerInfo,
     max_queue: usize,
     threads: Vec<JoinHandle<()>>,
@@ -120,6 +120,17 @@ impl Shared {
         self.prepared.retain(|_| false);
     }
 
+    /// The reason to give for `error`: work that was given up fails in all kinds of ways.
+    pub fn why(&self, events: &EventSender, error: EngineError) -> EngineError {
+        if events.cancelled() {
+            EngineError::Cancelled
+        } else if self.stopping() {
+            EngineError::Stopped
+        } else {
+            error
+        }
+    }
+
     pub fn stats(&self) -> MutexGuard<'_, EngineStats> {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -149,6 +160,7 @@ impl Engine {
         let place = Place::take(&shared.places, max_queue).or_else(|| {
             // Requests that were given up while they waited may still be in the queue.
             shared.submissions.retain(|submission| !submission.events.cancelled());
+            shared.prepared.retain(|prepared| !prepared.events.cancelled());
             Place::take(&shared.places, max_queue)
         });
         let place = place.ok_or(EngineError::QueueFull(max_queue))?;

@@ -45,14 +45,13 @@ impl Preparer {
                         PreparedRequest { prompt, media, sampling, end_tokens, detokenize, events, clock, place };
                     let given_up = |prepared: &PreparedRequest| prepared.events.cancelled();
                     if let Err(prepared) = self.shared.prepared.push_when(AHEAD, prepared, given_up) {
-                        let stopped = self.shared.stopping();
-                        prepared.fail(if stopped { EngineError::Stopped } else { EngineError::Cancelled });
+                        let error = self.shared.why(&prepared.events, EngineError::Stopped);
+                        prepared.fail(error);
                     }
                 }
                 Err(error) => {
                     drop(place);
-                    let error = if self.shared.stopping() { EngineError::Stopped } else { error };
-                    let error = if events.cancelled() { EngineError::Cancelled } else { error };
+                    let error = self.shared.why(&events, error);
                     events.end(Event::Failed(error));
                 }
             }

@@ -1,0 +1,422 @@
+//! The promises of the thread that owns the model.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use keye_media::Media;
+use keye_model::{NoTap, Runner};
+
+use crate::engine::Shared;
+use crate::event::event_channel;
+use crate::fake::{BAD_MEDIA, BAD_TOKEN, FakeRunner, Log, PANIC_MEDIA, PANIC_TOKEN, SLOW_MEDIA, clip, prompt};
+use crate::sequence::{Clock, PreparedRequest};
+use crate::worker::Worker;
+use crate::{
+    EngineError, EngineOptions, EngineStats, Event, EventStream, FinishReason, SamplingParams, Stage, Timings, Usage,
+    trace,
+};
+
+/// A worker without the part that decodes media.
+struct Harness {
+    shared: Arc<Shared>,
+    log: Arc<Log>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A request as the worker gets it.
+#[derive(Clone, Default)]
+struct Ask {
+    text: Vec<u32>,
+    media: Vec<Arc<Media>>,
+    sampling: SamplingParams,
+    end_tokens: Vec<u32>,
+}
+
+/// The end of a stream, and what came before it.
+#[derive(Debug)]
+struct Outcome {
+    stages: Vec<Stage>,
+    tokens: Vec<u32>,
+    streamed: String,
+    reason: FinishReason,
+    text: String,
+    usage: Usage,
+    timings: Timings,
+}
+
+fn options(max_batch_tokens: usize, max_running: usize) -> EngineOptions {
+    EngineOptions { max_batch_tokens, max_running, ..EngineOptions::default() }
+}
+
+fn ask(text: &[u32], media: &[Arc<Media>], max_tokens: usize) -> Ask {
+    let sampling = SamplingParams { max_tokens, ..SamplingParams::default() };
+    Ask { text: text.to_vec(), media: media.to_vec(), sampling, end_tokens: Vec::new() }
+}
+
+/// Token 7 is "h ", which makes stop strings that span tokens.
+fn spell(id: u32) -> String {
+    format!("{} ", char::from_u32(97 + id % 26).unwrap_or('?'))
+}
+
+impl Harness {
+    fn new(runner: FakeRunner, options: EngineOptions) -> Self {
+        let log = Arc::clone(&runner.log);
+        let shared = Arc::new(Shared::new(runner.info(), &options));
+        let worker = Worker::new(Box::new(runner), Arc::clone(&shared), &options);
+        Self { shared, log, thread: Some(std::thread::spawn(move || worker.run())) }
+    }
+
+    fn submit(&self, ask: &Ask) -> EventStream {
+        let (events, stream) = event_channel();
+        let request = PreparedRequest {
+            prompt: prompt(&ask.text, &ask.media),
+            media: ask.media.clone(),
+            sampling: ask.sampling.clone(),
+            end_tokens: ask.end_tokens.clone().into(),
+            detokenize: Box::new(|token| Ok(token.map_or(String::new(), spell))),
+            events,
+            clock: Clock::start(),
+            place: None,
+        };
+        assert!(self.shared.prepared.push(request).is_ok());
+        stream
+    }
+
+    fn run(&self, ask: &Ask) -> Outcome {
+        outcome(self.submit(ask)).expect("no error")
+    }
+
+    fn stats(&self) -> EngineStats {
+        *self.shared.stats()
+    }
+
+    /// Waits, for a while, until nobody holds anything.
+    fn assert_all_free(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let stats = self.stats();
+            if stats.running == 0 && stats.free_blocks == stats.num_blocks {
+                return;
+            }
+            assert!(Instant::now() < deadline, "still held: {stats:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Harness {
+    fn drop(&mut self) {
+        self.shared.stop();
+        if let Some(thread) = self.thread.take() {
+            assert!(thread.join().is_ok() || std::thread::panicking());
+        }
+    }
+}
+
+fn outcome(stream: EventStream) -> Result<Outcome, EngineError> {
+    let (mut stages, mut tokens, mut streamed) = (Vec::new(), Vec::new(), String::new());
+    for event in stream {
+        match event {
+            Event::Stage(stage) => stages.push(stage),
+            Event::Token { id, text } => {
+                tokens.push(id);
+                streamed += &text;
+            }
+            Event::Finished { reason, text, usage, timings, .. } => {
+                return Ok(Outcome { stages, tokens, streamed, reason, text, usage, timings });
+            }
+            Event::Failed(error) => return Err(error),
+        }
+    }
+    panic!("a stream without an end");
+}
+
+/// The tokens of a request that nothing else shares a machine with, whole prompt in one step.
+fn alone(ask: &Ask) -> Vec<u32> {
+    let media: Vec<Media> = ask.media.iter().map(|media| (**media).clone()).collect();
+    let prompt = prompt(&ask.text, &ask.media);
+    let mut runner = FakeRunner::new(1000, 64);
+    let trace = trace(&mut runner, &media, &prompt, &mut NoTap, ask.sampling.max_tokens).expect("it fits");
+    assert_eq!(runner.log.features.load(Ordering::SeqCst), 0);
+    assert_eq!(trace.prompt_logits.len(), prompt.input_ids.len().min(8));
+    trace.generated
+}
+
+fn some_asks() -> Vec<Ask> {
+    let text: Vec<u32> = (0..40).collect();
+    vec![
+        ask(&[1, 2, 3], &[], 12),
+        ask(&text, &[clip(1, 9)], 12),
+        ask(&text, &[clip(2, 9)], 12),
+        ask(&text[..7], &[clip(1, 9), clip(2, 5)], 12),
+        ask(&text[..30], &[clip(2, 9), clip(2, 9), clip(3, 11)], 12),
+        ask(&text[..11], &[], 30),
+    ]
+}
+
+#[test]
+fn every_chunk_size_gives_the_tokens_of_the_whole_prompt() {
+    for wanted in some_asks() {
+        let expected = alone(&wanted);
+        for chunk in (1..=70).chain([512]) {
+            let harness = Harness::new(FakeRunner::new(64, 4), options(chunk, 1));
+            let got = harness.run(&wanted);
+            assert_eq!(got.tokens, expected, "chunks of {chunk}");
+            assert_eq!(got.streamed, got.text);
+            assert!(harness.log.steps().iter().all(|step| step.iter().sum::<usize>() <= chunk));
+            assert_eq!(harness.stats().free_blocks, 64, "free before the end is told");
+        }
+    }
+}
+
+#[test]
+fn the_same_tokens_alone_among_others_and_after_preemption() {
+    let asks: Vec<Ask> = some_asks().into_iter().cycle().take(30).collect();
+    // The smallest pool just holds the longest request.
+    for (blocks, running, batch) in [(200, 4, 16), (24, 6, 32), (24, 3, 5), (200, 30, 64)] {
+        let harness = Harness::new(FakeRunner::new(blocks, 4), options(batch, running));
+        let streams: Vec<EventStream> = asks.iter().map(|ask| harness.submit(ask)).collect();
+        for (ask, stream) in asks.iter().zip(streams) {
+            assert_eq!(outcome(stream).expect("no error").tokens, alone(ask), "{blocks} blocks, {running} at once");
+        }
+        harness.assert_all_free();
+        assert!(harness.log.steps().iter().any(|step| step.len() > 1), "steps are shared");
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_answer_whatever_else_runs() {
+    let mut wanted = ask(&[1, 2, 3], &[clip(1, 9)], 20);
+    wanted.sampling =
+        SamplingParams { temperature: 1.5, top_p: 0.95, seed: 11, repetition_penalty: 1.1, ..wanted.sampling };
+    let harness = Harness::new(FakeRunner::new(200, 4), options(16, 8));
+    let first = harness.run(&wanted).tokens;
+    let streams: Vec<EventStream> = some_asks().iter().map(|ask| harness.submit(ask)).collect();
+    assert_eq!(harness.run(&wanted).tokens, first);
+    drop(streams);
+    wanted.sampling.seed = 12;
+    assert_ne!(harness.run(&wanted).tokens, first);
+}
+
+#[test]
+fn a_cached_prompt_is_not_computed_again_and_changes_nothing() {
+    let harness = Harness::new(FakeRunner::new(64, 4), options(512, 1));
+    let wanted = ask(&[9; 13], &[clip(1, 9)], 6);
+    let first = harness.run(&wanted);
+    let again = harness.run(&wanted);
+    assert_eq!((first.usage.cached_tokens, again.usage.cached_tokens), (0, 24));
+    assert_eq!((again.usage.prompt_tokens, again.usage.media_tokens, again.usage.completion_tokens), (25, 9, 6));
+    assert_eq!(again.tokens, first.tokens);
+    assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 1);
+    assert!(again.stages.contains(&Stage::Prefill { done: 25, total: 25 }));
+}
+
+#[test]
+fn the_same_pads_over_another_clip_answer_about_the_other_clip() {
+    let harness = Harness::new(FakeRunner::new(64, 4), options(512, 1));
+    let one = ask(&[9; 13], &[clip(1, 9)], 6);
+    let other = ask(&[9; 13], &[clip(2, 9)], 6);
+    assert_eq!(prompt(&one.text, &one.media), prompt(&other.text, &other.media), "only the content differs");
+    let first = harness.run(&one);
+    let second = harness.run(&other);
+    assert_eq!(second.usage.cached_tokens, 0);
+    assert_eq!(first.tokens, alone(&one));
+    assert_eq!(second.tokens, alone(&other));
+    assert_ne!(first.tokens, second.tokens);
+}
+
+#[test]
+fn media_are_encoded_once_while_the_cache_holds_them() {
+    let (a, b) = (ask(&[1; 3], &[clip(1, 9), clip(1, 9)], 2), ask(&[2; 3], &[clip(2, 9)], 2));
+    for (bytes, encodes, kept) in [(1000, 2, 2), (90, 3, 1), (0, 3, 0)] {
+        let options = EngineOptions { feature_cache_bytes: bytes, ..options(512, 1) };
+        // Blocks too large to be shared, so that only the features can be.
+        let harness = Harness::new(FakeRunner::new(8, 64), options);
+        for ask in [&a, &b, &a] {
+            assert_eq!(harness.run(ask).tokens, alone(ask));
+        }
+        assert_eq!(harness.log.encodes.load(Ordering::SeqCst), encodes, "{bytes} bytes");
+        assert_eq!(harness.log.features.load(Ordering::SeqCst), kept);
+        assert_eq!(harness.stats().feature_bytes, kept * 90);
+    }
+}
+
+#[test]
+fn media_are_announced_with_what_they_cost() {
+    let harness = Harness::new(FakeRunner::new(8, 64), options(512, 1));
+    for seconds in [3.6, 0.0] {
+        let stages = harness.run(&ask(&[1; 3], &[clip(1, 9)], 2)).stages;
+        let ready =
+            Stage::MediaReady { index: 0, frames: 1, slow_frames: 1, patches: 36, tokens: 9, estimate: Some(seconds) };
+        assert_eq!(stages[0], ready);
+    }
+}
+
+#[test]
+fn dropping_a_stream_frees_its_blocks_and_harms_nobody() {
+    let mut runner = FakeRunner::new(400, 4);
+    runner.step_time = Duration::from_millis(1);
+    let harness = Harness::new(runner, options(16, 2));
+    let mut generating = harness.submit(&ask(&[1; 20], &[], 1000));
+    assert!(generating.any(|event| matches!(event, Event::Token { .. })));
+    // 100 s of vision work.
+    let mut encoding = harness.submit(&ask(&[1; 20], &[clip(SLOW_MEDIA, 9)], 1000));
+    let waiting = harness.submit(&ask(&[1; 30], &[], 10));
+    let kept = ask(&[5; 9], &[clip(1, 9)], 10);
+    let other = harness.submit(&kept);
+    assert!(encoding.any(|event| matches!(event, Event::Stage(Stage::Vision { .. }))));
+    drop((generating, waiting));
+    drop(encoding);
+    assert_eq!(outcome(other).expect("no error").tokens, alone(&kept));
+    harness.assert_all_free();
+}
+
+#[test]
+fn a_canceller_ends_the_stream_with_an_error() {
+    let mut runner = FakeRunner::new(400, 4);
+    runner.step_time = Duration::from_millis(1);
+    let harness = Harness::new(runner, options(16, 2));
+    for media in [vec![], vec![clip(SLOW_MEDIA, 9)]] {
+        let stream = harness.submit(&ask(&[1; 20], &media, 1000));
+        let canceller = stream.canceller();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            canceller.cancel();
+        });
+        assert!(matches!(outcome(stream), Err(EngineError::Cancelled)));
+        thread.join().expect("no panic");
+        harness.assert_all_free();
+    }
+}
+
+#[test]
+fn a_request_that_fails_fails_alone() {
+    let harness = Harness::new(FakeRunner::new(200, 4), options(64, 5));
+    let good = some_asks();
+    let first: Vec<EventStream> = good.iter().map(|ask| harness.submit(ask)).collect();
+    let bad_token = harness.submit(&ask(&[1, BAD_TOKEN, 1], &[], 5));
+    let panic_token = harness.submit(&ask(&[1, PANIC_TOKEN], &[], 5));
+    let bad_media = harness.submit(&ask(&[1], &[clip(1, 9), clip(BAD_MEDIA, 9)], 5));
+    let panic_media = harness.submit(&ask(&[1], &[clip(PANIC_MEDIA, 9)], 5));
+    let second: Vec<EventStream> = good.iter().map(|ask| harness.submit(ask)).collect();
+    assert!(matches!(outcome(bad_token), Err(EngineError::Model(keye_model::ModelError::Batch(_)))));
+    assert!(matches!(outcome(bad_media), Err(EngineError::Model(keye_model::ModelError::Media(_)))));
+    for panicked in [panic_token, panic_media] {
+        let error = outcome(panicked).expect_err("it panicked").to_string();
+        assert!(error.contains("on purpose"), "{error}");
+    }
+    for (ask, stream) in good.iter().chain(&good).zip(first.into_iter().chain(second)) {
+        assert_eq!(outcome(stream).expect("no error").tokens, alone(ask));
+    }
+    harness.assert_all_free();
+}
+
+#[test]
+fn a_reader_that_does_not_read_stalls_nobody() {
+    let harness = Harness::new(FakeRunner::new(400, 4), options(64, 1));
+    let unread = harness.submit(&ask(&[1; 20], &[], 1000));
+    assert_eq!(harness.run(&ask(&[2; 5], &[], 10)).tokens.len(), 10);
+    assert_eq!(outcome(unread).expect("no error").tokens.len(), 1000);
+}
+
+#[test]
+fn a_stop_string_over_several_tokens_is_never_shown() {
+    let harness = Harness::new(FakeRunner::new(64, 4), options(64, 1));
+    let mut wanted = ask(&[1, 2, 3], &[], 12);
+    let free = harness.run(&wanted);
+    assert_eq!(free.text, free.tokens.iter().map(|id| spell(*id)).collect::<String>());
+    // From inside the fourth token's text to inside the sixth's.
+    let (start, end) = (7, 11);
+    let stop = free.text[start..end].to_owned();
+    let found = free.text.find(&stop).expect("taken from it");
+    wanted.sampling.stop = vec!["never".into(), stop];
+    let got = harness.run(&wanted);
+    assert_eq!(got.text, free.text[..found]);
+    assert_eq!((got.streamed.as_str(), got.reason), (got.text.as_str(), FinishReason::Stop));
+    assert_eq!(got.tokens.len(), (found + end - start).div_ceil(2));
+    // A beginning of a stop string is shown when the answer ends otherwise.
+    wanted.sampling.stop = vec![format!("{}no", &free.text[20..])];
+    let got = harness.run(&wanted);
+    assert_eq!((got.text.as_str(), got.streamed.as_str()), (free.text.as_str(), free.text.as_str()));
+}
+
+#[test]
+fn end_tokens_end_unless_told_otherwise() {
+    let harness = Harness::new(FakeRunner::new(64, 4), options(64, 1));
+    let mut wanted = ask(&[1, 2, 3], &[], 12);
+    let free = harness.run(&wanted);
+    assert_eq!(free.reason, FinishReason::Length);
+    let end = free.tokens[4];
+    let at = free.tokens.iter().position(|id| *id == end).expect("it is there");
+    let ends = |got: &Outcome| {
+        assert_eq!(got.tokens, free.tokens[..=at]);
+        assert_eq!(got.text, free.tokens[..at].iter().map(|id| spell(*id)).collect::<String>());
+        assert_eq!((got.reason.clone(), got.usage.completion_tokens), (FinishReason::Stop, at + 1));
+    };
+    wanted.end_tokens = vec![55, end];
+    ends(&harness.run(&wanted));
+    wanted.sampling.ignore_eos = true;
+    assert_eq!(harness.run(&wanted).tokens, free.tokens);
+    wanted.sampling.stop_token_ids = vec![end];
+    ends(&harness.run(&wanted));
+}
+
+#[test]
+fn lengths_are_limited_by_the_request_the_options_and_the_pool() {
+    let wanted = ask(&[1; 10], &[], 100);
+    for (blocks, max_model_len, expected) in [(64, Some(20), 8), (5, None, 8), (64, None, 100)] {
+        let options = EngineOptions { max_model_len, ..options(64, 1) };
+        let harness = Harness::new(FakeRunner::new(blocks, 4), options);
+        let got = harness.run(&wanted);
+        assert_eq!((got.tokens.len(), got.reason), (expected, FinishReason::Length));
+        let error = outcome(harness.submit(&ask(&[1; 300], &[], 1))).expect_err("too long");
+        assert!(matches!(&error, EngineError::Refused(why) if why.contains("302 tokens")), "{error}");
+    }
+}
+
+#[test]
+fn features_that_do_not_fit_the_prompt_are_refused() {
+    let harness = Harness::new(FakeRunner::new(64, 4), options(64, 1));
+    let (events, stream) = event_channel();
+    let request = PreparedRequest {
+        prompt: prompt(&[1], &[clip(1, 9)]),
+        media: vec![clip(1, 8)],
+        sampling: SamplingParams::default(),
+        end_tokens: Arc::new([]),
+        detokenize: Box::new(|_| Ok(String::new())),
+        events,
+        clock: Clock::start(),
+        place: None,
+    };
+    assert!(harness.shared.prepared.push(request).is_ok());
+    assert!(matches!(outcome(stream), Err(EngineError::Model(_))));
+    harness.assert_all_free();
+}
+
+#[test]
+fn times_add_up() {
+    let mut runner = FakeRunner::new(64, 4);
+    runner.step_time = Duration::from_millis(3);
+    let harness = Harness::new(runner, options(8, 1));
+    let timings = harness.run(&ask(&[1; 20], &[clip(1, 9)], 5)).timings;
+    assert!(timings.prefill >= Duration::from_millis(9) && timings.decode >= Duration::from_millis(12), "{timings:?}");
+    let sum = timings.queued + timings.media + timings.vision + timings.prefill + timings.decode;
+    assert!(sum <= timings.total && timings.total - sum < Duration::from_millis(50), "{timings:?}");
+    assert!(timings.first_token <= timings.total - timings.decode, "{timings:?}");
+}
+
+#[test]
+fn stopping_tells_every_reader_and_ends_the_thread() {
+    let mut runner = FakeRunner::new(400, 4);
+    runner.step_time = Duration::from_millis(1);
+    let harness = Harness::new(runner, options(16, 1));
+    let mut generating = harness.submit(&ask(&[1; 20], &[], 1000));
+    let waiting = harness.submit(&ask(&[1; 20], &[clip(SLOW_MEDIA, 9)], 10));
+    assert!(generating.any(|event| matches!(event, Event::Token { .. })));
+    drop(harness);
+    for stream in [generating, waiting] {
+        assert!(matches!(outcome(stream), Err(EngineError::Stopped)));
+    }
+}
