@@ -7,5 +7,7 @@ mod support;
 
 #[path = "golden/clips.rs"]
 mod clips;
+#[path = "golden/stills.rs"]
+mod stills;
 #[path = "golden/video.rs"]
 mod video;
