@@ -134,3 +134,55 @@ fn file_state(path: &Path) -> Option<Vec<u8>> {
     }
     Some(state.into_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use keye_media::{Access, ItemOptions, MediaConfig, MediaKind};
+
+    use super::*;
+
+    fn loader() -> Loader {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/keye-preview-tiny/inputs");
+        Loader { access: Access { root: Some(root), ..Access::default() }, ..Loader::new(MediaConfig::preview()) }
+    }
+
+    fn picture(source: Source) -> MediaItem {
+        MediaItem { kind: MediaKind::Image, source, options: ItemOptions::default() }
+    }
+
+    fn load(cache: &mut MediaCache, item: &MediaItem) -> Arc<Media> {
+        cache.load(&loader(), item, &mut |_| true).expect("a fixture")
+    }
+
+    #[test]
+    fn the_same_source_with_the_same_options_is_loaded_once() {
+        let mut cache = MediaCache::new(1 << 30);
+        let bytes = std::fs::read(loader().access.root.expect("set").join("one.png")).expect("a fixture");
+        let sources = [Source::Path("one.png".into()), Source::Path("tall.png".into()), Source::Bytes(bytes.into())];
+        let items: Vec<MediaItem> = sources.into_iter().map(picture).collect();
+        let first: Vec<_> = items.iter().map(|item| load(&mut cache, item)).collect();
+        for (item, first) in items.iter().zip(&first) {
+            assert!(Arc::ptr_eq(&load(&mut cache, item), first));
+        }
+        let options = ItemOptions { max_pixels: Some(50_000), ..ItemOptions::default() };
+        let other = load(&mut cache, &MediaItem { options, ..items[0].clone() });
+        assert!(first.iter().all(|first| !Arc::ptr_eq(first, &other)));
+        assert!(!Arc::ptr_eq(&first[0], &first[2]), "a file is not known by its content");
+    }
+
+    #[test]
+    fn the_longest_unused_goes_when_there_are_too_many_bytes() {
+        let (a, b) = (picture(Source::Path("one.png".into())), picture(Source::Path("tall.png".into())));
+        let mut cache = MediaCache::new(usize::MAX);
+        let (first, second) = (load(&mut cache, &a), load(&mut cache, &b));
+        assert!(Arc::ptr_eq(&load(&mut cache, &a), &first));
+        cache.max_bytes = size(&first) + size(&second);
+        load(&mut cache, &picture(Source::Path("wide.png".into())));
+        assert!(!Arc::ptr_eq(&load(&mut cache, &b), &second), "unused for longer than the other");
+        let mut nothing = MediaCache::new(0);
+        assert!(!Arc::ptr_eq(&load(&mut nothing, &a), &load(&mut nothing, &a)));
+        assert!(nothing.entries.is_empty());
+    }
+}
