@@ -34,9 +34,8 @@ const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
 pub fn check(root: &Path) -> Result<Vec<String>, String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let metadata = crate::output(
-        Command::new(cargo).args(["metadata", "--format-version", "1", "--locked"]).current_dir(root),
-    )?;
+    let metadata =
+        crate::output(Command::new(cargo).args(["metadata", "--format-version", "1", "--locked"]).current_dir(root))?;
     let metadata: Value = serde_json::from_slice(&metadata).map_err(|e| format!("cargo metadata: {e}"))?;
     let page = root.join("docs/dependencies.md");
     let page = std::fs::read_to_string(&page).map_err(|e| format!("{}: {e}", page.display()))?;
@@ -131,7 +130,9 @@ mod tests {
     #[test]
     fn expressions() {
         let found = |expression| satisfiable(expression, &|license| ["MIT", "ISC"].contains(&license));
-        for expression in ["MIT", "GPL-3.0 OR MIT", "GPL-3.0/MIT", "MIT AND ISC", "(GPL-3.0 OR MIT) AND ISC", "MIT WITH X"] {
+        for expression in
+            ["MIT", "GPL-3.0 OR MIT", "GPL-3.0/MIT", "MIT AND ISC", "(GPL-3.0 OR MIT) AND ISC", "MIT WITH X"]
+        {
             assert_eq!(found(expression), Ok(true), "{expression}");
         }
         for expression in ["GPL-3.0", "MIT AND GPL-3.0", "(MIT OR ISC) AND GPL-3.0", "GPL-3.0 OR MIT AND GPL-2.0"] {
