@@ -10,8 +10,9 @@ use crate::rope::Rope;
 use crate::weights::{LayerNorm, Linear, Weights};
 use crate::{ModelError, Tap};
 
-/// Rows that go through a layer together; bounds the memory beside the hidden states of a long span.
-const CHUNK: usize = 4096;
+/// Rows that go through a layer together: bounds the memory beside the hidden states of a long span, and how long a
+/// cancelled request keeps the machine busy.
+const CHUNK: usize = 1024;
 
 /// A rectangle of patches, `t` frames of `h` by `w`, from patch `start` on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
