@@ -78,7 +78,7 @@ pub(crate) fn frame_bytes(clip: &Clip) -> Option<usize> {
 /// The packets of some files promise more frames than come out: cut or damaged files, fields in packets of their own.
 ///
 /// # Errors
-/// Not a single frame can be decoded.
+/// Not a single frame can be decoded, or more than the limit allows.
 pub(crate) fn count(
     programs: &Programs,
     file: &File,
@@ -90,7 +90,11 @@ pub(crate) fn count(
     args.extend(["-c:v", "wrapped_avframe", "-f", "mkvtimestamp_v2", "pipe:1"].map(Into::into));
     let mut output = Output::start(&programs.ffmpeg, &args, Some(file), 4 << 10)?;
     let mut text = Vec::new();
+    let mut counted = 0;
     while let Some(block) = output.next(watch)? {
+        watch.check()?;
+        counted += block.iter().filter(|b| **b == b'\n').count() as u64;
+        watch.limit("number of frames", counted.saturating_sub(1), limits.source_frames)?;
         text.extend_from_slice(&block);
         output.give_back(block);
     }

@@ -39,7 +39,7 @@ pub(crate) struct Watch<'a> {
     /// When the item's time is over.
     pub deadline: Instant,
     /// The whole time an item may take, for the error.
-    pub limit: Duration,
+    pub time: Duration,
     /// The caller.
     pub progress: &'a mut dyn FnMut(Progress) -> bool,
     /// Sampled frames so far.
@@ -58,11 +58,19 @@ impl Watch<'_> {
             return Err(MediaError::Cancelled);
         }
         if Instant::now() >= self.deadline {
-            let limit = self.limit.as_secs();
+            let limit = self.time.as_secs();
             let found = limit.saturating_add(1);
             return Err(MediaError::Limit { input: self.input.into(), what: "time in seconds", found, limit });
         }
         Ok(())
+    }
+
+    /// [`MediaError::Limit`] when more was found than allowed.
+    pub fn limit(&self, what: &'static str, found: u64, limit: u64) -> Result<(), MediaError> {
+        match found > limit {
+            true => Err(MediaError::Limit { input: self.input.into(), what, found, limit }),
+            false => Ok(()),
+        }
     }
 
     /// An [`MediaError::Unreadable`] for this item.

@@ -106,7 +106,8 @@ pub(crate) fn probe(
         if rest.len() > 1 << 20 {
             return Err(watch.unreadable("ffprobe answered with a line without end"));
         }
-        above(watch, "number of frames", report.counted, limits.source_frames)?;
+        watch.check()?;
+        watch.limit("number of frames", report.counted, limits.source_frames)?;
     }
     let (status, messages) = output.finish(watch)?;
     report.read(&String::from_utf8_lossy(&rest));
@@ -114,13 +115,6 @@ pub(crate) fn probe(
         return Err(refusal(watch, demuxer, &messages, limits));
     }
     report.clip(demuxer, &messages, limits, watch)
-}
-
-fn above(watch: &Watch, what: &'static str, found: u64, limit: u64) -> Result<(), MediaError> {
-    match found > limit {
-        true => Err(MediaError::Limit { input: watch.input.into(), what, found, limit }),
-        false => Ok(()),
-    }
 }
 
 fn refusal(watch: &Watch, demuxer: &str, messages: &str, limits: &Limits) -> MediaError {
@@ -207,7 +201,7 @@ impl Report {
             true => (stream.height, stream.width),
             false => (stream.width, stream.height),
         };
-        above(watch, "pixels of a frame", u64::from(width) * u64::from(height), limits.source_pixels)?;
+        watch.limit("pixels of a frame", u64::from(width) * u64::from(height), limits.source_pixels)?;
         if packets.is_empty() {
             return Err(watch.unreadable("the video has no frame"));
         }
@@ -269,7 +263,7 @@ mod tests {
         lines.iter().for_each(|line| report.read(line));
         let mut keep = |_| true;
         let far = std::time::Instant::now() + limits.time;
-        let watch = Watch { input: "x", deadline: far, limit: limits.time, progress: &mut keep, done: 0, total: 0 };
+        let watch = Watch { input: "x", deadline: far, time: limits.time, progress: &mut keep, done: 0, total: 0 };
         report.clip("mov", "", limits, &watch)
     }
 

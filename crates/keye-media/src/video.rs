@@ -46,7 +46,7 @@ pub(crate) fn load_clip(
         loader,
         options,
         (file, demuxer),
-        Watch { input, deadline, limit: loader.limits.time, progress, done: 0, total: 0 },
+        Watch { input, deadline, time: loader.limits.time, progress, done: 0, total: 0 },
     )
 }
 
@@ -97,7 +97,7 @@ impl Work<'_, '_> {
     fn attempt(&mut self, accept_short: bool) -> Result<Option<Media>, MediaError> {
         let plan = self.plan()?;
         let wanted = plan.indices.len();
-        self.limit("sampled frames", wanted as u64, u64::from(self.loader.limits.frames))?;
+        self.watch.limit("sampled frames", wanted as u64, u64::from(self.loader.limits.frames))?;
         (self.watch.done, self.watch.total) = (0, wanted as u32);
         self.watch.check()?;
         let media = match self.loader.config.video.rule {
@@ -259,20 +259,13 @@ impl Work<'_, '_> {
         let patches = |(h, w): &(u32, u32)| (u64::from(*h) / patch) * (u64::from(*w) / patch);
         let total = sizes.iter().fold(0u64, |sum, size| sum.saturating_add(patches(size)));
         let total = total.saturating_mul(times as u64);
-        self.limit("patches", total, self.loader.limits.patches)?;
+        self.watch.limit("patches", total, self.loader.limits.patches)?;
         let bytes = usize::try_from(total.saturating_mul(3 * patch * patch)).unwrap_or(usize::MAX);
         let mut pixels = Vec::new();
         pixels
             .try_reserve_exact(bytes)
             .map_err(|_| self.watch.unreadable(format!("no memory for the {bytes} bytes of its patches")))?;
         Ok(pixels)
-    }
-
-    fn limit(&self, what: &'static str, found: u64, limit: u64) -> Result<(), MediaError> {
-        match found > limit {
-            true => Err(MediaError::Limit { input: self.watch.input.into(), what, found, limit }),
-            false => Ok(()),
-        }
     }
 
     fn frame(&self, plan: &SamplePlan, i: usize, kind: FrameKind, (height, width): (u32, u32)) -> Frame {

@@ -153,7 +153,7 @@ fn variable_rates_have_true_times() {
     let dir = tempfile::tempdir().unwrap();
     // 20 frames in the first second, then 2 a second.
     let source = format!("{},select='if(lt(t,1),1,not(mod(n,10)))'", pattern(H, W, 20, 5.0));
-    let path = make(dir.path(), "vfr.mp4", &source, &["-c:v", "libx264", "-vsync", "vfr"]).unwrap();
+    let path = make(dir.path(), "vfr.mp4", &source, &["-c:v", "libx264"]).unwrap();
     let media = assert_exact(&path, (H, W));
     let truth = |index: usize| if index < 20 { index as f32 / 20.0 } else { 1.0 + (index - 20) as f32 / 2.0 };
     for frame in &media.frames {
@@ -320,14 +320,36 @@ fn progress_counts_sampled_frames() {
     assert_eq!(seen, [0, 1, 2, 3, 4, 5, 6]);
 }
 
-/// Six shots: every cut starts with a slow frame, and the shots' insides are fast.
+/// Six shots with cuts at 1.20, 3.04, 5.48, 7.48 and 9.68 s, as ffmpeg's scene filter finds them.
 #[test]
 fn the_sample_clip_has_slow_frames_at_its_cuts() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../media/bikes.mp4");
     let media =
         Loader::new(MediaConfig::slow_fast()).load(&item(&path, ItemOptions::default()), &mut |_| true).unwrap();
-    let slow: Vec<f32> =
-        media.frames.iter().filter(|f| f.kind == FrameKind::Slow).map(|f| f.timestamp.unwrap()).collect();
-    eprintln!("{slow:?}");
     assert_eq!(media.frames.len(), 20);
+    for cut in [0.0, 1.2, 3.04, 5.48, 7.48, 9.68] {
+        let first = media.frames.iter().find(|frame| frame.timestamp.unwrap() >= cut).unwrap();
+        assert_eq!(first.kind, FrameKind::Slow, "the first frame after {cut} s: {first:?}");
+    }
+    // The street moves in some shots, so there are more slow frames than shots; they are not most of the clip's tokens.
+    let slow = media.frames.iter().filter(|frame| frame.kind == FrameKind::Slow).count();
+    assert_eq!(slow, 12);
+    let [slow, fast] = [FrameKind::Slow, FrameKind::Fast]
+        .map(|kind| media.frames.iter().find(|f| f.kind == kind).map(|f| f.height * f.width).unwrap());
+    assert!(fast * 3 <= slow, "{fast} and {slow} pixels");
+}
+
+#[test]
+fn a_clip_that_changes_its_size_keeps_the_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = make(dir.path(), "first.ts", &pattern(H, W, 10, 2.0), &["-c:v", "libx264"]).unwrap();
+    let options = ["-c:v", "libx264", "-output_ts_offset", "2"];
+    let second = make(dir.path(), "second.ts", &pattern(2 * H, W, 10, 2.0), &options).unwrap();
+    let both = dir.path().join("both.ts");
+    std::fs::write(&both, [std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap()].concat()).unwrap();
+    let (media, all) = (load_as_is(&both, (H, W), 8).unwrap(), all_frames(&first, H, W));
+    assert_eq!(media.frames.len(), 8);
+    assert!(media.frames.last().unwrap().timestamp.unwrap() > 3.0);
+    let found = frames_of(&media);
+    assert!(media.frames.iter().zip(&found).take(4).all(|(frame, pixels)| *pixels == all[frame.index]));
 }
