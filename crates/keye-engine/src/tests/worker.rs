@@ -420,3 +420,14 @@ fn stopping_tells_every_reader_and_ends_the_thread() {
         assert!(matches!(outcome(stream), Err(EngineError::Stopped)));
     }
 }
+
+#[test]
+fn a_picture_does_not_take_the_features_of_a_clip_with_its_pixels() {
+    let harness = Harness::new(FakeRunner::new(8, 64), options(512, 1));
+    let picture = Media { kind: keye_media::MediaKind::Image, ..(*clip(1, 9)).clone() };
+    for media in [clip(1, 9), Arc::new(picture)] {
+        let wanted = ask(&[1; 3], &[media], 4);
+        assert_eq!(harness.run(&wanted).tokens, alone(&wanted));
+    }
+    assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 2);
+}
