@@ -29,21 +29,14 @@ pub enum VisionSpan {
     Frame,
 }
 
-/// Temporal positions of a clip in the decoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TimeRule {
-    /// One block; frame i stands at `trunc(i * second_per_grid_t * tokens_per_second)` (spec §6.2, Preview).
-    Absolute,
-    /// Every frame is a block of its own (spec §6.2, 1.5).
-    PerFrame,
-}
-
-/// How a clip is written in the prompt.
+/// How a clip is written in the prompt, and with it how its positions are counted (spec §6.2): what stands between two
+/// markers is a block of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameMarkers {
-    /// One run of video pads.
+    /// One run of video pads, one block: frame i stands at `trunc(i * second_per_grid_t * tokens_per_second)`.
     None,
-    /// `<|frame|>`, the time stamp, and `<|fast_start|>`..`<|fast_end|>` around fast frames (spec §8.3).
+    /// `<|frame|>`, the time stamp, and `<|fast_start|>`..`<|fast_end|>` around fast frames (spec §8.3): every frame is a
+    /// block.
     SlowFast,
 }
 
@@ -54,8 +47,6 @@ pub struct Facts {
     pub projector_norm: ProjectorNorm,
     /// Attention span of clips in the vision tower.
     pub vision_span: VisionSpan,
-    /// Temporal positions.
-    pub time: TimeRule,
     /// Prompt form of clips.
     pub markers: FrameMarkers,
     /// Media rules before the checkpoint's own files are applied.
@@ -69,14 +60,12 @@ impl Variant {
             Self::Preview => Facts {
                 projector_norm: ProjectorNorm::BeforeMerge,
                 vision_span: VisionSpan::Clip,
-                time: TimeRule::Absolute,
                 markers: FrameMarkers::None,
                 media: MediaConfig::preview(),
             },
             Self::V1_5 => Facts {
                 projector_norm: ProjectorNorm::AfterMerge,
                 vision_span: VisionSpan::Frame,
-                time: TimeRule::PerFrame,
                 markers: FrameMarkers::SlowFast,
                 media: MediaConfig::slow_fast(),
             },

@@ -38,7 +38,7 @@ pub use conversation::Conversation;
 pub use dtype::Dtype;
 pub use error::ProcessorError;
 pub use expand::{FeatureSpan, seconds_per_grid};
-pub use facts::{Facts, FrameMarkers, ProjectorNorm, TimeRule, Variant, VisionSpan};
+pub use facts::{Facts, FrameMarkers, ProjectorNorm, Variant, VisionSpan};
 pub use generation_config::GenerationConfig;
 pub use output::{Answer, Part, ThinkMode, ThinkSplitter, parse_answer};
 pub use processor::{Overrides, Processor, Prompt};
