@@ -1,6 +1,6 @@
 //! Writing safetensors: a file at a time, tensors streamed, never half a file under its final name.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ impl NewTensor {
 pub struct SafetensorsWriter {
     out: BufWriter<File>,
     partial: PartialFile,
-    tensors: std::vec::IntoIter<NewTensor>,
+    tensors: VecDeque<NewTensor>,
 }
 
 impl SafetensorsWriter {
@@ -48,7 +48,7 @@ impl SafetensorsWriter {
             reason,
         })?;
         let (partial, file) = PartialFile::create(path)?;
-        let tensors = tensors.to_vec().into_iter();
+        let tensors = tensors.iter().cloned().collect();
         let mut out = BufWriter::with_capacity(1 << 20, file);
         let written = out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header));
         written.map_err(|source| ProcessorError::Write { path: path.to_owned(), source })?;
@@ -61,7 +61,7 @@ impl SafetensorsWriter {
         fill: impl FnOnce(&NewTensor, &mut dyn Write) -> io::Result<()>,
     ) -> Result<(), ProcessorError> {
         let path = &self.partial.path;
-        let Some(tensor) = self.tensors.next() else {
+        let Some(tensor) = self.tensors.pop_front() else {
             return Err(ProcessorError::File { path: path.clone(), reason: "all its tensors are written".into() });
         };
         let bytes = tensor.bytes().unwrap_or(0);
@@ -77,7 +77,7 @@ impl SafetensorsWriter {
     /// Puts the file on the disk and gives it its name.
     pub fn finish(mut self) -> Result<(), ProcessorError> {
         let path = &self.partial.path;
-        if let Some(tensor) = self.tensors.next() {
+        if let Some(tensor) = self.tensors.pop_front() {
             let reason = "its elements have not been written".into();
             return Err(ProcessorError::Tensor { path: path.clone(), name: tensor.name, reason });
         }

@@ -128,7 +128,7 @@ fn answer(state: &State, mut stream: TcpStream) -> std::io::Result<()> {
 fn checkpoint() -> State {
     let index =
         r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}"#;
-    let shard = |seed: usize| (0..300_000usize).map(|i| (i * seed >> 3) as u8).collect::<Vec<u8>>();
+    let shard = |seed: usize| (0..300_000usize).map(|i| ((i * seed) >> 3) as u8).collect::<Vec<u8>>();
     let text = |text: &str| text.as_bytes().to_vec();
     let files = [
         ("config.json", text("{}")),
