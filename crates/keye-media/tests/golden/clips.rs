@@ -153,7 +153,7 @@ fn variable_rates_have_true_times() {
     let dir = tempfile::tempdir().unwrap();
     // 20 frames in the first second, then 2 a second.
     let source = format!("{},select='if(lt(t,1),1,not(mod(n,10)))'", pattern(H, W, 20, 5.0));
-    let path = make(dir.path(), "vfr.mp4", &source, &["-c:v", "libx264"]).unwrap();
+    let path = make(dir.path(), "vfr.mp4", &source, &["-c:v", "libx264", "-fps_mode", "vfr"]).unwrap();
     let media = assert_exact(&path, (H, W));
     let truth = |index: usize| if index < 20 { index as f32 / 20.0 } else { 1.0 + (index - 20) as f32 / 2.0 };
     for frame in &media.frames {
