@@ -4,11 +4,13 @@
 //! vectors without sums across lanes. The KV cache stores its blocks that way; the vision tower's are packed as they are
 //! needed. What a query row yields depends on its own block sequence only: rows of a tile merely share loads.
 
+#![allow(clippy::needless_range_loop, reason = "a tile indexes several arrays by the same row or column")]
+
 use std::ops::Range;
 
 use super::Isa;
 use super::cache::{CpuCache, KvBlock};
-use super::isa::{Simd, dispatch};
+use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use crate::host::HostTensor;
 use crate::{AttentionShape, BLOCK_TOKENS, SequenceRows, Span};
@@ -244,27 +246,6 @@ dispatch! {
         q: &[f32], ldq: usize, counts: &[usize], keys: &[u16], values: &[u16], hd: usize, scale: f32,
         max: &mut [f32], sum: &mut [f32], out: &mut [f32], tile: &mut [f32],
     ) = update_of_bf16
-}
-
-/// Element types of a block.
-trait Element: Copy {
-    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const f32) -> S::V {
-        // SAFETY: passed on to the caller.
-        unsafe { S::load(from) }
-    }
-}
-
-impl Element for u16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u16) -> S::V {
-        // SAFETY: passed on to the caller.
-        unsafe { S::load_bf16(from) }
-    }
 }
 
 macro_rules! kernel_of {

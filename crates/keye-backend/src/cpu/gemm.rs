@@ -5,7 +5,9 @@
 //! which is what makes rows invariant; tiles of several rows and outputs only share loads. Panels of bf16 weights are
 //! widened once when more than one tile of rows uses them, which changes no value.
 
-use super::isa::{Simd, dispatch};
+#![allow(clippy::needless_range_loop, reason = "a tile indexes several arrays by the same row or column")]
+
+use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use super::{Isa, rows};
 use crate::Activation;
@@ -129,38 +131,6 @@ dispatch! {
 dispatch! {
     /// The same with bf16 weights, widened as they are loaded.
     fn block_bf16(x: &[f32], m: usize, ldx: usize, w: &[u16], ldw: usize, n: usize, k: usize, sums: &mut [f32]) = block_of_bf16
-}
-
-/// Loads of weights by type.
-trait Element: Copy {
-    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
-    unsafe fn load_first<S: Simd>(from: *const Self, count: usize) -> S::V;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const f32) -> S::V {
-        // SAFETY: passed on to the caller.
-        unsafe { S::load(from) }
-    }
-    #[inline(always)]
-    unsafe fn load_first<S: Simd>(from: *const f32, count: usize) -> S::V {
-        // SAFETY: passed on to the caller.
-        unsafe { S::load_first(from, count) }
-    }
-}
-
-impl Element for u16 {
-    #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u16) -> S::V {
-        // SAFETY: passed on to the caller.
-        unsafe { S::load_bf16(from) }
-    }
-    #[inline(always)]
-    unsafe fn load_first<S: Simd>(from: *const u16, count: usize) -> S::V {
-        // SAFETY: passed on to the caller.
-        unsafe { S::load_bf16_first(from, count) }
-    }
 }
 
 #[allow(clippy::too_many_arguments, reason = "a kernel's operands")]

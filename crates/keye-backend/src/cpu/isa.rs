@@ -122,6 +122,38 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
+/// Element types of weights and of cached keys and values.
+pub(crate) trait Element: Copy {
+    unsafe fn load<S: Simd>(from: *const Self) -> S::V;
+    unsafe fn load_first<S: Simd>(from: *const Self, count: usize) -> S::V;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const f32) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(from: *const f32, count: usize) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_first(from, count) }
+    }
+}
+
+impl Element for u16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const u16) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first<S: Simd>(from: *const u16, count: usize) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_bf16_first(from, count) }
+    }
+}
+
 /// Eight lanes that the compiler maps to what the baseline has; no fused multiply-add.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Portable;
