@@ -1,0 +1,249 @@
+//! A checkpoint, ready to be asked.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use keye_backend::{Backend, BackendError, Cpu, CpuOptions, KvDtype};
+use keye_engine::{Engine, EngineError, EngineOptions, Event, EventStream, Request, SamplingParams};
+use keye_media::{Access, Loader, MediaItem, TimestampRule};
+use keye_model::{KeyeModel, ModelError};
+use keye_processor::{Checkpoint, Conversation, GenerationConfig, Overrides, Processor, ProcessorError};
+
+use crate::media_argument::{ArgumentError, media_item};
+use crate::memory::fit_cache;
+
+/// What can be chosen when a model is loaded.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Threads; `None` is one per core.
+    pub threads: Option<usize>,
+    /// Longest prompt and answer together, in tokens; `None` is the model's longest, cut so that the cache fits half of
+    /// the memory that is free.
+    pub max_model_len: Option<usize>,
+    /// Element type of the KV cache.
+    pub kv_dtype: KvDtype,
+    /// Instead of what preprocessor_config.json says.
+    pub processor: Overrides,
+    /// Where a clip's time stamps come from.
+    pub timestamps: TimestampRule,
+    /// What may be opened; by default local files and no URLs.
+    pub access: Access,
+    /// Use the hub's cache only.
+    pub offline: bool,
+    /// Limits of the engine; its `max_model_len` is set from the one above.
+    pub engine: EngineOptions,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            max_model_len: None,
+            kv_dtype: KvDtype::F32,
+            processor: Overrides::default(),
+            timestamps: TimestampRule::True,
+            access: Access::default(),
+            offline: false,
+            engine: EngineOptions::default(),
+        }
+    }
+}
+
+/// Why a model cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// Neither a directory nor a hub id that can be had.
+    #[error("{0}")]
+    Resolve(String),
+    /// The checkpoint's files.
+    #[error(transparent)]
+    Checkpoint(#[from] ProcessorError),
+    /// The weights.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The machine.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A length that the model or the machine cannot hold.
+    #[error("{0}")]
+    Length(String),
+}
+
+/// Why a question was not taken.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AskError {
+    /// A medium's name or options.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// How far loading is; for display only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadProgress<'a> {
+    /// Bytes of the checkpoint that are here, and in all.
+    Downloading {
+        /// The file that is being read.
+        file: &'a str,
+        /// Bytes so far.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// The weights are being mapped.
+    Loading(&'a Path),
+}
+
+/// A loaded model. Clones are the same model.
+#[derive(Clone)]
+pub struct Keye {
+    engine: Engine,
+    processor: Arc<Processor>,
+    device: String,
+    dir: PathBuf,
+}
+
+impl Keye {
+    /// Loads a checkpoint directory or a hub id (`org/name`, `org/name@revision`), which is downloaded when it is not cached.
+    pub fn load(model: impl AsRef<str>, options: LoadOptions) -> Result<Self, LoadError> {
+        Self::load_with(model.as_ref(), options, &mut |_| ())
+    }
+
+    /// As [`Keye::load`]; `progress` is told how far it is.
+    pub fn load_with(
+        model: &str,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress<'_>),
+    ) -> Result<Self, LoadError> {
+        let dir = resolve_model(model, options.offline, progress)?;
+        progress(LoadProgress::Loading(&dir));
+        let processor = Processor::load(&dir, &options.processor)?;
+        let checkpoint = Checkpoint::open(&dir)?;
+        let weights = checkpoint.total_bytes();
+        let fit = fit_cache(&processor.config, options.kv_dtype, options.max_model_len, weights)
+            .map_err(LoadError::Length)?;
+        let backend = Cpu::new(CpuOptions { threads: options.threads, isa: None })?;
+        let device = backend.describe();
+        let load = keye_model::LoadOptions { cache_tokens: fit.tokens, kv_dtype: options.kv_dtype };
+        let runner = KeyeModel::load(backend, &processor.config, &processor.media.processor, &checkpoint, load)?;
+        let loader =
+            Loader { access: options.access, timestamps: options.timestamps, ..Loader::new(processor.media.clone()) };
+        let processor = Arc::new(processor);
+        let engine_options = EngineOptions { max_model_len: Some(fit.tokens), ..options.engine };
+        let engine = Engine::new(Box::new(runner), Arc::clone(&processor), loader, engine_options);
+        Ok(Self { engine, processor, device, dir })
+    }
+
+    /// Asks about media, each a path or URL as [`media_item`] reads it: `clip.mp4#fps=1`, `image:photo`.
+    ///
+    /// The checkpoint's own sampling defaults are used. Dropping the stream cancels the request.
+    pub fn ask<M: AsRef<str>>(&self, media: &[M], question: &str) -> Result<Events, AskError> {
+        let media = media.iter().map(|text| media_item(text.as_ref())).collect::<Result<Vec<MediaItem>, _>>()?;
+        let mut conversation = Conversation::new();
+        conversation.push_user(media, question);
+        let request = Request { conversation, sampling: self.default_sampling(), ..Request::default() };
+        Ok(Events { stream: self.submit(request)? })
+    }
+
+    /// Queues any request.
+    pub fn submit(&self, request: Request) -> Result<EventStream, EngineError> {
+        self.engine.submit(request)
+    }
+
+    /// The checkpoint's sampling defaults (generation_config.json), with seed 0.
+    pub fn default_sampling(&self) -> SamplingParams {
+        default_sampling(&self.processor.generation)
+    }
+
+    /// The engine below.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The checkpoint's config, tokenizer, template and media rules.
+    pub fn processor(&self) -> &Processor {
+        &self.processor
+    }
+
+    /// Device, instruction set and threads.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// The checkpoint's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+/// The events of a question, the failure as an error: [`Event::Failed`] does not occur.
+pub struct Events {
+    stream: EventStream,
+}
+
+impl Iterator for Events {
+    type Item = Result<Event, EngineError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        Some(match self.stream.next()? {
+            Event::Failed(error) => Err(error),
+            event => Ok(event),
+        })
+    }
+}
+
+/// Sampling parameters as generation_config.json has them; greedy when `do_sample` is false.
+pub fn default_sampling(generation: &GenerationConfig) -> SamplingParams {
+    let neutral = SamplingParams::default();
+    let repetition_penalty = generation.repetition_penalty.unwrap_or(neutral.repetition_penalty);
+    if !generation.do_sample {
+        return SamplingParams { repetition_penalty, ..neutral };
+    }
+    SamplingParams {
+        temperature: generation.temperature.unwrap_or(1.0),
+        top_k: generation.top_k.unwrap_or(neutral.top_k),
+        top_p: generation.top_p.unwrap_or(neutral.top_p),
+        min_p: generation.min_p.unwrap_or(neutral.min_p),
+        repetition_penalty,
+        ..neutral
+    }
+}
+
+/// The directory of `model`: a directory, or a hub id.
+pub fn resolve_model(
+    model: &str,
+    offline: bool,
+    progress: &mut dyn FnMut(LoadProgress<'_>),
+) -> Result<PathBuf, LoadError> {
+    #[cfg(feature = "hub")]
+    {
+        let variable = |name: &str| match (name, offline) {
+            ("HF_HUB_OFFLINE", true) => Some("1".to_owned()),
+            _ => std::env::var(name).ok().filter(|value| !value.is_empty()),
+        };
+        let mut on_download = |step: crate::hub::Download<'_>| {
+            progress(LoadProgress::Downloading { file: step.file, done: step.done, total: step.total });
+        };
+        // A local model needs none of the hub's settings.
+        if Path::new(model).is_dir() {
+            return Ok(model.into());
+        }
+        let hub = crate::hub::Hub::from_lookup(&variable);
+        let dir = hub.and_then(|hub| hub.resolve(model, &mut on_download));
+        dir.map_err(|error| LoadError::Resolve(format!("{error:#}")))
+    }
+    #[cfg(not(feature = "hub"))]
+    {
+        let _ = (offline, progress);
+        match Path::new(model).is_dir() {
+            true => Ok(model.into()),
+            false => Err(LoadError::Resolve(format!(
+                "{model}: there is no such directory; this build has no downloads (feature hub)"
+            ))),
+        }
+    }
+}

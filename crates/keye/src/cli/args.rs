@@ -1,0 +1,294 @@
+//! Flags that several commands share.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use keye::{
+    Access, Conversation, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, Overrides, SamplingParams, Source,
+    ThinkMode, TimestampRule,
+};
+use keye_media::VideoRule;
+
+use super::failure::Usage;
+use super::ui::Status;
+
+/// Which model, and how it is loaded.
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Checkpoint directory, or hub id like Kwai-Keye/Keye-VL-1_5-8B (downloaded once, resumed when cut off)
+    #[arg(short, long, env = "KEYE_MODEL", value_name = "DIR|HUB_ID")]
+    pub model: String,
+    /// Use downloaded models only, never the network
+    #[arg(long)]
+    pub offline: bool,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Longest prompt and answer together, in tokens [default: the model's, cut to half of the free memory]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<usize>,
+    /// Element type of the KV cache; bf16 halves its memory
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub kv_cache: KvCache,
+    /// Fewest pixels of a still picture, instead of preprocessor_config.json's
+    #[arg(long, value_name = "PIXELS")]
+    pub processor_min_pixels: Option<u64>,
+    /// Most pixels of a still picture, instead of preprocessor_config.json's
+    #[arg(long, value_name = "PIXELS")]
+    pub processor_max_pixels: Option<u64>,
+    /// Time stamps as the reference computes them (index / average rate) instead of the clip's own
+    #[arg(long)]
+    pub reference_timestamps: bool,
+}
+
+/// Element type of the KV cache.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum KvCache {
+    F32,
+    Bf16,
+}
+
+impl ModelArgs {
+    /// Loads the model, telling `status` how far it is. `remote` is the consent to open URLs.
+    pub fn load(&self, remote: bool, status: &mut Status) -> Result<Keye> {
+        let options = LoadOptions {
+            threads: self.threads.map(usize::from),
+            max_model_len: self.max_model_len,
+            kv_dtype: match self.kv_cache {
+                KvCache::F32 => KvDtype::F32,
+                KvCache::Bf16 => KvDtype::Bf16,
+            },
+            processor: self.overrides(),
+            timestamps: match self.reference_timestamps {
+                true => TimestampRule::Reference,
+                false => TimestampRule::True,
+            },
+            access: Access { remote, ..Access::default() },
+            offline: self.offline,
+            ..LoadOptions::default()
+        };
+        let keye = Keye::load_with(&self.model, options, &mut |progress| status.loading(progress))?;
+        status.clear();
+        Ok(keye)
+    }
+
+    pub fn overrides(&self) -> Overrides {
+        Overrides { processor_min_pixels: self.processor_min_pixels, processor_max_pixels: self.processor_max_pixels }
+    }
+}
+
+/// Options of the media, for all that take them.
+#[derive(Args)]
+#[command(next_help_heading = "Media (for all items that take the option; NAME#OPTION=VALUE is for one item)")]
+pub struct MediaArgs {
+    /// Frames per second to look at
+    #[arg(long, value_name = "FPS", conflicts_with = "nframes")]
+    pub fps: Option<f64>,
+    /// Exact number of frames to look at
+    #[arg(long, value_name = "N")]
+    pub nframes: Option<u32>,
+    /// Fewest frames
+    #[arg(long, value_name = "N")]
+    pub min_frames: Option<u32>,
+    /// Most frames
+    #[arg(long, value_name = "N")]
+    pub max_frames: Option<u32>,
+    /// Fewest pixels of a picture or frame
+    #[arg(long, value_name = "PIXELS")]
+    pub min_pixels: Option<u64>,
+    /// Most pixels of a picture or frame
+    #[arg(long, value_name = "PIXELS")]
+    pub max_pixels: Option<u64>,
+    /// Budget of pixels over a whole clip
+    #[arg(long, value_name = "PIXELS")]
+    pub total_pixels: Option<u64>,
+    /// Start of the part of a clip to look at, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub start: Option<f64>,
+    /// End of the part of a clip to look at, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub end: Option<f64>,
+    /// Turn pictures upright as their EXIF tag says (the reference does not)
+    #[arg(long)]
+    pub exif: bool,
+}
+
+impl MediaArgs {
+    /// Refuses flags that no item takes.
+    pub fn check(&self, media: &[MediaItem]) -> Result<()> {
+        let flags = [
+            ("--fps", self.fps.is_some(), MediaKind::Video),
+            ("--nframes", self.nframes.is_some(), MediaKind::Video),
+            ("--min-frames", self.min_frames.is_some(), MediaKind::Video),
+            ("--max-frames", self.max_frames.is_some(), MediaKind::Video),
+            ("--total-pixels", self.total_pixels.is_some(), MediaKind::Video),
+            ("--start", self.start.is_some(), MediaKind::Video),
+            ("--end", self.end.is_some(), MediaKind::Video),
+            ("--exif", self.exif, MediaKind::Image),
+        ];
+        for (flag, given, kind) in flags {
+            if given && !media.iter().any(|item| item.kind == kind) {
+                let kind = if kind == MediaKind::Video { "videos" } else { "images" };
+                return Err(Usage(format!("{flag} is for {kind}, and there are none")).into());
+            }
+        }
+        if (self.min_pixels.is_some() || self.max_pixels.is_some()) && media.is_empty() {
+            return Err(Usage("--min-pixels and --max-pixels are for media, and there are none".into()).into());
+        }
+        Ok(())
+    }
+
+    /// Sets on an item what it takes; what the item says itself stays.
+    pub fn apply(&self, item: &mut MediaItem, rule: VideoRule) {
+        let options = &mut item.options;
+        options.min_pixels = options.min_pixels.or(self.min_pixels);
+        options.max_pixels = options.max_pixels.or(self.max_pixels);
+        if item.kind == MediaKind::Image {
+            options.exif = options.exif.or(self.exif.then_some(true));
+            return;
+        }
+        if options.fps.is_none() && options.nframes.is_none() {
+            (options.fps, options.nframes) = (self.fps, self.nframes.map(f64::from));
+        }
+        options.min_frames = options.min_frames.or(self.min_frames);
+        options.max_frames = options.max_frames.or(self.max_frames);
+        options.video_start = options.video_start.or(self.start);
+        options.video_end = options.video_end.or(self.end);
+        let total = match rule {
+            VideoRule::WholeClip => &mut options.total_pixels,
+            VideoRule::SlowFast => &mut options.video_total_pixels,
+        };
+        *total = total.or(self.total_pixels);
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Args)]
+#[command(next_help_heading = "Answer (defaults: the checkpoint's generation_config.json)")]
+pub struct SamplingArgs {
+    /// Always take the most probable token
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
+    pub greedy: bool,
+    /// Temperature; 0 is greedy
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Choose among the K best; 0 is off
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Choose among the best that together have probability P; 1 is off
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Leave out what has less than P times the probability of the best
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Divides logits of tokens that have been seen; 1 is off
+    #[arg(long, value_name = "X")]
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted from logits of tokens that the answer has
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Subtracted for every time that the answer has the token
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Same seed, same answer [default: a new one each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// The answer ends before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value = "4096")]
+    pub max_tokens: usize,
+    /// Keep going where the model would end
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Ask for thinking (puts /think behind the question)
+    #[arg(long, conflicts_with_all = ["no_think", "auto"])]
+    pub think: bool,
+    /// Ask for no thinking (puts /no_think behind the question)
+    #[arg(long, conflicts_with = "auto")]
+    pub no_think: bool,
+    /// Leave it to the model [default]
+    #[arg(long)]
+    pub auto: bool,
+}
+
+impl SamplingArgs {
+    /// Finds values that are out of range before a model is loaded.
+    pub fn check(&self) -> Result<()> {
+        self.over(SamplingParams::default()).validate().map_err(|reason| Usage(reason).into())
+    }
+
+    /// The checkpoint's defaults with these flags.
+    pub fn over(&self, base: SamplingParams) -> SamplingParams {
+        let temperature = if self.greedy { 0.0 } else { self.temperature.unwrap_or(base.temperature) };
+        SamplingParams {
+            temperature,
+            top_k: self.top_k.unwrap_or(base.top_k),
+            top_p: self.top_p.unwrap_or(base.top_p),
+            min_p: self.min_p.unwrap_or(base.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(base.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(base.frequency_penalty),
+            seed: self.seed.unwrap_or_else(new_seed),
+            max_tokens: self.max_tokens,
+            stop: self.stop.clone(),
+            ignore_eos: self.ignore_eos,
+            ..base
+        }
+    }
+
+    pub fn think_mode(&self) -> ThinkMode {
+        match (self.think, self.no_think) {
+            (true, _) => ThinkMode::Think,
+            (_, true) => ThinkMode::NoThink,
+            _ => ThinkMode::Auto,
+        }
+    }
+}
+
+/// Differs from run to run, and is short enough to be typed again.
+fn new_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::from(now.subsec_nanos()) ^ u64::from(std::process::id()) << 12
+}
+
+/// A conversation with the system message, if there is one.
+pub fn conversation(system: Option<&str>) -> Conversation {
+    match system {
+        Some(text) => Conversation::new().with_system(text),
+        None => Conversation::new(),
+    }
+}
+
+/// Whether a medium is to be fetched: naming its URL on the command line is the consent.
+pub fn wants_remote(media: &[MediaItem]) -> bool {
+    media.iter().any(|item| matches!(item.source, Source::Url(_)))
+}
+
+/// The name of an item, for display.
+pub fn name_of(item: &MediaItem) -> String {
+    match &item.source {
+        Source::Path(path) => path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
+        Source::Url(url) => url.clone(),
+        Source::Bytes(_) => "standard input".into(),
+        Source::Frames(frames) => format!("{} frames", frames.len()),
+    }
+}
+
+/// A path for output, checked before work is put into what it will hold.
+pub fn check_output(path: &PathBuf) -> Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    match parent {
+        Some(parent) if !parent.is_dir() => {
+            Err(Usage(format!("{}: there is no directory {}", path.display(), parent.display())).into())
+        }
+        _ if path.is_dir() => {
+            Err(Usage(format!("{} is a directory; the name of a file is expected", path.display())).into())
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,89 @@
+//! Errors to messages and exit codes.
+
+use std::process::ExitCode;
+
+use keye::{ArgumentError, AskError, EngineError, LoadError, MediaError};
+use keye_processor::ProcessorError;
+
+/// The command line is wrong in a way that its parser cannot see.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Ctrl-C.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// Nobody reads standard output any more, as with `keye ... | head`.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output is closed")]
+pub struct OutputClosed;
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const MODEL: u8 = 3;
+const MEDIA: u8 = 4;
+const INTERRUPTED: u8 = 130;
+
+/// Prints the error and tells the exit code.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    if error.is::<OutputClosed>() {
+        return ExitCode::SUCCESS;
+    }
+    let code = exit_code(error);
+    if code != INTERRUPTED {
+        super::ui::error_line(&format!("{error:#}"));
+    }
+    ExitCode::from(code)
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let code = |error: &(dyn std::error::Error + 'static)| {
+        if error.is::<Usage>() {
+            return Some(USAGE);
+        }
+        if error.is::<Interrupted>() {
+            return Some(INTERRUPTED);
+        }
+        if error.is::<LoadError>() {
+            return Some(MODEL);
+        }
+        if let Some(error) = error.downcast_ref::<MediaError>() {
+            return Some(of_media(error));
+        }
+        if let Some(error) = error.downcast_ref::<ArgumentError>() {
+            return Some(of_argument(error));
+        }
+        match (error.downcast_ref::<AskError>(), error.downcast_ref::<EngineError>()) {
+            (Some(AskError::Argument(error)), _) => Some(of_argument(error)),
+            (Some(AskError::Engine(error)), _) | (_, Some(error)) => of_engine(error),
+            _ => None,
+        }
+    };
+    error.chain().find_map(code).unwrap_or(FAILED)
+}
+
+fn of_media(error: &MediaError) -> u8 {
+    match error {
+        MediaError::Option { .. } => USAGE,
+        MediaError::Cancelled => INTERRUPTED,
+        _ => MEDIA,
+    }
+}
+
+fn of_argument(error: &ArgumentError) -> u8 {
+    match error {
+        ArgumentError::Media(error) => of_media(error),
+        _ => USAGE,
+    }
+}
+
+fn of_engine(error: &EngineError) -> Option<u8> {
+    match error {
+        EngineError::Media(error) => Some(of_media(error)),
+        EngineError::Processor(ProcessorError::Messages { .. }) => Some(USAGE),
+        EngineError::Cancelled => Some(INTERRUPTED),
+        _ => None,
+    }
+}

@@ -1,0 +1,293 @@
+//! `keye inspect`: what a checkpoint is, from its files' headers.
+
+use std::path::Path;
+
+use anyhow::Result;
+use keye::{KvDtype, LoadError, cache_spec, resolve_model};
+use keye_backend::BLOCK_TOKENS;
+use keye_media::VideoRule;
+use keye_model::{TensorShape, weight_layout};
+use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Variant};
+use serde_json::{Map, Value, json};
+
+use super::ui::{self, Status, bytes, grouped};
+
+const AFTER_HELP: &str = "\
+Examples:
+  keye inspect ./Keye-VL-1_5-8B
+  keye inspect Kwai-Keye/Keye-VL-8B-Preview
+  keye inspect ./model --json | jq .parameters
+  keye inspect ./model --json | jq -e .weights.complete
+
+Weights are not read, only the headers of their files. Exit code 3 when tensors are missing or have wrong shapes.";
+
+/// Say what a checkpoint is, how large, and whether it is whole
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Args {
+    /// Checkpoint directory, or hub id
+    model: String,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+    /// Use downloaded models only, never the network
+    #[arg(long)]
+    offline: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let mut status = Status::new(args.json);
+    let dir = resolve_model(&args.model, args.offline, &mut |progress| status.loading(progress))?;
+    status.clear();
+    let processor = Processor::load(&dir, &Overrides::default()).map_err(LoadError::from)?;
+    let checkpoint = Checkpoint::open(&dir).map_err(LoadError::from)?;
+    let facts = facts(&dir, &processor, &checkpoint);
+    if args.json {
+        ui::out(&format!("{facts:#}\n"))?;
+    } else {
+        ui::out(&text(&facts))?;
+    }
+    match facts["weights"]["problems"].as_array().and_then(|problems| problems.first()) {
+        Some(first) => Err(LoadError::Resolve(format!(
+            "{} tensors are missing or wrong, the first: {}",
+            facts["weights"]["problems"].as_array().map_or(0, Vec::len),
+            first.as_str().unwrap_or_default()
+        ))
+        .into()),
+        None => Ok(()),
+    }
+}
+
+fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
+    let config = &processor.config;
+    let layout = weight_layout(config);
+    let wrong = |tensor: &TensorShape| checkpoint.tensor(&tensor.name, &tensor.shape).err().map(|e| e.to_string());
+    let problems: Vec<String> = layout.iter().filter_map(wrong).collect();
+    let used: u64 = layout.iter().filter_map(|tensor| checkpoint.get(&tensor.name)).map(|t| t.bytes.len() as u64).sum();
+    let by_type = checkpoint.totals().into_iter().map(|(dtype, total)| {
+        let counts = json!({"tensors": total.tensors, "parameters": total.elements, "bytes": total.bytes});
+        (dtype.name().to_owned(), counts)
+    });
+    let (text, vision) = (&config.text, &config.vision);
+    json!({
+        "directory": dir,
+        "architecture": config.architecture,
+        "variant": match config.variant {
+            Variant::Preview => "Keye-VL-8B-Preview",
+            Variant::V1_5 => "Keye-VL-1.5",
+        },
+        "text": {
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "heads": text.num_attention_heads,
+            "kv_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.max_position_embeddings,
+            "rope_theta": text.rope_theta,
+            "mrope_section": text.mrope_section,
+        },
+        "vision": {
+            "layers": vision.num_hidden_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "heads": vision.num_attention_heads,
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+        },
+        "parameters": parameters(&layout),
+        "weights": {
+            "files": checkpoint.files().count(),
+            "tensors": checkpoint.names().count(),
+            "bytes": checkpoint.total_bytes(),
+            "used_bytes": used,
+            "types": by_type.collect::<Map<_, _>>(),
+            "complete": problems.is_empty(),
+            "problems": problems,
+        },
+        "kv_cache": {
+            "f32": kv_cache(config, KvDtype::F32),
+            "bf16": kv_cache(config, KvDtype::Bf16),
+        },
+        "media": media(processor),
+        "generation": {
+            "do_sample": processor.generation.do_sample,
+            "temperature": processor.generation.temperature,
+            "top_k": processor.generation.top_k,
+            "top_p": processor.generation.top_p,
+            "min_p": processor.generation.min_p,
+            "repetition_penalty": processor.generation.repetition_penalty,
+        },
+        "special_tokens": special_tokens(processor),
+    })
+}
+
+fn parameters(layout: &[TensorShape]) -> Value {
+    let count = |prefixes: &[&str]| -> u64 {
+        let ours = layout.iter().filter(|tensor| prefixes.iter().any(|prefix| tensor.name.starts_with(prefix)));
+        ours.map(|tensor| tensor.shape.iter().map(|n| *n as u64).product::<u64>()).sum()
+    };
+    let (vision, projector, text) = (count(&["visual."]), count(&["mlp_AR."]), count(&["model.", "lm_head."]));
+    json!({"vision": vision, "projector": projector, "text": text, "total": vision + projector + text})
+}
+
+fn kv_cache(config: &ModelConfig, dtype: KvDtype) -> Value {
+    let token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
+    json!({
+        "bytes_per_token": token,
+        "bytes_at_8k": token * 8192,
+        "bytes_at_32k": token * 32_768,
+        "bytes_at_128k": token * 131_072,
+    })
+}
+
+fn media(processor: &Processor) -> Value {
+    let (image, video, pixels) = (&processor.media.image, &processor.media.video, &processor.media.processor);
+    json!({
+        "image": {
+            "min_pixels": image.min_pixels.max(pixels.min_pixels),
+            "max_pixels": image.max_pixels.min(pixels.max_pixels),
+        },
+        "video": {
+            "rule": match video.rule {
+                VideoRule::WholeClip => "whole clip",
+                VideoRule::SlowFast => "slow and fast frames",
+            },
+            "fps": video.fps,
+            "min_frames": video.min_frames,
+            "max_frames": (video.max_frames < u32::MAX).then_some(video.max_frames),
+            "min_pixels": video.min_pixels,
+            "max_pixels": video.max_pixels,
+            "total_pixels": video.total_pixels,
+        },
+    })
+}
+
+fn special_tokens(processor: &Processor) -> Value {
+    let (config, tokenizer) = (&processor.config, &processor.tokenizer);
+    let named = |id: u32| json!({"id": id, "text": tokenizer.id_to_token(id)});
+    let mut tokens = json!({
+        "image": named(config.image_token_id),
+        "video": named(config.video_token_id),
+        "vision_start": named(config.vision_start_token_id),
+        "vision_end": named(config.vision_end_token_id),
+    });
+    for (field, text) in [("frame", "<|frame|>"), ("fast_start", "<|fast_start|>"), ("fast_end", "<|fast_end|>")] {
+        if let Some(id) = tokenizer.token_to_id(text) {
+            tokens[field] = named(id);
+        }
+    }
+    tokens["end"] = processor.generation.eos_token_id.iter().map(|id| named(*id)).collect();
+    tokens
+}
+
+/// The same facts for the eye.
+fn text(facts: &Value) -> String {
+    let number = |value: &Value| grouped(value.as_u64().unwrap_or(0));
+    let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
+    let (text, vision, weights) = (&facts["text"], &facts["vision"], &facts["weights"]);
+    let parameters = &facts["parameters"];
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| out += &format!("{name:<14} {value}\n");
+    let plain = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    line("model", format!("{} ({})", plain(&facts["variant"]), plain(&facts["architecture"])));
+    line("directory", plain(&facts["directory"]));
+    line(
+        "text",
+        format!(
+            "{} layers, width {}, feed-forward {}, {} heads of {}, {} key/value heads, vocabulary {}, {} positions",
+            text["layers"],
+            text["hidden_size"],
+            text["intermediate_size"],
+            text["heads"],
+            text["head_dim"],
+            text["kv_heads"],
+            number(&text["vocab_size"]),
+            number(&text["max_position_embeddings"])
+        ),
+    );
+    line(
+        "vision",
+        format!(
+            "{} layers, width {}, feed-forward {}, {} heads, patches of {} merged {} by {}",
+            vision["layers"],
+            vision["hidden_size"],
+            vision["intermediate_size"],
+            vision["heads"],
+            vision["patch_size"],
+            vision["spatial_merge_size"],
+            vision["spatial_merge_size"]
+        ),
+    );
+    line(
+        "parameters",
+        format!(
+            "{} = vision {} + projector {} + text {}",
+            number(&parameters["total"]),
+            number(&parameters["vision"]),
+            number(&parameters["projector"]),
+            number(&parameters["text"])
+        ),
+    );
+    let types: Vec<String> = weights["types"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, total)| format!("{name} {}", size(&total["bytes"])))
+        .collect();
+    let problems = weights["problems"].as_array().map_or(0, Vec::len);
+    let whole = match problems {
+        0 => "all tensors are there".to_owned(),
+        n => format!("{n} tensors are missing or wrong"),
+    };
+    line(
+        "weights",
+        format!("{} files, {} tensors, {}; {whole}", weights["files"], weights["tensors"], types.join(", ")),
+    );
+    for (name, cache) in facts["kv_cache"].as_object().into_iter().flatten() {
+        line(
+            &format!("cache {name}"),
+            format!(
+                "{} a token; 8K {}, 32K {}, 128K {}",
+                size(&cache["bytes_per_token"]),
+                size(&cache["bytes_at_8k"]),
+                size(&cache["bytes_at_32k"]),
+                size(&cache["bytes_at_128k"])
+            ),
+        );
+    }
+    let (image, video) = (&facts["media"]["image"], &facts["media"]["video"]);
+    line("images", format!("{} to {} pixels", number(&image["min_pixels"]), number(&image["max_pixels"])));
+    line(
+        "videos",
+        format!(
+            "{}, {} frames a second, {} to {} pixels a frame, {} in all",
+            plain(&video["rule"]),
+            video["fps"],
+            number(&video["min_pixels"]),
+            number(&video["max_pixels"]),
+            number(&video["total_pixels"])
+        ),
+    );
+    let generation = &facts["generation"];
+    let set: Vec<String> = generation
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(name, value)| *name != "do_sample" && !value.is_null())
+        .map(|(name, value)| format!("{name} {}", value.as_f64().map_or(String::new(), |v| format!("{}", v as f32))))
+        .collect();
+    line("sampling", if generation["do_sample"] == true { set.join(", ") } else { "greedy".into() });
+    let mut tokens = Vec::new();
+    for (name, token) in facts["special_tokens"].as_object().into_iter().flatten() {
+        for token in token.as_array().map_or(std::slice::from_ref(token), Vec::as_slice) {
+            tokens.push(format!("{name} {} {}", token["id"], plain(&token["text"])));
+        }
+    }
+    line("tokens", tokens.join(", "));
+    for problem in weights["problems"].as_array().into_iter().flatten() {
+        line("problem", plain(problem));
+    }
+    out
+}

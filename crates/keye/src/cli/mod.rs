@@ -1,0 +1,70 @@
+//! The command line: one file per command.
+
+mod args;
+mod ask;
+mod bench;
+mod chat;
+mod completions;
+mod failure;
+mod generate;
+mod golden;
+mod inspect;
+mod signals;
+mod trace;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+const AFTER_HELP: &str = "\
+Examples:
+  keye ask --model Kwai-Keye/Keye-VL-1_5-8B clip.mp4 \"What happens in this clip?\"
+  keye ask -m ./model photo.jpg chart.png \"Does the chart fit the photo?\"
+  keye chat -m ./model clip.mp4
+  keye inspect ./model
+
+KEYE_MODEL names the model when --model does not.
+
+Exit codes:
+  0    done
+  1    failed
+  2    wrong usage
+  3    the model cannot be loaded
+  4    media cannot be read
+  130  interrupted";
+
+/// Understands images and short videos with the Keye-VL models, on this machine.
+#[derive(Parser)]
+#[command(name = "keye", version, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Ask(ask::Args),
+    Chat(chat::Args),
+    Trace(trace::Args),
+    Inspect(inspect::Args),
+    Bench(bench::Args),
+    Completions(completions::Args),
+}
+
+/// Reads the command line, does what it says, and turns errors into messages and exit codes.
+pub fn main() -> ExitCode {
+    signals::install();
+    let result = match Cli::parse().command {
+        Command::Ask(args) => ask::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Trace(args) => trace::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Completions(args) => completions::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failure::report(&error),
+    }
+}

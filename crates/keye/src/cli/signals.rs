@@ -1,0 +1,57 @@
+//! Ctrl-C (and SIGTERM).
+//!
+//! While something runs that has to be ended in order ([`guard`]), the first signal only raises a flag and the second ends the
+//! program; at all other times the first one does.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+static GUARDED: AtomicBool = AtomicBool::new(false);
+static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+const INTERRUPTED: libc::c_int = 130;
+
+extern "C" fn on_signal(_signal: libc::c_int) {
+    // Only what a signal handler may do: atomics, write, _exit.
+    if !GUARDED.load(Ordering::SeqCst) || SIGNALS.fetch_add(1, Ordering::SeqCst) > 0 {
+        // SAFETY: both calls are async-signal-safe and the buffer outlives them.
+        unsafe {
+            libc::write(2, b"\n".as_ptr().cast(), 1);
+            libc::_exit(INTERRUPTED)
+        }
+    }
+}
+
+/// Takes the signals over. A closed pipe stays an error of writing, which Rust's runtime sees to.
+pub fn install() {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: all-zero bytes are a valid sigaction: no flags, an empty mask.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = on_signal as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESTART;
+        // SAFETY: `action` is initialised, and the handler is async-signal-safe.
+        unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) };
+    }
+}
+
+/// While it lives the first signal raises a flag only.
+pub struct Guard(());
+
+/// Starts a guarded piece of work.
+pub fn guard() -> Guard {
+    SIGNALS.store(0, Ordering::SeqCst);
+    GUARDED.store(true, Ordering::SeqCst);
+    Guard(())
+}
+
+impl Guard {
+    /// Whether a signal came.
+    pub fn interrupted(&self) -> bool {
+        SIGNALS.load(Ordering::SeqCst) > 0
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        GUARDED.store(false, Ordering::SeqCst);
+    }
+}
