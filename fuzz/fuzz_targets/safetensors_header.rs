@@ -16,7 +16,8 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     std::fs::write(&*FILE, data).unwrap();
     if let Ok(checkpoint) = Checkpoint::open_file(&FILE) {
         for name in checkpoint.names() {
-            let tensor = checkpoint.get(name).unwrap();
+            // Types that nothing here computes with are listed, but not handed out.
+            let Some(tensor) = checkpoint.get(name) else { continue };
             assert!(tensor.bytes.len() <= data.len());
             assert!(checkpoint.tensor(name, &tensor.shape).is_ok());
         }

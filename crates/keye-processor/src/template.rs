@@ -1,5 +1,6 @@
 //! The checkpoint's chat template (Jinja), rendered like transformers does.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use minijinja::value::{Kwargs, Rest, Value as Variable, ValueKind};
@@ -78,7 +79,7 @@ impl ChatTemplate {
         });
         environment.add_filter("tojson", to_json);
         environment.set_fuel(Some(FUEL));
-        environment.add_template_owned(NAME, source.clone()).map_err(template_error)?;
+        guarded(|| environment.add_template_owned(NAME, source.clone()))?;
         Ok(Self { environment, source, tokens: Vec::new() })
     }
 
@@ -98,9 +99,16 @@ impl ChatTemplate {
         variables.insert("add_vision_id".into(), options.add_vision_id.into());
         let template = self.environment.get_template(NAME).map_err(template_error)?;
         let mut output = Bounded(Vec::new());
-        template.render_captured_to(Variable::from_serialize(&variables), &mut output).map_err(template_error)?;
+        guarded(|| template.render_captured_to(Variable::from_serialize(&variables), &mut output).map(drop))?;
         String::from_utf8(output.0).map_err(|_| ProcessorError::Template("the output is not UTF-8".into()))
     }
+}
+
+/// Templates come with checkpoints from anywhere, and the engine has panicked on some (an empty list turned round by
+/// `[::-1]`, minijinja 2.24): that is an error of the template like any other.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, ProcessorError> {
+    let panicked = |_| ProcessorError::Template("the template engine failed on it".into());
+    catch_unwind(AssertUnwindSafe(work)).map_err(panicked)?.map_err(template_error)
 }
 
 fn source(
@@ -243,6 +251,13 @@ mod tests {
         let options =
             TemplateOptions { tools: Some(json!([{"a": "<é>", "b": [1, 2.5, null]}])), ..Default::default() };
         ChatTemplate::new(source.into())?.render(messages.as_array().unwrap(), &options)
+    }
+
+    /// Found by fuzzing.
+    #[test]
+    fn an_empty_list_turned_round_is_no_panic() {
+        let error = render("{{ messages[::-1] }}", json!([])).unwrap_err();
+        assert!(error.to_string().starts_with("chat template: "), "{error}");
     }
 
     #[test]
