@@ -16,7 +16,7 @@ const AFTER_HELP: &str = "\
 Examples:
   keye ask -m Kwai-Keye/Keye-VL-1_5-8B clip.mp4 \"What happens in this clip?\"
   keye ask -m ./model before.jpg after.jpg \"What has changed?\"
-  keye ask -m ./model match.mp4#fps=1&t=30,90 \"Who scores?\"       options of one item (quote it in the shell)
+  keye ask -m ./model 'match.mp4#fps=1&t=30,90' \"Who scores?\"     options of one item
   keye ask -m ./model --fps 1 --max-pixels 100352 long.mkv \"Summarise it.\"
   keye ask -m ./model --think --json chart.png \"Which year was best?\" | jq -r .parts.answer
   curl -s https://example.org/cat.jpg | keye ask -m ./model - \"Which breed?\"
@@ -37,8 +37,6 @@ pub struct Args {
     /// Images and videos in order, then the question
     #[arg(required = true, value_name = "MEDIA... QUESTION")]
     words: Vec<String>,
-    #[command(flatten)]
-    model: ModelArgs,
     /// System message, instead of the checkpoint's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -48,6 +46,8 @@ pub struct Args {
     /// Only the answer: no status, no thinking
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     media: MediaArgs,
     #[command(flatten)]

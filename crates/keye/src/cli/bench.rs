@@ -13,9 +13,9 @@ use super::ui::{self, Status};
 
 const AFTER_HELP: &str = "\
 Examples:
-  keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b     17.5 GB of random bf16 weights
+  keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b
   keye bench --write-checkpoint /tmp/tiny --preset keye-tiny --dtype f32
-  keye ask -m /tmp/tiny photo.jpg \"What is this?\" --max-tokens 32       nonsense, at the speed of the real model
+  keye ask -m /tmp/tiny photo.jpg \"What is this?\" --max-tokens 32
   keye inspect /tmp/keye-8b";
 
 /// Write checkpoints with random weights, of the size and speed of the real ones

@@ -38,14 +38,14 @@ const HELP: &str = "/add FILE  /think on|off|auto  /clear  /save FILE  /help  /q
 pub struct Args {
     /// Images and videos of the first question
     media_files: Vec<String>,
-    #[command(flatten)]
-    model: ModelArgs,
     /// System message, instead of the checkpoint's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Only the answers: no status, no thinking
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     media: MediaArgs,
     #[command(flatten)]

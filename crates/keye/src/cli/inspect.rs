@@ -237,14 +237,15 @@ fn text(facts: &Value) -> String {
         .map(|(name, total)| format!("{name} {}", size(&total["bytes"])))
         .collect();
     let problems = weights["problems"].as_array().map_or(0, Vec::len);
+    let files = match weights["files"].as_u64() {
+        Some(1) => "1 file".to_owned(),
+        _ => format!("{} files", weights["files"]),
+    };
     let whole = match problems {
         0 => "all tensors are there".to_owned(),
         n => format!("{n} tensors are missing or wrong"),
     };
-    line(
-        "weights",
-        format!("{} files, {} tensors, {}; {whole}", weights["files"], weights["tensors"], types.join(", ")),
-    );
+    line("weights", format!("{}, {} tensors, {}; {whole}", files, weights["tensors"], types.join(", ")));
     for (name, cache) in facts["kv_cache"].as_object().into_iter().flatten() {
         line(
             &format!("cache {name}"),

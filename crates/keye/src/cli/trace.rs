@@ -117,6 +117,7 @@ fn load_media(
         timestamps: TimestampRule::Reference,
         ..Loader::new(processor.media.clone())
     };
+    status.media(conversation.media().iter().map(super::args::name_of).collect());
     let mut media = Vec::new();
     for (index, item) in conversation.media().iter().enumerate() {
         let loaded = loader.load(item, &mut |progress| {

@@ -134,6 +134,7 @@ impl Status {
                         format!("{name}: fetching, {} of {}", bytes(*done), bytes(*total))
                     }
                     Progress::Fetching { done, total: None } => format!("{name}: fetching, {}", bytes(*done)),
+                    Progress::Decoding { total: 0, .. } => format!("{name}: decoding"),
                     Progress::Decoding { done, total } => format!("{name}: decoding, frame {done} of {total}"),
                 });
             }

@@ -1,0 +1,16 @@
+//! The binary as its users meet it, and the library's whole path, on the golden models.
+
+#[path = "cli/ask.rs"]
+mod ask;
+#[path = "cli/chat.rs"]
+mod chat;
+#[path = "cli/engine.rs"]
+mod engine;
+#[path = "cli/failures.rs"]
+mod failures;
+#[path = "cli/inspect.rs"]
+mod inspect;
+#[path = "cli/support.rs"]
+mod support;
+#[path = "cli/trace.rs"]
+mod trace;

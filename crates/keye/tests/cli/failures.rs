@@ -1,0 +1,87 @@
+//! Wrong inputs: exit codes, and messages that name input and remedy.
+
+use crate::support::{ask, fixture, input, keye, model};
+
+#[test]
+fn usage_is_2() {
+    let clip = input("clip.mp4");
+    let image = input("one.png");
+    for (arguments, words) in [
+        (vec!["--fps", "1", image.as_str(), "What?"], "--fps is for videos, and there are none"),
+        (vec!["--presence-penalty", "7", "What?"], "presence_penalty is 7"),
+        (vec!["--temperature", "1", "What?"], "--greedy"),
+        (vec![image.as_str()], "the question comes last"),
+        (vec!["-", "-", "What?"], "once only"),
+        (vec!["https://example.org/watch", "What?"], "video:https://example.org/watch"),
+        (vec!["--think", "--no-think", "What?"], "cannot be used with"),
+    ] {
+        let run = ask(&arguments);
+        assert_eq!(run.code, Some(2), "{run:#?}");
+        assert!(run.stderr.contains(words), "{words}: {run:#?}");
+        assert_eq!(run.stdout, "");
+    }
+    let run = ask(&[&format!("{clip}#fsp=1"), "What?"]);
+    assert_eq!(run.code, Some(2), "{run:#?}");
+    assert!(run.stderr.contains("fsp") && run.stderr.contains("video_start"), "{run:#?}");
+    let run = ask(&["--nframes", "8", &clip, "What?"]);
+    assert_eq!(run.code, Some(2), "{run:#?}");
+    assert!(run.stderr.contains("nframes") && run.stderr.contains("Keye-VL-8B-Preview"), "{run:#?}");
+    assert_eq!(keye(&["ask", "What?"]).code, Some(2), "no model");
+    assert_eq!(keye(&["ask", "-m", &model(), "--max-tokens", "0", "What?"]).code, Some(2));
+}
+
+#[test]
+fn a_model_that_cannot_be_loaded_is_3() {
+    let run = keye(&["ask", "-m", "no/such-model", "What?"]);
+    assert_eq!(run.code, Some(3), "{run:#?}");
+    assert!(run.stderr.contains("no/such-model"), "{run:#?}");
+    let run = keye(&["ask", "-m", "./no/such/model", "What?"]);
+    assert_eq!(run.code, Some(3), "{run:#?}");
+
+    let broken = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(fixture("keye-1_5-tiny").join("model")).unwrap() {
+        let path = file.unwrap().path();
+        std::fs::copy(&path, broken.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let weights = broken.path().join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    let dir = broken.path().to_str().unwrap();
+    for arguments in [&["ask", "-m", dir, "What?"][..], &["inspect", dir]] {
+        let run = keye(arguments);
+        assert_eq!(run.code, Some(3), "{run:#?}");
+        assert!(run.stderr.contains("model.safetensors"), "{run:#?}");
+    }
+    let run = keye(&["ask", "-m", &model(), "--max-model-len", "100000000", "What?"]);
+    assert_eq!(run.code, Some(3), "{run:#?}");
+    assert!(run.stderr.contains("this model takes 1 to"), "{run:#?}");
+}
+
+#[test]
+fn media_that_cannot_be_read_are_4() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("notes.txt");
+    std::fs::write(&text, "not a picture").unwrap();
+    let image = folder.path().join("cut.png");
+    std::fs::write(&image, &std::fs::read(input("one.png")).unwrap()[..100]).unwrap();
+    for path in [folder.path().join("missing.mp4"), text, image, folder.path().to_owned()] {
+        let run = ask(&[path.to_str().unwrap(), "What?"]);
+        assert_eq!(run.code, Some(4), "{run:#?}");
+        assert!(run.stderr.contains(path.to_str().unwrap()), "{run:#?}");
+        assert_eq!(run.stdout, "");
+    }
+}
+
+#[test]
+fn a_url_in_a_request_file_is_not_fetched() {
+    let folder = tempfile::tempdir().unwrap();
+    let request = folder.path().join("request.json");
+    let part = r#"{"type": "image", "image": "http://127.0.0.1:9/a.png"}"#;
+    std::fs::write(&request, format!(r#"{{"messages": [{{"role": "user", "content": [{part}]}}]}}"#)).unwrap();
+    let out = folder.path().join("out.safetensors");
+    let arguments = ["trace", "-m", &model(), "--request", request.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    let run = keye(&arguments);
+    assert_eq!(run.code, Some(4), "{run:#?}");
+    assert!(run.stderr.contains("not allowed") && run.stderr.contains("request file"), "{run:#?}");
+    assert!(!out.exists());
+}

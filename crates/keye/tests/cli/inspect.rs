@@ -1,0 +1,49 @@
+//! `keye inspect`, `bench`, `completions`, `--help`.
+
+use crate::support::{fixture, keye};
+
+#[test]
+fn a_whole_checkpoint() {
+    let dir = fixture("keye-1_5-tiny").join("model");
+    let dir = dir.to_str().unwrap();
+    let facts = keye(&["inspect", dir, "--json"]).ok().json();
+    assert_eq!(facts["variant"], "Keye-VL-1.5");
+    assert_eq!(facts["weights"]["complete"], true);
+    // 2 (keys, values) x 4 layers x 2 heads x 32 wide x 4 bytes
+    assert_eq!(facts["kv_cache"]["f32"]["bytes_per_token"], 2048);
+    assert_eq!(facts["kv_cache"]["bf16"]["bytes_at_8k"], 1024 * 8192);
+    assert_eq!(facts["generation"]["top_k"], 20);
+    // 960 x 64 twice, 4 layers of q 128x64, k and v 64x64, o 64x128, two norms of 32, two of 64, MLP 3 x 144x64, and the last norm
+    assert_eq!(facts["parameters"]["text"], 2 * 61440 + 4 * (8192 + 4096 * 2 + 8192 + 64 + 128 + 27648) + 64);
+    assert_eq!(facts["special_tokens"]["end"].as_array().unwrap().len(), 2);
+    let text = keye(&["inspect", dir]).ok().stdout;
+    assert!(text.contains("all tensors are there") && text.contains("<|image_pad|>"), "{text}");
+}
+
+#[test]
+fn a_written_checkpoint_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("model");
+    let dir = dir.to_str().unwrap();
+    let write = ["bench", "--write-checkpoint", dir, "--preset", "keye-tiny", "--dtype", "f32", "--seed", "3"];
+    keye(&write).ok();
+    assert_eq!(keye(&["inspect", dir, "--json"]).ok().json()["weights"]["complete"], true);
+    keye(&["ask", "-m", dir, "--max-tokens", "2", "Hello?"]).ok();
+    let again = keye(&write);
+    assert_eq!(again.code, Some(1));
+    assert!(again.stderr.contains("choose another name"), "{again:#?}");
+}
+
+#[test]
+fn help_teaches_by_example() {
+    for command in ["ask", "chat", "trace", "inspect", "bench", "completions"] {
+        let help = keye(&[command, "--help"]).ok().stdout;
+        let examples = help.split("Examples:").nth(1).map_or(0, |text| text.matches("keye ").count());
+        assert!(examples >= 3, "{command}: {help}");
+    }
+    assert!(keye(&["--help"]).ok().stdout.contains("130  interrupted"));
+    assert!(keye(&["--version"]).ok().stdout.starts_with("keye 0."));
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(keye(&["completions", shell]).ok().stdout.contains("max-model-len"), "{shell}");
+    }
+}

@@ -1,0 +1,155 @@
+//! `keye trace` of every golden case: names, types, shapes, values.
+
+use std::path::Path;
+
+use keye_processor::{Checkpoint, Dtype, StoredTensor};
+
+use crate::support::{FIXTURES, Run, cases, fixture, keye};
+
+/// Largest absolute differences of an f32 implementation (fixtures/README.md), and where a pixel may be one level off.
+const TOLERANCES: [(&str, f64, f64); 9] = [
+    ("vit_embeddings", 1e-5, 1e-3),
+    ("vit_layer0", 1e-4, 1e-3),
+    ("vit_out", 1e-5, 1e-3),
+    ("projector", 1e-5, 1e-3),
+    ("inputs_embeds", 1e-5, 1e-3),
+    ("lm_layer0", 1e-4, 1e-3),
+    ("lm_final_norm", 1e-4, 1e-3),
+    ("logits_last8", 2e-4, 1e-2),
+    ("pixel_values", 1e-6, 1e-2),
+];
+
+fn trace(name: &str, case: &str, out: &Path, more: &[&str]) -> Run {
+    let dir = fixture(name);
+    let path = |part: &str| dir.join(part).display().to_string();
+    let (model, request) = (path("model"), path(&format!("cases/{case}.json")));
+    let (root, out) = (dir.display().to_string(), out.display().to_string());
+    let fixed = ["trace", "-m", &model, "--request", &request, "--media-root", &root, "--out", &out];
+    keye(&[&fixed[..], more].concat())
+}
+
+fn integers(tensor: &StoredTensor) -> Vec<i64> {
+    assert_eq!(tensor.dtype, Dtype::I64, "{}", tensor.name);
+    tensor.bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect()
+}
+
+fn values(tensor: &StoredTensor) -> Vec<f64> {
+    match tensor.dtype {
+        Dtype::U8 => tensor.bytes.iter().map(|b| f64::from(*b)).collect(),
+        Dtype::I64 => integers(tensor).into_iter().map(|v| v as f64).collect(),
+        _ => tensor.bytes.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
+    }
+}
+
+/// Largest difference of the rows that the golden tensor has.
+fn difference(golden: &Checkpoint, want: &StoredTensor, found: &StoredTensor, at: &str) -> f64 {
+    assert_eq!(want.dtype, found.dtype, "{at}");
+    assert_eq!(want.shape[1..], found.shape[1..], "{at}");
+    let width: usize = want.shape[1..].iter().product();
+    let rows = match golden.get(&format!("{}.rows", want.name)) {
+        Some(rows) => integers(&rows).into_iter().map(|row| row as usize).collect(),
+        None => {
+            assert_eq!(want.shape, found.shape, "{at}");
+            (0..want.shape[0]).collect::<Vec<_>>()
+        }
+    };
+    let (want, found) = (values(want), values(found));
+    let pairs = rows
+        .iter()
+        .zip(want.chunks_exact(width))
+        .flat_map(|(row, want)| want.iter().zip(&found[row * width..(row + 1) * width]).map(|(a, b)| (a - b).abs()));
+    pairs.fold(0.0, |worst, d| if d.is_nan() { f64::INFINITY } else { worst.max(d) })
+}
+
+/// Compares all tensors of a case. `loose` allows for pixels that differ by a level.
+fn check(name: &str, case: &str, out: &Path, loose: bool) {
+    let golden = Checkpoint::open_file(&fixture(name).join(format!("cases/{case}.safetensors"))).unwrap();
+    let found = Checkpoint::open_file(out).unwrap();
+    let mut compared = 0;
+    for tensor in golden.names().filter(|name| !name.ends_with(".rows") && !name.starts_with("bf16_")) {
+        let at = format!("{name}/{case}/{tensor}");
+        let want = golden.get(tensor).unwrap();
+        let have = found.get(tensor).unwrap_or_else(|| panic!("{at} is missing"));
+        let worst = difference(&golden, &want, &have, &at);
+        let limits = TOLERANCES
+            .iter()
+            .find(|(suffix, ..)| tensor.trim_start_matches("image_").trim_start_matches("video_") == *suffix);
+        let limit = match limits {
+            _ if tensor.ends_with("_u8") => {
+                if loose {
+                    1.0
+                } else {
+                    0.0
+                }
+            }
+            Some((_, exact, loosely)) => {
+                if loose {
+                    *loosely
+                } else {
+                    *exact
+                }
+            }
+            None => 0.0,
+        };
+        assert!(worst <= limit, "{at}: differs by {worst:e}, allowed are {limit:e}");
+        compared += 1;
+    }
+    assert!(compared >= 8, "{name}/{case}: {compared}");
+}
+
+/// Whether all patches of a case are in its file.
+fn has_all_pixels(name: &str, case: &str) -> bool {
+    let golden = Checkpoint::open_file(&fixture(name).join(format!("cases/{case}.safetensors"))).unwrap();
+    let recorded = |tensor: &str| golden.get(tensor).is_some() && golden.get(&format!("{tensor}.rows")).is_none();
+    let images = golden.get("image_grid_thw").is_none() || recorded("pixel_values_u8");
+    images && (golden.get("video_grid_thw").is_none() || recorded("pixel_values_videos_u8"))
+}
+
+#[test]
+fn recorded_pixels_give_the_golden_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("trace.safetensors");
+    let mut traced = 0;
+    for name in FIXTURES {
+        for case in cases(name).into_iter().filter(|case| has_all_pixels(name, case)) {
+            let golden = fixture(name).join(format!("cases/{case}.safetensors")).display().to_string();
+            for backend in ["reference", "cpu"] {
+                let more = ["--pixels", &golden, "--compare", &golden, "--backend", backend];
+                let run = trace(name, &case, &out, &more).ok();
+                let line = run.stdout.lines().find(|line| line.starts_with("input_ids")).unwrap();
+                assert!(line.ends_with("equal"), "{line}");
+                check(name, &case, &out, false);
+                traced += 1;
+            }
+        }
+    }
+    assert!(traced >= 2 * 14, "{traced}");
+}
+
+#[test]
+fn media_files_give_the_golden_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("trace.safetensors");
+    for name in FIXTURES {
+        for case in cases(name) {
+            trace(name, &case, &out, &[]).ok();
+            // Preview resizes clips in floating point, where a value may fall on the other side of a half.
+            let loose = name == "keye-preview-tiny" && (case.contains("video") || case == "mixed");
+            check(name, &case, &out, loose);
+        }
+    }
+}
+
+#[test]
+fn patches_of_another_grid_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("trace.safetensors");
+    let other = fixture("keye-1_5-tiny").join("cases/image_big.safetensors").display().to_string();
+    let run = trace("keye-1_5-tiny", "image_one", &out, &["--pixels", &other]);
+    assert_eq!(run.code, Some(1), "{run:#?}");
+    assert!(run.stderr.contains("image_grid_thw is [[") && run.stderr.contains("decoded media have [["), "{run:#?}");
+    assert!(!out.exists());
+    let run = trace("keye-1_5-tiny", "image_one", &out, &["--compare", &other]);
+    assert_eq!(run.code, Some(1), "{run:#?}");
+    assert!(run.stderr.contains("input_ids") && out.exists(), "{run:#?}");
+}
