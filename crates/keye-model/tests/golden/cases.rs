@@ -1,8 +1,9 @@
 //! Every tensor of every case, on every backend of this machine.
 
 use keye_backend::{Backend, Cpu, CpuOptions, Isa, Reference};
+use keye_model::NoTap;
 
-use crate::support::{Case, FIXTURES, Recorder, encode, generate, load, pads, prefill};
+use crate::support::{Case, FIXTURES, Recorder, encode, generate, load, load_dir, pads, prefill, write_bf16};
 
 /// Cases whose patches are whole in the files.
 const CASES: [&str; 8] =
@@ -62,5 +63,27 @@ fn reference_reproduces_every_case() {
 fn every_instruction_set_reproduces_every_case() {
     for isa in Isa::available() {
         check(|| Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap());
+    }
+}
+
+/// Weights stored as bf16 are used where they lie; the arithmetic stays f32.
+#[test]
+fn bf16_weights_give_the_golden_logits() {
+    for fixture in FIXTURES {
+        let dir = tempfile::tempdir().unwrap();
+        write_bf16(fixture, dir.path());
+        assert!(dir.path().join("model-00003-of-00003.safetensors").is_file(), "three shards");
+        for isa in Isa::available() {
+            let mut model = load_dir(dir.path(), Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap());
+            let mut worst = 0.0f32;
+            for case in CASES.into_iter().filter_map(|name| Case::open(fixture, name)) {
+                let ids = encode(&mut model, &case, &mut NoTap);
+                let logits = prefill(&mut model, &case, &ids, pads(fixture), &mut NoTap);
+                let difference = case.difference("bf16_weights_f32_math_logits_last8", &logits);
+                assert!(difference <= 2e-4, "{fixture}/{}: {difference}", case.name);
+                worst = worst.max(difference);
+            }
+            println!("{fixture}, {}: largest difference {worst}", isa.name());
+        }
     }
 }

@@ -1,12 +1,12 @@
 //! Reading the golden files, and running a prompt on a runner.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use keye_backend::{Backend, KvDtype};
 use keye_media::{MediaKind, Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureId, FeatureRows, KeyeModel, LoadOptions, LogitRows, NoTap, Runner, Tap};
-use keye_processor::{Checkpoint, Dtype, ModelConfig, StoredTensor, Variant};
+use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, StoredTensor, Variant, write_checkpoint};
 
 pub const FIXTURES: [&str; 2] = ["keye-preview-tiny", "keye-1_5-tiny"];
 
@@ -15,10 +15,13 @@ pub fn fixture(name: &str) -> PathBuf {
 }
 
 pub fn load<B: Backend>(fixture_name: &str, backend: B) -> KeyeModel<B> {
-    let dir = fixture(fixture_name).join("model");
-    let config = ModelConfig::load(&dir).unwrap();
+    load_dir(&fixture(fixture_name).join("model"), backend)
+}
+
+pub fn load_dir<B: Backend>(dir: &Path, backend: B) -> KeyeModel<B> {
+    let config = ModelConfig::load(dir).unwrap();
     let media = config.variant.facts().media;
-    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
     let options = LoadOptions { cache_tokens: 2048, kv_dtype: KvDtype::F32 };
     KeyeModel::load(backend, &config, &media.processor, &checkpoint, options).unwrap()
 }
@@ -31,6 +34,29 @@ fn f32s(tensor: &StoredTensor) -> Vec<f32> {
 fn i64s(tensor: &StoredTensor) -> Vec<i64> {
     assert_eq!(tensor.dtype, Dtype::I64, "{}", tensor.name);
     tensor.bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+/// The fixture's checkpoint with weights rounded to bf16, in several shards.
+pub fn write_bf16(fixture_name: &str, dir: &Path) {
+    let model = fixture(fixture_name).join("model");
+    for file in ["config.json", "preprocessor_config.json"] {
+        std::fs::copy(model.join(file), dir.join(file)).unwrap();
+    }
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let new = |name: &str| {
+        let shape = checkpoint.get(name).unwrap().shape;
+        NewTensor { name: name.to_owned(), dtype: Dtype::Bf16, shape }
+    };
+    let tensors: Vec<NewTensor> = checkpoint.names().map(new).collect();
+    write_checkpoint(dir, &tensors, 500_000, &mut |tensor, out| {
+        for value in f32s(&checkpoint.get(&tensor.name).unwrap()) {
+            // To nearest, ties to even.
+            let bits = value.to_bits();
+            out.write_all(&(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16).to_le_bytes())?;
+        }
+        Ok(())
+    })
+    .unwrap();
 }
 
 /// One golden case: a prompt with its media and what the reference made of it.
