@@ -33,7 +33,7 @@ pub enum Stage {
         patches: usize,
         /// Tokens in the prompt.
         tokens: usize,
-        /// Seconds of vision work expected, when known; 0 when its features are cached.
+        /// Seconds of vision tower and prompt expected, when known; 0 when its features are cached.
         estimate: Option<f64>,
     },
     /// Vision tower at work on media `index`.

@@ -77,25 +77,26 @@ impl Worker {
     fn announce_media(&mut self, sequence: &Sequence) {
         for (index, media) in sequence.media().iter().enumerate() {
             let spans = sequence.prompt().features.iter().filter(|span| span.media == index);
+            let tokens = spans.map(|span| span.len).sum();
             sequence.events().stage(Stage::MediaReady {
                 index,
                 frames: media.frames.len(),
                 slow_frames: media.frames.iter().filter(|frame| frame.kind == FrameKind::Slow).count(),
                 patches: media.patches.len(),
-                tokens: spans.map(|span| span.len).sum(),
-                estimate: self.estimate(media),
+                tokens,
+                estimate: self.estimate(media, tokens),
             });
         }
     }
 
-    /// Seconds that the vision tower will take.
-    fn estimate(&mut self, media: &Media) -> Option<f64> {
+    /// Seconds that the vision tower and these tokens of the prompt will take.
+    fn estimate(&mut self, media: &Media, tokens: usize) -> Option<f64> {
         if self.features.contains(&feature_key(media)) {
             return Some(0.0);
         }
         let seconds = guarded(|| {
-            let cost = self.runner.cost(media.kind, &media.patches.grid_thw, 0);
-            Ok(cost.vision / self.runner.flops_per_second())
+            let cost = self.runner.cost(media.kind, &media.patches.grid_thw, tokens);
+            Ok((cost.vision + cost.prefill) / self.runner.flops_per_second())
         });
         seconds.ok().filter(|seconds| seconds.is_finite() && *seconds > 0.0)
     }
