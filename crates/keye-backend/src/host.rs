@@ -1,8 +1,11 @@
 //! Activations in host memory, shared by the two CPU backends.
 
+use std::ops::Range;
+
+use bytes::Bytes;
+
 use crate::weight::{as_f32, as_u16, bf16_to_f32};
 use crate::{BackendError, Dtype, WeightSource};
-use bytes::Bytes;
 
 /// Rows of f32 activations, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +18,35 @@ pub struct HostTensor {
 impl HostTensor {
     pub(crate) fn zeros(rows: usize, cols: usize) -> Self {
         Self { rows, cols, data: vec![0.0; rows * cols] }
+    }
+
+    pub(crate) fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
+        assert_eq!(values.len(), rows * cols);
+        Self { rows, cols, data: values.to_vec() }
+    }
+
+    pub(crate) fn from_u8(rows: usize, cols: usize, values: &[u8]) -> Self {
+        assert_eq!(values.len(), rows * cols);
+        Self { rows, cols, data: values.iter().map(|v| f32::from(*v)).collect() }
+    }
+
+    pub(crate) fn slice_rows(&self, rows: Range<usize>) -> Self {
+        let data = self.data[rows.start * self.cols..rows.end * self.cols].to_vec();
+        Self { rows: rows.len(), cols: self.cols, data }
+    }
+
+    pub(crate) fn copy_rows(&self, from: Range<usize>, to: &mut Self, at: usize) {
+        assert_eq!(self.cols, to.cols);
+        let target = at * to.cols..(at + from.len()) * to.cols;
+        to.data[target].copy_from_slice(&self.data[from.start * self.cols..from.end * self.cols]);
+    }
+
+    pub(crate) fn gather_rows(&self, index: &[u32], group: usize) -> Self {
+        let mut data = Vec::with_capacity(index.len() * self.cols);
+        for row in index {
+            data.extend_from_slice(self.row(*row as usize));
+        }
+        Self { rows: index.len() / group, cols: group * self.cols, data }
     }
 
     pub(crate) fn row(&self, row: usize) -> &[f32] {

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::Isa;
-use super::cache::{CpuCache, KvBlock};
+use super::cache::{CpuCache, KvBlock, value_stride};
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use crate::host::HostTensor;
@@ -17,17 +17,10 @@ use crate::{AttentionShape, BLOCK_TOKENS, SequenceRows, Span};
 
 /// Vectors of a pass over a block's keys or a value's columns.
 const NV: usize = 4;
-/// Values are padded to whole vectors of the widest set.
-const PAD: usize = 16;
 /// Query rows of a task that shares packed blocks.
 const QUERIES: usize = 512;
 /// Rows of a sequence per task in causal attention.
 const ROWS: usize = 64;
-
-/// Columns of a padded value row.
-pub(super) fn value_stride(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(PAD)
-}
 
 /// Running softmax of some query rows: maximum and sum per row, weighted values `[rows, stride]`.
 struct State<'a> {
@@ -295,7 +288,7 @@ unsafe fn kernel<S: Simd, E: Element, const M: usize>(
     out: &mut [f32],
     scores: &mut [f32],
 ) {
-    let stride = hd.next_multiple_of(PAD);
+    let stride = value_stride(hd);
     assert!(q.len() >= (M - 1) * ldq + hd && keys.len() >= hd * BLOCK_TOKENS && values.len() >= BLOCK_TOKENS * stride);
     assert!(counts.len() == M && max.len() == M && sum.len() == M && out.len() == M * stride);
     assert!(scores.len() >= M * BLOCK_TOKENS);

@@ -1,9 +1,15 @@
 //! The pool of KV blocks.
 
-use super::attention::value_stride;
 use crate::host::HostTensor;
 use crate::weight::f32_to_bf16;
 use crate::{BLOCK_TOKENS, BackendError, CacheSpec, KvDtype, SequenceRows};
+
+/// Values are padded to whole vectors of the widest set.
+const PAD: usize = 16;
+/// Columns of a padded value row.
+pub(super) fn value_stride(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(PAD)
+}
 
 /// Blocks of all layers. Memory is asked for at once but only backed by pages as blocks are first written.
 pub struct CpuCache {

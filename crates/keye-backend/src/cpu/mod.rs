@@ -83,13 +83,11 @@ impl Backend for Cpu {
     }
 
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<HostTensor, BackendError> {
-        assert_eq!(values.len(), rows * cols);
-        Ok(HostTensor { rows, cols, data: values.to_vec() })
+        Ok(HostTensor::from_f32(rows, cols, values))
     }
 
     fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<HostTensor, BackendError> {
-        assert_eq!(values.len(), rows * cols);
-        Ok(HostTensor { rows, cols, data: values.iter().map(|v| f32::from(*v)).collect() })
+        Ok(HostTensor::from_u8(rows, cols, values))
     }
 
     fn upload_index(&self, values: &[u32]) -> Result<Vec<u32>, BackendError> {
@@ -109,8 +107,7 @@ impl Backend for Cpu {
     }
 
     fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
-        let data = x.data[rows.start * x.cols..rows.end * x.cols].to_vec();
-        Ok(HostTensor { rows: rows.len(), cols: x.cols, data })
+        Ok(x.slice_rows(rows))
     }
 
     fn copy_rows(
@@ -120,18 +117,12 @@ impl Backend for Cpu {
         to: &mut HostTensor,
         at: usize,
     ) -> Result<(), BackendError> {
-        assert_eq!(x.cols, to.cols);
-        let target = at * to.cols..(at + from.len()) * to.cols;
-        to.data[target].copy_from_slice(&x.data[from.start * x.cols..from.end * x.cols]);
+        x.copy_rows(from, to, at);
         Ok(())
     }
 
     fn gather_rows(&self, x: &HostTensor, index: &Vec<u32>, group: usize) -> Result<HostTensor, BackendError> {
-        let mut data = Vec::with_capacity(index.len() * x.cols);
-        for row in index {
-            data.extend_from_slice(x.row(*row as usize));
-        }
-        Ok(HostTensor { rows: index.len() / group, cols: group * x.cols, data })
+        Ok(x.gather_rows(index, group))
     }
 
     fn embed(&self, table: &HostWeight, ids: &Vec<u32>) -> Result<HostTensor, BackendError> {

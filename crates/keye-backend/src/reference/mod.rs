@@ -50,13 +50,11 @@ impl Backend for Reference {
     }
 
     fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<HostTensor, BackendError> {
-        assert_eq!(values.len(), rows * cols);
-        Ok(HostTensor { rows, cols, data: values.to_vec() })
+        Ok(HostTensor::from_f32(rows, cols, values))
     }
 
     fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<HostTensor, BackendError> {
-        assert_eq!(values.len(), rows * cols);
-        Ok(HostTensor { rows, cols, data: values.iter().map(|v| f32::from(*v)).collect() })
+        Ok(HostTensor::from_u8(rows, cols, values))
     }
 
     fn upload_index(&self, values: &[u32]) -> Result<Vec<u32>, BackendError> {
@@ -76,8 +74,7 @@ impl Backend for Reference {
     }
 
     fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
-        let data = x.data[rows.start * x.cols..rows.end * x.cols].to_vec();
-        Ok(HostTensor { rows: rows.len(), cols: x.cols, data })
+        Ok(x.slice_rows(rows))
     }
 
     fn copy_rows(
@@ -87,18 +84,12 @@ impl Backend for Reference {
         to: &mut HostTensor,
         at: usize,
     ) -> Result<(), BackendError> {
-        for (i, row) in from.enumerate() {
-            to.row_mut(at + i).copy_from_slice(x.row(row));
-        }
+        x.copy_rows(from, to, at);
         Ok(())
     }
 
     fn gather_rows(&self, x: &HostTensor, index: &Vec<u32>, group: usize) -> Result<HostTensor, BackendError> {
-        let mut data = Vec::with_capacity(index.len() * x.cols);
-        for row in index {
-            data.extend_from_slice(x.row(*row as usize));
-        }
-        Ok(HostTensor { rows: index.len() / group, cols: group * x.cols, data })
+        Ok(x.gather_rows(index, group))
     }
 
     fn embed(&self, table: &ReferenceWeight, ids: &Vec<u32>) -> Result<HostTensor, BackendError> {
