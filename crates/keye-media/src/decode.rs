@@ -13,13 +13,15 @@ use crate::{Limits, MediaError};
 
 /// Decoder threads beyond this cost memory and bring little.
 const MAX_THREADS: usize = 8;
+/// Bytes of a filter that goes with the arguments, where it leaves no file behind however this ends; Linux takes 128 KiB.
+const MAX_ARGUMENT: usize = 96 << 10;
 
 /// The frames of a clip at ascending indices, in order. The child is gone when this is dropped.
 pub(crate) struct Frames {
     output: Output,
     frame_bytes: usize,
     /// Kept for as long as the child may read it.
-    _filter: tempfile::NamedTempFile,
+    _filter: Option<tempfile::NamedTempFile>,
 }
 
 impl Frames {
@@ -33,20 +35,29 @@ impl Frames {
         watch: &mut Watch,
     ) -> Result<Self, MediaError> {
         let modern = programs.is_modern(watch)?;
-        let script = |e: std::io::Error| MediaError::Ffmpeg(format!("cannot write a temporary file for ffmpeg: {e}"));
-        let mut filter = tempfile::NamedTempFile::with_prefix("keye-select-").map_err(script)?;
         // The explicit size does nothing, unless a clip changes its size midway: then all frames get the first size.
         let (w, h) = (clip.width, clip.height);
-        write!(filter, "select='{}',scale={w}:{h},format=rgb24", select(indices)).map_err(script)?;
-        filter.flush().map_err(script)?;
-
+        let filter = format!("select='{}',scale={w}:{h},format=rgb24", select(indices));
         let mut args = decoder_options(clip, limits, modern);
-        args.push(if modern { "-/filter:v" } else { "-filter_script:v" }.into());
-        args.push(filter.path().into());
+        let script = match filter.len() <= MAX_ARGUMENT {
+            true => {
+                args.extend(["-filter:v".into(), filter.into()]);
+                None
+            }
+            false => {
+                let failed =
+                    |e: std::io::Error| MediaError::Ffmpeg(format!("cannot write a temporary file for ffmpeg: {e}"));
+                let mut file = tempfile::NamedTempFile::with_prefix("keye-select-").map_err(failed)?;
+                file.write_all(filter.as_bytes()).and_then(|()| file.flush()).map_err(failed)?;
+                args.push(if modern { "-/filter:v" } else { "-filter_script:v" }.into());
+                args.push(file.path().into());
+                Some(file)
+            }
+        };
         args.extend(["-c:v", "rawvideo", "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:1"].map(Into::into));
         let frame_bytes = frame_bytes(clip).ok_or_else(|| watch.unreadable("a frame is too large for this machine"))?;
         let output = Output::start(&programs.ffmpeg, &args, Some(file), frame_bytes)?;
-        Ok(Self { output, frame_bytes, _filter: filter })
+        Ok(Self { output, frame_bytes, _filter: script })
     }
 
     /// The next wanted frame, `[height, width, 3]` bytes; `None` when the clip ended, even in the middle of a frame.

@@ -50,6 +50,14 @@ pub enum MediaError {
         /// How much may be.
         limit: u64,
     },
+    /// The folder for temporary files is full or cannot be written to.
+    #[error("temporary files in {}: {error}; make room there, or let TMPDIR name another folder", folder.display())]
+    Temporary {
+        /// `$TMPDIR`, or what the system has for it.
+        folder: std::path::PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
     /// `ffmpeg` or `ffprobe` is missing or failed.
     #[error("{0}")]
     Ffmpeg(String),

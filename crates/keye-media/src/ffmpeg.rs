@@ -2,7 +2,8 @@
 //!
 //! A child gets the clip as its standard input and opens it under that one name, so it needs no path of ours; its
 //! environment is empty but for a few names; it is killed and reaped when its [`Output`] is dropped, however the work
-//! ends. Nobody waits for a child without looking at the clock and at the caller's wish to stop ([`Watch`]).
+//! ends, and on Linux by the kernel when this process is killed. A Ctrl-C of the terminal does not reach it: the caller
+//! decides what ends. Nobody waits for a child without looking at the clock and at the caller's wish to stop ([`Watch`]).
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -155,6 +156,34 @@ fn locate(program: &str, variable: &str, named: Option<OsString>) -> Result<Path
         .ok_or_else(|| missing(program, variable, &format!("{program} was not found in PATH")))
 }
 
+/// Keeps the terminal's signals from the child, and on Linux ends it with the thread that started it, which is the one that
+/// reads from it: without, a decoder that has nothing to write for minutes outlives a killed parent by minutes.
+#[cfg(unix)]
+fn bind_life(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    command.process_group(0);
+    #[cfg(target_os = "linux")]
+    {
+        let parent = std::process::id();
+        let bind = move || {
+            // SAFETY: a system call with integers for arguments, async-signal-safe.
+            if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // The parent may have died before the call above.
+            match std::os::unix::process::parent_id() == parent {
+                true => Ok(()),
+                false => Err(std::io::Error::from_raw_os_error(libc::ESRCH)),
+            }
+        };
+        // SAFETY: the closure makes async-signal-safe system calls only and allocates nothing.
+        unsafe { command.pre_exec(bind) };
+    }
+}
+
+#[cfg(not(unix))]
+fn bind_life(_command: &mut Command) {}
+
 /// A running child and its standard output, read ahead by a thread in blocks of one size (the last may be shorter).
 pub(crate) struct Output {
     child: Child,
@@ -183,15 +212,11 @@ impl Output {
             None => Stdio::null(),
         };
         let environment = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
-        let mut child = Command::new(program)
-            .args(args)
-            .env_clear()
-            .envs(environment)
-            .stdin(stdin)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(failed)?;
+        let mut command = Command::new(program);
+        command.args(args).env_clear().envs(environment);
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+        bind_life(&mut command);
+        let mut child = command.spawn().map_err(failed)?;
         let (Some(mut stdout), Some(mut stderr)) = (child.stdout.take(), child.stderr.take()) else {
             let _ = child.kill();
             let _ = child.wait();

@@ -32,7 +32,6 @@ impl Spill {
     }
 }
 
-fn failed(source: std::io::Error) -> MediaError {
-    let input = format!("temporary file in {} (TMPDIR chooses another place)", std::env::temp_dir().display());
-    MediaError::Read { input, source }
+fn failed(error: std::io::Error) -> MediaError {
+    MediaError::Temporary { folder: std::env::temp_dir(), error }
 }
