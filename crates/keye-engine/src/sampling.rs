@@ -68,7 +68,9 @@ impl SamplingParams {
             }
         };
         range("temperature", self.temperature, 0.0, 100.0)?;
-        range("top_p", self.top_p, f32::MIN_POSITIVE, 1.0)?;
+        if self.top_p.is_nan() || self.top_p <= 0.0 || self.top_p > 1.0 {
+            return Err(format!("top_p is {}, it has to be above 0 and at most 1", self.top_p));
+        }
         range("min_p", self.min_p, 0.0, 1.0)?;
         range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
         range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;

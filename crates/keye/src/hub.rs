@@ -90,7 +90,7 @@ impl Hub {
         };
         let is_id = id.split_once('/').is_some_and(|(org, name)| is_word(org) && is_word(name));
         if !is_id || !revision.split('/').all(is_word) {
-            bail!("{model} is not there; {neither}");
+            bail!("{model:?} is not there; {neither}");
         }
         self.snapshot(id, revision, progress)
             .with_context(|| format!("there is no directory {model} here; as a hub id it cannot be had either"))

@@ -46,7 +46,15 @@ pub fn media_item(text: &str) -> Result<MediaItem, ArgumentError> {
         }
         _ => (rest, ItemOptions::default()),
     };
+    let other = |reason: &str| ArgumentError::Options { name: text.to_owned(), reason: reason.to_owned() };
+    if name.is_empty() {
+        return Err(other("the name of a picture or clip is expected, found nothing"));
+    }
     let source = Source::parse(name)?;
+    let is_url = |path: &Path| path.to_str().and_then(|path| path.split_once("://")).is_some_and(|(s, _)| is_scheme(s));
+    if matches!(&source, Source::Path(path) if is_url(path) && !path.exists()) {
+        return Err(other("http, https, file and data are the kinds of URL that are opened"));
+    }
     // A file is looked at in any case, so that a missing one is told before a model is loaded.
     let found = kind_of(&source, name)?;
     let kind = kind.or(found).ok_or_else(|| ArgumentError::Kind(name.to_owned()))?;
@@ -59,7 +67,7 @@ fn kind_of(source: &Source, name: &str) -> Result<Option<MediaKind>, MediaError>
     match source {
         Source::Path(path) => {
             if !std::fs::metadata(path).map_err(read)?.is_file() {
-                let reason = "not a regular file: a picture or a clip is expected".into();
+                let reason = "not a regular file: a picture or a clip is expected (a pipe can be given as -)".into();
                 return Err(MediaError::Unreadable { input: name.to_owned(), reason });
             }
             let file = File::open(path).map_err(read)?;
@@ -69,6 +77,12 @@ fn kind_of(source: &Source, name: &str) -> Result<Option<MediaKind>, MediaError>
         Source::Url(url) => Ok(kind_of_url(url)),
         Source::Frames(_) => Ok(Some(MediaKind::Video)),
     }
+}
+
+/// `ftp`, `s3`, `rtsp`.
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
 /// Image or video by extension.
@@ -159,6 +173,10 @@ fn fragment_options(fragment: &str) -> Result<ItemOptions, String> {
         let Some((key, value)) = pair.split_once('=') else {
             return Err(format!("behind # options are expected, like fps=1&max_pixels=200704; found {pair:?}"));
         };
+        let given = if key == "t" { "video_start" } else { key };
+        if map.contains_key(given) || (key == "t" && map.contains_key("video_end")) {
+            return Err(format!("option {key} is given twice"));
+        }
         let wrong = || format!("option {key}: a number is expected, found {value:?}");
         if key == "t" {
             let (start, end) = value.split_once(',').unwrap_or((value, ""));
@@ -247,7 +265,14 @@ mod tests {
         assert_eq!(item.options, expected);
         assert_eq!(media_item("https://x/a.png#exif=1").unwrap().options.exif, Some(true));
         assert_eq!(media_item("https://x/a.mp4#t=,8").unwrap().options.video_end, Some(8.0));
-        for (fragment, named) in [("fsp=1", "fsp"), ("fps=fast", "fps"), ("fps", "fps"), ("max_pixels=1.5", "1.5")] {
+        for (fragment, named) in [
+            ("fps=1&fps=2", "twice"),
+            ("t=,8&t=1,2", "twice"),
+            ("fsp=1", "fsp"),
+            ("fps=fast", "fps"),
+            ("fps", "fps"),
+            ("max_pixels=1.5", "1.5"),
+        ] {
             let error = media_item(&format!("https://x/a.mp4#{fragment}")).unwrap_err().to_string();
             assert!(error.starts_with("https://x/a.mp4#") && error.contains(named), "{error}");
         }

@@ -49,7 +49,7 @@ fn fit(
         return Ok(longest.min(affordable.max(LEAST)));
     };
     if wanted == 0 || wanted > longest {
-        return Err(format!("a length of {wanted} tokens: this model takes 1 to {longest}"));
+        return Err(format!("a length (--max-model-len) of {wanted} tokens: this model takes 1 to {longest}"));
     }
     let cache = (wanted as u64).saturating_mul(bytes_per_token as u64);
     let gigabytes = |bytes: u64| bytes as f64 / 1e9;

@@ -24,9 +24,15 @@ const TABLE_BITS: usize = 12;
 /// Writes the files and random weights of `preset` as the new directory `dir`.
 ///
 /// Weights are `bf16`, `f16` or `f32`, normal with standard deviation 0.02, norms 1; the same `seed` gives the same bytes.
-/// `progress` is told bytes written and bytes in all. All goes to `DIR.partial` first, which a failed or killed run may leave and the
-/// next run takes away.
-pub fn write(dir: &Path, preset: Preset, dtype: Dtype, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+/// `progress` is told bytes written and bytes in all; when it returns false the work is given up.
+/// All goes to `DIR.partial` first, which a killed run may leave and the next run takes away.
+pub fn write(
+    dir: &Path,
+    preset: Preset,
+    dtype: Dtype,
+    seed: u64,
+    progress: &mut dyn FnMut(u64, u64) -> bool,
+) -> Result<()> {
     if !matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
         bail!("random weights are written as bf16, f16 or f32, not as {dtype}");
     }
@@ -58,8 +64,10 @@ pub fn write(dir: &Path, preset: Preset, dtype: Dtype, seed: u64, progress: &mut
         generator.fill(tensor, &mut |bytes| {
             out.write_all(bytes)?;
             done += bytes.len() as u64;
-            progress(done, total);
-            Ok(())
+            match progress(done, total) {
+                true => Ok(()),
+                false => Err(io::Error::other("given up")),
+            }
         })
     })?;
     partial.keep(dir)

@@ -1,16 +1,24 @@
 //! `keye ask`: one question.
 
 use std::io::Read;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use keye::{MediaItem, MediaKind, Request, Source, media_item};
 use serde_json::{Value, json};
 
 use super::args::{MediaArgs, ModelArgs, SamplingArgs, conversation, name_of, wants_remote};
-use super::failure::Usage;
+use super::failure::{Interrupted, Usage};
 use super::generate::{Finished, generate, seconds};
 use super::signals;
 use super::ui::{self, AnswerWriter, Shown, Status};
+
+/// How long an interrupted request may take to end in order.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes that standard input may give: they are kept in memory.
+const STDIN_BYTES: u64 = 1 << 30;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -70,9 +78,23 @@ pub fn run(args: Args) -> Result<()> {
     // Until the model is there nothing needs an orderly end; from here on decoders run.
     let guard = signals::guard();
     let result = answer(&args, &keye, question, &mut media, &mut status, &guard);
-    // Ends the engine's threads, and with them their children, while signals still wait.
-    drop(keye);
+    end(keye, result.as_ref().is_err_and(|error| error.is::<Interrupted>()));
     result
+}
+
+/// Ends the engine's threads, and with them their children, while signals still wait. Somebody who interrupts does not wait
+/// long for what hangs, like a silent server.
+fn end(keye: keye::Keye, interrupted: bool) {
+    if !interrupted {
+        return drop(keye);
+    }
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || {
+        drop(keye);
+        let _ = ended.send(());
+    });
+    // The process ends either way.
+    let _ = end.recv_timeout(PATIENCE);
 }
 
 fn answer(
@@ -119,15 +141,18 @@ pub fn open_media(names: &[String]) -> Result<Vec<MediaItem>> {
 }
 
 /// `-`, with a prefix or options.
-fn is_stdin(name: &str) -> bool {
+pub fn is_stdin(name: &str) -> bool {
     let name = name.strip_prefix("image:").or_else(|| name.strip_prefix("video:")).unwrap_or(name);
     name == "-" || name.starts_with("-#")
 }
 
 fn from_stdin(name: &str) -> Result<MediaItem> {
     let mut bytes = Vec::new();
-    let limit = keye_media::Limits::default().bytes;
-    std::io::stdin().lock().take(limit).read_to_end(&mut bytes).context("cannot read standard input")?;
+    std::io::stdin().lock().take(STDIN_BYTES + 1).read_to_end(&mut bytes).context("cannot read standard input")?;
+    if bytes.len() as u64 > STDIN_BYTES {
+        let reason = "more than 1 GiB came; save it to a file and name that".to_owned();
+        return Err(keye::MediaError::Unreadable { input: "standard input".into(), reason }.into());
+    }
     if bytes.is_empty() {
         let reason = "nothing came; a picture or clip is expected there".to_owned();
         return Err(keye::MediaError::Unreadable { input: "standard input".into(), reason }.into());

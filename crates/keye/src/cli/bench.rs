@@ -8,7 +8,8 @@ use keye::presets::Preset;
 use keye::random_checkpoint;
 use keye_processor::Dtype;
 
-use super::failure::Usage;
+use super::failure::{Interrupted, Usage};
+use super::signals;
 use super::ui::{self, Status};
 
 const AFTER_HELP: &str = "\
@@ -45,11 +46,17 @@ pub fn run(args: Args) -> Result<()> {
     };
     let mut status = Status::new(false);
     let dir = &args.write_checkpoint;
-    random_checkpoint::write(dir, preset, dtype, args.seed, &mut |done, total| {
+    let guard = signals::guard();
+    let written = random_checkpoint::write(dir, preset, dtype, args.seed, &mut |done, total| {
         let percent = 100.0 * done as f64 / total.max(1) as f64;
         let (done, total) = (ui::bytes(done), ui::bytes(total));
         status.progress(&format!("writing {}: {done} of {total} ({percent:.0}%)", dir.display()));
-    })?;
+        !guard.interrupted()
+    });
+    if guard.interrupted() && written.is_err() {
+        return Err(Interrupted.into());
+    }
+    written?;
     status.line(&format!("{} with random {} weights (seed {}): {}", args.preset, args.dtype, args.seed, dir.display()));
     Ok(())
 }

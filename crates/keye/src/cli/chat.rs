@@ -1,14 +1,14 @@
 //! `keye chat`: a conversation on standard input.
 
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 
 use anyhow::{Context, Result};
 use keye::{Conversation, Keye, MediaItem, Request, ThinkMode, media_item};
 use serde_json::{Value, json};
 
 use super::args::{MediaArgs, ModelArgs, SamplingArgs, conversation, name_of};
-use super::ask::open_media;
-use super::failure::{Interrupted, OutputClosed, Usage};
+use super::ask::{is_stdin, open_media};
+use super::failure::{Interrupted, OutputClosed, Usage, message};
 use super::generate::generate;
 use super::signals;
 use super::ui::{AnswerWriter, Shown, Status};
@@ -29,6 +29,9 @@ Each line is a question; media that were added go with the next one. What was sa
   /help, /quit
 
 Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does.";
+
+/// Bytes of a question.
+const LINE_BYTES: u64 = 16 << 20;
 
 const HELP: &str = "/add FILE  /think on|off|auto  /clear  /save FILE  /help  /quit; Ctrl-C stops an answer";
 
@@ -64,7 +67,7 @@ struct Chat<'a> {
 
 pub fn run(args: Args) -> Result<()> {
     args.sampling.check()?;
-    if args.media_files.iter().any(|name| name == "-") {
+    if args.media_files.iter().any(|name| is_stdin(name)) {
         return Err(Usage("- (standard input) holds the questions of a chat, not media".into()).into());
     }
     let pending = open_media(&args.media_files)?;
@@ -89,7 +92,7 @@ pub fn run(args: Args) -> Result<()> {
             "/quit" | "/exit" | "/q" => break,
             line if line.starts_with('/') => {
                 if let Err(error) = chat.command(line) {
-                    super::ui::error_line(&format!("{error:#}"));
+                    super::ui::error_line(&message(&error));
                 }
             }
             question => chat.question(question)?,
@@ -106,7 +109,11 @@ fn read_line() -> Result<Option<String>> {
         let _ = stderr.flush();
     }
     let mut line = Vec::new();
-    let read = io::stdin().lock().read_until(b'\n', &mut line).context("cannot read standard input")?;
+    let mut input = io::stdin().lock().take(LINE_BYTES + 1);
+    let read = input.read_until(b'\n', &mut line).context("cannot read standard input")?;
+    if read as u64 > LINE_BYTES {
+        return Err(Usage("a line of standard input has more than 16 MiB; a question is expected".into()).into());
+    }
     Ok((read > 0).then(|| String::from_utf8_lossy(&line).into_owned()))
 }
 
@@ -181,7 +188,7 @@ impl Chat<'_> {
             Err(error) if error.is::<OutputClosed>() => return Err(error),
             // Media that cannot be read would fail every further question.
             Err(error) => {
-                super::ui::error_line(&format!("{error:#}"));
+                super::ui::error_line(&message(&error));
                 if !self.pending.is_empty() {
                     self.status.line("the media of this question are dropped; /add them again");
                     self.pending.clear();

@@ -33,9 +33,20 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     }
     let code = exit_code(error);
     if code != INTERRUPTED {
-        super::ui::error_line(&format!("{error:#}"));
+        super::ui::error_line(&message(error));
     }
     ExitCode::from(code)
+}
+
+/// The error and its causes. Causes that the text before them has already are left out.
+pub fn message(error: &anyhow::Error) -> String {
+    without_repetition(&format!("{error:#}")).to_owned()
+}
+
+/// Cuts ends like `: io: refused` off that stand twice.
+fn without_repetition(text: &str) -> &str {
+    let repeated = text.rmatch_indices(": ").find(|(at, _)| text[..*at].ends_with(&text[*at..]));
+    repeated.map_or(text, |(at, _)| without_repetition(&text[..at]))
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -45,6 +56,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         }
         if error.is::<Interrupted>() {
             return Some(INTERRUPTED);
+        }
+        if matches!(error.downcast_ref(), Some(ProcessorError::Messages { .. })) {
+            return Some(USAGE);
         }
         if error.is::<LoadError>() {
             return Some(MODEL);
@@ -85,5 +99,23 @@ fn of_engine(error: &EngineError) -> Option<u8> {
         EngineError::Processor(ProcessorError::Messages { .. }) => Some(USAGE),
         EngineError::Cancelled => Some(INTERRUPTED),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        for (text, expected) in [
+            ("x.mp4: cannot read: gone (os error 2): gone (os error 2)", "x.mp4: cannot read: gone (os error 2)"),
+            ("u: cannot read: io: refused: io: refused", "u: cannot read: io: refused"),
+            ("cannot read x: gone: gone: gone", "cannot read x: gone"),
+            ("a: b", "a: b"),
+            ("r.json: messages[0]: missing", "r.json: messages[0]: missing"),
+        ] {
+            assert_eq!(without_repetition(text), expected);
+        }
     }
 }

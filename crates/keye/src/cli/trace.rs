@@ -1,6 +1,8 @@
 //! `keye trace`: every intermediate tensor of one request.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +14,7 @@ use keye_processor::{Checkpoint, Overrides, Processor, Prompt, TemplateOptions, 
 use serde_json::Value;
 
 use super::args::check_output;
+use super::failure::Usage;
 use super::golden::{self, Difference, Golden, Tensor, Values};
 use super::ui::{self, Status};
 
@@ -25,6 +28,8 @@ Examples:
 The request is {\"messages\": [...]} as transformers and OpenAI clients write it; other fields are ignored, URLs are refused.
 Exit code 1 when --compare finds whole numbers or shapes that differ.";
 
+/// Bytes of a request with its data URLs.
+const REQUEST_BYTES: u64 = 1 << 30;
 /// Greedy tokens after the prompt.
 const GENERATED: usize = 16;
 /// The float pixels are written too when there are fewer values than this.
@@ -59,6 +64,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     check_output(&args.out)?;
+    check_overwrite(&args)?;
     let mut status = Status::new(false);
     let dir = resolve_model(&args.model, false, &mut |progress| status.loading(progress))?;
     let processor = Processor::load(&dir, &Overrides::default()).map_err(LoadError::from)?;
@@ -95,8 +101,27 @@ fn load<B: Backend>(
     Ok(Box::new(KeyeModel::load(backend, config, pixels, checkpoint, options).map_err(LoadError::from)?))
 }
 
+/// The output takes the place of a file; neither of one that is read nor of a device.
+fn check_overwrite(args: &Args) -> Result<()> {
+    let out = args.out.display();
+    let Ok(place) = args.out.canonicalize() else { return Ok(()) };
+    if !place.is_file() {
+        return Err(Usage(format!("--out {out} is no regular file; the name of a file is expected")).into());
+    }
+    let inputs = [Some(&args.request), args.pixels.as_ref(), args.compare.as_ref()];
+    match inputs.into_iter().flatten().any(|input| input.canonicalize().is_ok_and(|input| input == place)) {
+        true => Err(Usage(format!("--out {out} is an input too; choose another name")).into()),
+        false => Ok(()),
+    }
+}
+
 fn read_request(path: &Path) -> Result<Conversation> {
-    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut text = Vec::new();
+    let mut read = |path| File::open(path)?.take(REQUEST_BYTES + 1).read_to_end(&mut text);
+    let bytes = read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    if bytes as u64 > REQUEST_BYTES {
+        bail!("{} has more than 1 GiB; a request is expected", path.display());
+    }
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))?;
     if value.get("messages").is_none() {
         bail!("{}: expected an object with messages", path.display());

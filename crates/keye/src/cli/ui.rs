@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use keye::{FinishReason, LoadProgress, Stage, Timings, Usage};
 use keye_media::Progress;
 use keye_processor::{Part, ThinkSplitter};
@@ -25,7 +26,13 @@ pub fn error_line(message: &str) {
     let stderr = io::stderr();
     let (on, off) = if colors(stderr.is_terminal()) { (RED, PLAIN) } else { ("", "") };
     // There is nobody left to tell when this fails.
-    let _ = writeln!(stderr.lock(), "{on}keye:{off} {message}");
+    let _ = writeln!(stderr.lock(), "{on}keye:{off} {}", printable(message));
+}
+
+/// Names from files and servers with what would steer the terminal made visible.
+fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect()
 }
 
 /// Whether to use colors on a stream (`NO_COLOR` and dumb terminals say no).
@@ -39,7 +46,7 @@ pub fn out(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(OutputClosed.into()),
-        result => Ok(result?),
+        result => result.context("cannot write to standard output"),
     }
 }
 
@@ -63,6 +70,7 @@ impl Status {
 
     /// Names of the media of the next request.
     pub fn media(&mut self, names: Vec<String>) {
+        let names = names.iter().map(|name| printable(name)).collect();
         (self.names, self.estimate, self.announced) = (names, 0.0, false);
     }
 

@@ -137,3 +137,68 @@ fn interrupted() {
     stdout.read_to_end(&mut Vec::new()).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
+
+/// A program in the decoder's place that writes its process id and then nothing for a minute.
+#[cfg(target_os = "linux")]
+fn silent_decoder(folder: &std::path::Path) -> (std::path::PathBuf, std::path::PathBuf) {
+    use std::os::unix::fs::PermissionsExt;
+    let (program, pid) = (folder.join("decoder"), folder.join("pid"));
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = -version ] && exit 0\necho $$ > {0}.new\nmv {0}.new {0}\nexec sleep 60\n",
+        pid.display()
+    );
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    (program, pid)
+}
+
+#[cfg(target_os = "linux")]
+fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let start = std::time::Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < std::time::Duration::from_secs(20), "it does not happen");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// A decoder with nothing to write outlived a killed keye, and the terminal's Ctrl-C hit it too.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_decoder_has_its_own_group_and_ends_with_keye() {
+    let folder = tempfile::tempdir().unwrap();
+    let (program, pid) = silent_decoder(folder.path());
+    for signal in [libc::SIGKILL, libc::SIGINT] {
+        let _ = std::fs::remove_file(&pid);
+        let mut command = command();
+        command.args(["ask", "-m", &model(), &input("clip.mp4"), "What?"]).env("KEYE_FFMPEG", &program);
+        let mut child = command.spawn().unwrap();
+        let decoder: libc::pid_t = eventually(|| std::fs::read_to_string(&pid).ok()).trim().parse().unwrap();
+        // SAFETY: asks for the group of a process, touches no memory.
+        assert_eq!(unsafe { libc::getpgid(decoder) }, decoder);
+        // SAFETY: sends a signal to a child that has not been waited for.
+        assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, signal) }, 0);
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), (signal == libc::SIGINT).then_some(130));
+        eventually(|| {
+            let state = std::fs::read_to_string(format!("/proc/{decoder}/stat")).unwrap_or_default();
+            (state.is_empty() || state.contains(") Z ")).then_some(())
+        });
+    }
+}
+
+/// Ctrl-C waited for a server that says nothing.
+#[test]
+fn interrupted_while_a_server_is_silent() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/a.png", server.local_addr().unwrap());
+    let mut child = command().args(["ask", "-m", &model(), &url, "What?"]).spawn().unwrap();
+    let _connection = server.accept().unwrap();
+    let start = std::time::Instant::now();
+    // SAFETY: sends a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(start.elapsed() < std::time::Duration::from_secs(10));
+}

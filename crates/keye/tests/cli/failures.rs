@@ -11,6 +11,8 @@ fn usage_is_2() {
         (vec!["--presence-penalty", "7", "What?"], "presence_penalty is 7"),
         (vec!["--temperature", "1", "What?"], "--greedy"),
         (vec![image.as_str()], "the question comes last"),
+        (vec!["ftp://example.org/a.png", "What?"], "kinds of URL"),
+        (vec!["", "What?"], "found nothing"),
         (vec!["-", "-", "What?"], "once only"),
         (vec!["https://example.org/watch", "What?"], "video:https://example.org/watch"),
         (vec!["--think", "--no-think", "What?"], "cannot be used with"),
@@ -68,6 +70,7 @@ fn media_that_cannot_be_read_are_4() {
         let run = ask(&[path.to_str().unwrap(), "What?"]);
         assert_eq!(run.code, Some(4), "{run:#?}");
         assert!(run.stderr.contains(path.to_str().unwrap()), "{run:#?}");
+        assert!(run.stderr.matches("os error").count() <= 1, "a cause is told twice: {run:#?}");
         assert_eq!(run.stdout, "");
     }
 }
@@ -84,4 +87,43 @@ fn a_url_in_a_request_file_is_not_fetched() {
     assert_eq!(run.code, Some(4), "{run:#?}");
     assert!(run.stderr.contains("not allowed") && run.stderr.contains("request file"), "{run:#?}");
     assert!(!out.exists());
+}
+
+fn request(folder: &std::path::Path) -> String {
+    let path = folder.join("request.json");
+    std::fs::write(&path, r#"{"messages": [{"role": "user", "content": "hi"}]}"#).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// `keye trace --out` took the place of its own request, and of devices.
+#[test]
+fn a_trace_overwrites_no_input_and_no_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let request = request(folder.path());
+    let before = std::fs::read(&request).unwrap();
+    let pipe = folder.path().join("pipe");
+    let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+    // SAFETY: the name ends with a zero and outlives the call.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    for (out, words) in [(request.as_str(), "is an input too"), (pipe.to_str().unwrap(), "no regular file")] {
+        let run = keye(&["trace", "-m", &model(), "--request", &request, "--out", out]);
+        assert_eq!(run.code, Some(2), "{run:#?}");
+        assert!(run.stderr.contains(words), "{run:#?}");
+    }
+    assert_eq!(std::fs::read(&request).unwrap(), before);
+    assert!(!pipe.is_file());
+}
+
+/// Names from damaged or hostile files do not steer the terminal.
+#[test]
+fn control_characters_are_shown_not_sent() {
+    let run = ask(&["\x1b[31mred.png", "What?"]);
+    assert_eq!(run.code, Some(4), "{run:#?}");
+    assert!(!run.stderr.contains('\x1b') && run.stderr.contains("[31mred.png"), "{run:#?}");
+}
+
+#[test]
+fn a_chat_takes_no_media_from_standard_input() {
+    let run = keye(&["chat", "-m", &model(), "image:-"]);
+    assert_eq!(run.code, Some(2), "{run:#?}");
 }

@@ -29,7 +29,11 @@ fn tiny_presets_have_the_layout_of_the_golden_models() {
         let root = tempfile::tempdir().unwrap();
         let (dir, golden) = (root.path().join("model"), fixture(golden));
         let mut last = (0, 0);
-        write(&dir, preset, Dtype::F32, 1, &mut |done, total| last = (done, total)).unwrap();
+        write(&dir, preset, Dtype::F32, 1, &mut |done, total| {
+            last = (done, total);
+            true
+        })
+        .unwrap();
         assert_eq!(layout(&dir), layout(&golden));
         assert_eq!(last, (Checkpoint::open(&dir).unwrap().total_bytes(), last.0));
         let (config, expected) = (json(&dir.join("config.json")), json(&golden.join("config.json")));
@@ -86,7 +90,7 @@ fn weights_follow_the_seed() {
     let root = tempfile::tempdir().unwrap();
     let written = |name: &str, seed: u64| {
         let dir = root.path().join(name);
-        write(&dir, Preset::KeyeTiny, Dtype::Bf16, seed, &mut |_, _| {}).unwrap();
+        write(&dir, Preset::KeyeTiny, Dtype::Bf16, seed, &mut |_, _| true).unwrap();
         Checkpoint::open(&dir).unwrap()
     };
     let (a, b, c) = (written("a", 1), written("b", 1), written("c", 2));
@@ -109,7 +113,7 @@ fn weights_follow_the_seed() {
 fn what_is_there_is_not_overwritten_and_what_was_left_is_taken_away() {
     let root = tempfile::tempdir().unwrap();
     let (dir, partial) = (root.path().join("m"), root.path().join("m.partial"));
-    let tiny = |dir: &Path| write(dir, Preset::KeyeTiny, Dtype::Bf16, 0, &mut |_, _| {}).map_err(|e| e.to_string());
+    let tiny = |dir: &Path| write(dir, Preset::KeyeTiny, Dtype::Bf16, 0, &mut |_, _| true).map_err(|e| e.to_string());
     fs::create_dir(&dir).unwrap();
     fs::write(dir.join("mine"), "x").unwrap();
     assert!(tiny(&dir).unwrap_err().contains("is there already"));
@@ -124,7 +128,10 @@ fn what_is_there_is_not_overwritten_and_what_was_left_is_taken_away() {
     fs::write(partial.join("model-00001-of-00004.safetensors"), "half").unwrap();
     tiny(&dir).unwrap();
     assert!(!partial.exists() && dir.join("config.json").exists());
-    assert!(write(&dir.join("x"), Preset::KeyeTiny, Dtype::U8, 0, &mut |_, _| {}).is_err());
+    let given_up = dir.join("given-up");
+    assert!(write(&given_up, Preset::KeyeTiny, Dtype::Bf16, 0, &mut |_, _| false).is_err());
+    assert!(!given_up.exists() && !dir.join("given-up.partial").exists());
+    assert!(write(&dir.join("x"), Preset::KeyeTiny, Dtype::U8, 0, &mut |_, _| true).is_err());
 }
 
 /// The files of every preset are such that the processor takes them.
