@@ -77,8 +77,13 @@ impl Preparer {
             return Err(EngineError::Cancelled);
         }
         let borrowed: Vec<&Media> = media.iter().map(Arc::as_ref).collect();
-        let conversation = request.conversation.with_think(request.think);
-        let prompt = self.processor.prompt(&conversation, &borrowed, &request.template)?;
+        let prompt = match &request.raw_prompt {
+            Some(text) => self.processor.raw_prompt(text.clone(), &borrowed)?,
+            None => {
+                let conversation = request.conversation.with_think(request.think);
+                self.processor.prompt(&conversation, &borrowed, &request.template)?
+            }
+        };
         clock.lap(|timings| &mut timings.media);
         let mut decoder = self.processor.tokenizer.stream(request.sampling.skip_special_tokens);
         let detokenize: Detokenizer = Box::new(move |token| match token {

@@ -9,6 +9,8 @@ use crate::SamplingParams;
 pub struct Request {
     /// Messages and media.
     pub conversation: Conversation,
+    /// Instead of the messages: a prompt that is taken as it is, without chat template and thinking suffix.
+    pub raw_prompt: Option<String>,
     /// How tokens are chosen and when to stop.
     pub sampling: SamplingParams,
     /// Suffix on the last user text.

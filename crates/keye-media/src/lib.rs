@@ -31,6 +31,7 @@ mod patches;
 mod probe;
 #[cfg(feature = "remote")]
 mod remote;
+mod remote_policy;
 mod resample;
 mod sampling;
 mod similarity;
@@ -47,6 +48,7 @@ pub use error::MediaError;
 pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
 pub use loader::{Access, Limits, Loader, Progress, TimestampRule};
 pub use media::{Frame, FrameKind, Media, Patches, Pixels};
+pub use remote_policy::{RemotePolicy, is_global};
 
 #[cfg(test)]
 #[path = "../tests/golden/arith.rs"]

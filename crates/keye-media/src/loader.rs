@@ -8,7 +8,8 @@ use crate::smart_resize::IMAGE_FACTOR;
 use crate::source::Opener;
 use crate::still::{self, PixelRange};
 use crate::{
-    Frame, FrameItem, FrameKind, Media, MediaConfig, MediaError, MediaItem, MediaKind, Source, frames, options, patches,
+    Frame, FrameItem, FrameKind, Media, MediaConfig, MediaError, MediaItem, MediaKind, RemotePolicy, Source, frames,
+    options, patches,
 };
 
 /// What may be opened.
@@ -16,6 +17,8 @@ use crate::{
 pub struct Access {
     /// Fetch `http(s)://` sources.
     pub remote: bool,
+    /// With `remote`: from where; `None` is from anywhere, for callers who name the URLs themselves.
+    pub remote_policy: Option<RemotePolicy>,
     /// Relative paths start here.
     pub root: Option<PathBuf>,
     /// With a root: refuse paths (after resolving links) outside of it.

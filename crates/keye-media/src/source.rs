@@ -161,7 +161,7 @@ impl Opener<'_> {
             let reason = "remote media need consent: set Access::remote".to_owned();
             return Err(MediaError::Denied { input: url.to_owned(), reason });
         }
-        crate::remote::fetch(url, self.limits.bytes, self.deadline, progress)
+        crate::remote::fetch(url, self.access.remote_policy.as_ref(), self.limits.bytes, self.deadline, progress)
     }
 }
 

@@ -85,7 +85,11 @@ impl Processor {
                 format!("expected the {} media of the conversation in order, found {}", wanted.len(), media.len());
             return Err(ProcessorError::Prompt(reason));
         }
-        let text = self.template.render(conversation.messages(), options)?;
+        self.raw_prompt(self.template.render(conversation.messages(), options)?, media)
+    }
+
+    /// Expands and tokenises a text as it is, without the chat template.
+    pub fn raw_prompt(&self, text: String, media: &[&Media]) -> Result<Prompt, ProcessorError> {
         let (input_ids, blocks) = self.expander.expand(&text, media, &self.tokenizer)?;
         let (positions, rope_delta) = positions(input_ids.len(), &blocks, self.config.vision.tokens_per_second)?;
         let features = blocks.into_iter().map(|block| block.span).collect();

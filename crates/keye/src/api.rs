@@ -119,6 +119,16 @@ impl Keye {
         options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress<'_>),
     ) -> Result<Self, LoadError> {
+        Self::load_adjusted(model, options, progress, |_| ())
+    }
+
+    /// As [`Keye::load_with`]; `adjust` may change the rules and limits of media before the first request, as servers do.
+    pub fn load_adjusted(
+        model: &str,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress<'_>),
+        adjust: impl FnOnce(&mut Loader),
+    ) -> Result<Self, LoadError> {
         let dir = resolve_model(model, options.offline, progress)?;
         progress(LoadProgress::Loading(&dir));
         let processor = Processor::load(&dir, &options.processor)?;
@@ -130,8 +140,9 @@ impl Keye {
         let device = backend.describe();
         let load = keye_model::LoadOptions { cache_tokens: fit.tokens, kv_dtype: options.kv_dtype };
         let runner = KeyeModel::load(backend, &processor.config, &processor.media.processor, &checkpoint, load)?;
-        let loader =
+        let mut loader =
             Loader { access: options.access, timestamps: options.timestamps, ..Loader::new(processor.media.clone()) };
+        adjust(&mut loader);
         let processor = Arc::new(processor);
         let engine_options = EngineOptions { max_model_len: Some(fit.tokens), ..options.engine };
         let engine = Engine::new(Box::new(runner), Arc::clone(&processor), loader, engine_options);
@@ -167,6 +178,11 @@ impl Keye {
     /// The checkpoint's config, tokenizer, template and media rules.
     pub fn processor(&self) -> &Processor {
         &self.processor
+    }
+
+    /// As [`Keye::processor`], to be kept.
+    pub fn shared_processor(&self) -> Arc<Processor> {
+        Arc::clone(&self.processor)
     }
 
     /// Device, instruction set and threads.

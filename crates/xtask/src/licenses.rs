@@ -28,8 +28,8 @@ const EXCEPTIONS: [(&str, &str); 1] = [
     // Used unchanged, which is all that MPL-2.0 asks for; a dependency of `dirs`.
     ("option-ext", "MPL-2.0"),
 ];
-/// System libraries, C code and async stacks that must not come in unnoticed.
-const BANNED: [&str; 7] = ["native-tls", "onig", "onig_sys", "openssl", "openssl-sys", "reqwest", "tokio"];
+/// System libraries, C code and second HTTP stacks that must not come in unnoticed.
+const BANNED: [&str; 6] = ["native-tls", "onig", "onig_sys", "openssl", "openssl-sys", "reqwest"];
 const CRATES_IO: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
 pub fn check(root: &Path) -> Result<Vec<String>, String> {

@@ -1,6 +1,6 @@
 //! Flags that several commands share.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -54,7 +54,15 @@ pub enum KvCache {
 impl ModelArgs {
     /// Loads the model, telling `status` how far it is. `remote` is the consent to open URLs.
     pub fn load(&self, remote: bool, status: &mut Status) -> Result<Keye> {
-        let options = LoadOptions {
+        let options = self.options(Access { remote, ..Access::default() });
+        let keye = Keye::load_with(&self.model, options, &mut |progress| status.loading(progress))?;
+        status.clear();
+        Ok(keye)
+    }
+
+    /// What the flags say about loading.
+    pub fn options(&self, access: Access) -> LoadOptions {
+        LoadOptions {
             threads: self.threads.map(usize::from),
             max_model_len: self.max_model_len,
             kv_dtype: match self.kv_cache {
@@ -66,13 +74,10 @@ impl ModelArgs {
                 true => TimestampRule::Reference,
                 false => TimestampRule::True,
             },
-            access: Access { remote, ..Access::default() },
+            access,
             offline: self.offline,
             ..LoadOptions::default()
-        };
-        let keye = Keye::load_with(&self.model, options, &mut |progress| status.loading(progress))?;
-        status.clear();
-        Ok(keye)
+        }
     }
 
     pub fn overrides(&self) -> Overrides {
@@ -280,7 +285,7 @@ pub fn name_of(item: &MediaItem) -> String {
 }
 
 /// A path for output, checked before work is put into what it will hold.
-pub fn check_output(path: &PathBuf) -> Result<()> {
+pub fn check_output(path: &Path) -> Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     match parent {
         Some(parent) if !parent.is_dir() => {

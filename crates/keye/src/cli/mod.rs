@@ -9,6 +9,8 @@ mod failure;
 mod generate;
 mod golden;
 mod inspect;
+#[cfg(feature = "serve")]
+mod serve;
 mod signals;
 mod trace;
 mod ui;
@@ -22,6 +24,7 @@ Examples:
   keye ask --model Kwai-Keye/Keye-VL-1_5-8B clip.mp4 \"What happens in this clip?\"
   keye ask -m ./model photo.jpg chart.png \"Does the chart fit the photo?\"
   keye chat -m ./model clip.mp4
+  keye serve -m ./model
   keye inspect ./model
 
 KEYE_MODEL names the model when --model does not.
@@ -46,6 +49,8 @@ struct Cli {
 enum Command {
     Ask(ask::Args),
     Chat(chat::Args),
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::Args>),
     Trace(trace::Args),
     Inspect(inspect::Args),
     Bench(bench::Args),
@@ -58,6 +63,8 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Ask(args) => ask::run(args),
         Command::Chat(args) => chat::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(*args),
         Command::Trace(args) => trace::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(args),

@@ -1,0 +1,190 @@
+//! From submitted requests to updates that a response can wait for.
+//!
+//! The engine's streams block, so each has a thread, which ends with it. The channel between is bounded: a client that reads
+//! slowly holds back its own thread and nothing else, and is cut off when it takes nothing for too long.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use keye_engine::{Canceller, EngineError, Event, EventStream, FinishReason, NothingYet, Request, Stage, Usage};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+use crate::admission::Lease;
+use crate::app::App;
+use crate::error::ApiError;
+
+/// Something that happened to one of the choices.
+#[derive(Debug)]
+pub(crate) enum Update {
+    /// Its media are decoded and its prompt fits; what may still fail is the model.
+    Accepted,
+    /// Nothing to tell for a while.
+    Waiting,
+    /// A token; the text may be empty.
+    Token { choice: usize, text: String },
+    /// Its end.
+    Finished { choice: usize, reason: FinishReason, usage: Usage },
+    /// It failed, and with it the request.
+    Failed(ApiError),
+}
+
+/// Updates that wait for a slow reader, for each choice.
+const CHANNEL: usize = 16;
+
+/// The choices of a request on their way. Dropping it cancels them.
+pub(crate) struct Generation {
+    updates: mpsc::Receiver<Update>,
+    cancellers: Vec<Canceller>,
+}
+
+impl Generation {
+    /// Submits one request for each choice, all or none.
+    pub fn start(app: &Arc<App>, id: &str, requests: Vec<Request>, lease: Lease) -> Result<Self, ApiError> {
+        let streams = requests.into_iter().map(|request| app.engine.submit(request));
+        let streams = streams.collect::<Result<Vec<EventStream>, EngineError>>()?;
+        let lease = Arc::new(lease);
+        let cancellers = streams.iter().map(EventStream::canceller).collect();
+        let (sender, updates) = mpsc::channel(CHANNEL * streams.len().max(1));
+        for (choice, stream) in streams.into_iter().enumerate() {
+            let carrier = Carrier {
+                app: Arc::clone(app),
+                id: id.to_owned(),
+                choice,
+                updates: sender.clone(),
+                runtime: Handle::current(),
+                _lease: Arc::clone(&lease),
+            };
+            let thread = std::thread::Builder::new().name("keye-answer".into());
+            thread.spawn(move || carrier.run(stream)).map_err(|error| {
+                tracing::error!(request_id = id, %error, "cannot start a thread");
+                ApiError::internal()
+            })?;
+        }
+        Ok(Self { updates, cancellers })
+    }
+
+    /// The next update; `None` after the last.
+    pub async fn next(&mut self) -> Option<Update> {
+        self.updates.recv().await
+    }
+
+    /// As [`Generation::next`], for streams.
+    pub fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<Option<Update>> {
+        self.updates.poll_recv(context)
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.cancellers.iter().for_each(Canceller::cancel);
+    }
+}
+
+/// Carries the events of one choice.
+struct Carrier {
+    app: Arc<App>,
+    id: String,
+    choice: usize,
+    updates: mpsc::Sender<Update>,
+    runtime: Handle,
+    /// Held by those who work, not by the response: a reader that has stopped reading keeps nothing.
+    _lease: Arc<Lease>,
+}
+
+/// Nobody reads any more.
+struct Gone;
+
+impl Carrier {
+    fn run(self, stream: EventStream) {
+        if let Err(Gone) = self.carry(stream) {
+            self.app.metrics.cancelled.add(1);
+            tracing::info!(request_id = self.id, choice = self.choice, outcome = "cancelled", "answer");
+        }
+    }
+
+    fn carry(&self, mut stream: EventStream) -> Result<(), Gone> {
+        let keep_alive = self.app.config.keep_alive;
+        let (mut accepted, mut told) = (false, Instant::now());
+        loop {
+            let update = match stream.next_timeout(keep_alive) {
+                Err(NothingYet) => None,
+                Ok(None) => Some(Update::Failed(ApiError::stopping())),
+                Ok(Some(Event::Stage(Stage::Queued | Stage::Media { .. }))) => None,
+                Ok(Some(Event::Stage(_))) if accepted => None,
+                Ok(Some(Event::Stage(_))) => {
+                    accepted = true;
+                    Some(Update::Accepted)
+                }
+                Ok(Some(Event::Token { text, .. })) => Some(Update::Token { choice: self.choice, text }),
+                Ok(Some(Event::Finished { reason, usage, timings, .. })) => {
+                    self.app.metrics.finished(&usage, &timings);
+                    tracing::info!(
+                        request_id = self.id,
+                        choice = self.choice,
+                        outcome = if reason == FinishReason::Stop { "stop" } else { "length" },
+                        prompt_tokens = usage.prompt_tokens,
+                        cached_tokens = usage.cached_tokens,
+                        media_tokens = usage.media_tokens,
+                        completion_tokens = usage.completion_tokens,
+                        queued_ms = timings.queued.as_millis() as u64,
+                        media_ms = timings.media.as_millis() as u64,
+                        vision_ms = timings.vision.as_millis() as u64,
+                        first_token_ms = timings.first_token.as_millis() as u64,
+                        total_ms = timings.total.as_millis() as u64,
+                        "answer"
+                    );
+                    Some(Update::Finished { choice: self.choice, reason, usage })
+                }
+                Ok(Some(Event::Failed(error))) => Some(Update::Failed(self.failed(error)?)),
+            };
+            let update = match update {
+                Some(update) => update,
+                None if told.elapsed() >= keep_alive => Update::Waiting,
+                None if self.updates.is_closed() => return Err(Gone),
+                None => continue,
+            };
+            let last = matches!(update, Update::Finished { .. } | Update::Failed(_));
+            self.send(update)?;
+            told = Instant::now();
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Logs and counts a failure.
+    fn failed(&self, error: EngineError) -> Result<ApiError, Gone> {
+        if matches!(error, EngineError::Cancelled) && self.updates.is_closed() {
+            return Err(Gone);
+        }
+        self.app.metrics.failed.add(1);
+        let said = error.to_string();
+        let error = ApiError::from(error);
+        let (request_id, choice, status) = (&self.id, self.choice, error.status.as_u16());
+        // What is wrong with a request may quote it, and is told to its client; the log gets the server's own failures.
+        if error.status.is_server_error() {
+            tracing::error!(request_id, choice, outcome = "failed", status, error = said, "answer");
+        } else {
+            tracing::info!(request_id, choice, outcome = "failed", status, "answer");
+        }
+        Ok(error)
+    }
+
+    fn send(&self, update: Update) -> Result<(), Gone> {
+        match self.updates.try_send(update) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Closed(_)) => Err(Gone),
+            Err(TrySendError::Full(update)) => {
+                let timeout = self.app.config.reader_timeout;
+                let sent =
+                    self.runtime.block_on(async { tokio::time::timeout(timeout, self.updates.send(update)).await });
+                match sent {
+                    Ok(Ok(())) => Ok(()),
+                    Ok(Err(_)) | Err(_) => Err(Gone),
+                }
+            }
+        }
+    }
+}

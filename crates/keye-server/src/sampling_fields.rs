@@ -1,0 +1,147 @@
+//! The fields that chat and completions have in common: sampling, stopping, choices, streaming.
+
+use keye_engine::SamplingParams;
+use serde_json::Value;
+
+use crate::app::{App, random};
+use crate::error::ApiError;
+use crate::fields::Fields;
+
+/// What was asked for besides the prompt.
+#[derive(Debug, Clone)]
+pub(crate) struct Common {
+    pub sampling: SamplingParams,
+    pub choices: usize,
+    pub stream: bool,
+    pub include_usage: bool,
+}
+
+/// Whether a value asks for nothing.
+type Harmless = fn(&Value) -> bool;
+
+/// Fields that would change the answer, with the values that change nothing.
+const UNSUPPORTED: [(&str, Harmless); 37] = [
+    ("response_format", |value| value["type"] == "text"),
+    ("logprobs", is_off),
+    ("top_logprobs", is_off),
+    ("prompt_logprobs", is_off),
+    ("logit_bias", is_empty),
+    ("best_of", |value| value.as_f64() == Some(1.0)),
+    ("suffix", is_empty),
+    ("echo", is_off),
+    ("modalities", |value| value.as_array().is_some_and(|list| list.iter().all(|item| item == "text"))),
+    ("audio", is_empty),
+    ("functions", is_empty),
+    ("function_call", |value| value == "none" || value == "auto"),
+    ("prediction", is_empty),
+    ("web_search_options", |_| false),
+    ("max_reasoning_tokens", |_| false),
+    ("thinking_token_budget", |_| false),
+    ("guided_json", is_empty),
+    ("guided_regex", is_empty),
+    ("guided_choice", is_empty),
+    ("guided_grammar", is_empty),
+    ("structured_outputs", is_empty),
+    ("structural_tag", is_empty),
+    ("json_schema", is_empty),
+    ("regex", is_empty),
+    ("ebnf", is_empty),
+    ("stop_regex", is_empty),
+    ("min_tokens", is_off),
+    ("use_beam_search", is_off),
+    ("length_penalty", |value| value.as_f64() == Some(1.0)),
+    ("bad_words", is_empty),
+    ("allowed_token_ids", is_empty),
+    ("include_stop_str_in_output", is_off),
+    ("no_stop_trim", is_off),
+    ("continue_final_message", is_off),
+    ("truncate_prompt_tokens", |_| false),
+    ("separate_reasoning", |value| value == true),
+    ("include_reasoning", |value| value == true),
+];
+
+fn is_off(value: &Value) -> bool {
+    value == false || value.as_f64() == Some(0.0)
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// Reads them; what is absent is as the checkpoint's generation_config.json has it.
+pub(crate) fn read(fields: &Fields, app: &App) -> Result<Common, ApiError> {
+    // Any name is accepted, the empty one of the vendor's examples too: there is one model.
+    fields.string("model")?;
+    for (name, harmless) in UNSUPPORTED {
+        if fields.get(name).is_some_and(|value| !harmless(value)) {
+            return Err(ApiError::unsupported(name));
+        }
+    }
+    let ceilings = &app.config.ceilings;
+    let choices = fields.whole("n")?.unwrap_or(1);
+    let most = ceilings.choices;
+    let choices = usize::try_from(choices).ok().filter(|n| (1..=most).contains(n));
+    let choices = choices.ok_or_else(|| ApiError::invalid("n", format!("n: expected 1 to {most}")))?;
+    let stream = fields.bool("stream")?.unwrap_or(false);
+    let include_usage = match fields.object("stream_options")? {
+        Some(options) => Fields(options).bool("include_usage")?.unwrap_or(false),
+        None => false,
+    };
+    Ok(Common { sampling: sampling(fields, app)?, choices, stream, include_usage })
+}
+
+fn sampling(fields: &Fields, app: &App) -> Result<SamplingParams, ApiError> {
+    let base = &app.defaults;
+    let number = |name, otherwise: f32| Ok::<_, ApiError>(fields.number(name)?.unwrap_or(otherwise));
+    let longest = app.config.ceilings.max_tokens.unwrap_or(usize::MAX).min(app.engine.max_model_len());
+    let params = SamplingParams {
+        temperature: number("temperature", base.temperature)?,
+        top_p: number("top_p", base.top_p)?,
+        top_k: top_k(fields)?.unwrap_or(base.top_k),
+        min_p: number("min_p", base.min_p)?,
+        repetition_penalty: number("repetition_penalty", base.repetition_penalty)?,
+        presence_penalty: number("presence_penalty", base.presence_penalty)?,
+        frequency_penalty: number("frequency_penalty", base.frequency_penalty)?,
+        seed: fields.whole("seed")?.map_or_else(random, |seed| seed as u64),
+        max_tokens: max_tokens(fields)?.unwrap_or(longest).min(longest),
+        stop: fields.strings("stop")?.unwrap_or_default(),
+        stop_token_ids: fields.token_ids("stop_token_ids")?.unwrap_or_default(),
+        ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+        skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
+    };
+    params.validate().map_err(|reason| {
+        // The reasons begin with the field, but for those about stop strings.
+        let first = reason.split(' ').next().unwrap_or_default();
+        let name = if fields.get(first).is_some() { first } else { "stop" };
+        ApiError::invalid(name, reason.clone())
+    })?;
+    Ok(params)
+}
+
+/// Minus one, vLLM's and SGLang's way to switch it off, is 0 here.
+fn top_k(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    match fields.whole("top_k")? {
+        None => Ok(None),
+        Some(-1) => Ok(Some(0)),
+        Some(k) => {
+            let message = format!("top_k is {k}, it has to be -1 or 0 (off) or larger");
+            u32::try_from(k).map(Some).map_err(|_| ApiError::invalid("top_k", message))
+        }
+    }
+}
+
+fn max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    for name in ["max_completion_tokens", "max_tokens"] {
+        if let Some(n) = fields.whole(name)? {
+            let n = usize::try_from(n).ok().filter(|n| *n > 0);
+            let message = format!("{name}: expected 1 or more");
+            return n.map(Some).ok_or_else(|| ApiError::invalid(name, message));
+        }
+    }
+    Ok(None)
+}

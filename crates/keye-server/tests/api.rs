@@ -1,0 +1,18 @@
+//! The server as its clients see it: a tiny checkpoint behind a real socket.
+
+#[path = "api/answers.rs"]
+mod answers;
+#[path = "api/client.rs"]
+mod client;
+#[path = "api/limits.rs"]
+mod limits;
+#[path = "api/media.rs"]
+mod media;
+#[path = "api/python.rs"]
+mod python;
+#[path = "api/routes.rs"]
+mod routes;
+#[path = "api/shutdown.rs"]
+mod shutdown;
+#[path = "api/support.rs"]
+mod support;

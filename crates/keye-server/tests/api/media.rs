@@ -1,0 +1,149 @@
+//! What may be opened, and what not.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use keye_media::RemotePolicy;
+use keye_server::{MediaAccess, ServerConfig};
+use serde_json::{Value, json};
+
+use crate::support::{TestServer, config, content, data_url, fixture, question, shared};
+
+fn image(url: &str) -> Value {
+    question(json!([{"type": "image_url", "image_url": {"url": url}}]), "What?")
+}
+
+/// Serves a picture at `/one.png`, redirects `/to?URL`, and counts requests.
+fn file_server() -> (u16, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&count);
+    let picture = std::fs::read(fixture("inputs/one.png")).expect("the fixture is whole");
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            counter.fetch_add(1, Ordering::SeqCst);
+            let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
+            let path = lines.next().unwrap_or_default().split(' ').nth(1).unwrap_or_default().to_owned();
+            while lines.next().is_some_and(|line| !line.is_empty()) {}
+            let mut stream = &stream;
+            let _ = match path.split_once("/to?") {
+                Some((_, url)) => write!(
+                    stream,
+                    "HTTP/1.1 302 Found\r\nlocation: {url}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                ),
+                None => {
+                    write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", picture.len())
+                        .and_then(|()| stream.write_all(&picture))
+                }
+            };
+        }
+    });
+    (port, count)
+}
+
+fn with_media(media: MediaAccess) -> TestServer {
+    TestServer::start(ServerConfig { media, ..config() })
+}
+
+#[test]
+fn every_form_of_a_picture_and_a_clip() {
+    let server = shared();
+    let path = fixture("inputs/one.png");
+    let expected = content(&server.chat(&image(&data_url("image/png", "inputs/one.png"))));
+    let url = format!("file://{}", path.canonicalize().expect("a path").display());
+    for part in [
+        json!({"type": "image_url", "image_url": {"url": url}}),
+        json!({"type": "image_url", "image_url": url}),
+        json!({"type": "image", "image": url}),
+        json!({"type": "image", "image": "one.png"}),
+        json!({"type": "image_url", "image_url": {"url": "one.png", "detail": "high"}}),
+    ] {
+        assert_eq!(content(&server.chat(&question(json!([part]), "What?"))), expected, "{part}");
+    }
+    let ask = |part: Value| {
+        let answer = server.chat(&question(json!([part]), "What?"));
+        (content(&answer), answer.json()["usage"]["prompt_tokens"].clone())
+    };
+    let clip = data_url("video/mp4", "inputs/clip.mp4");
+    let expected = ask(json!({"type": "video", "video": "clip.mp4", "fps": 1}));
+    assert_ne!(expected.1, ask(json!({"type": "video", "video": "clip.mp4"})).1, "the option counts");
+    for part in [
+        json!({"type": "video_url", "video_url": {"url": clip, "fps": 1}}),
+        json!({"type": "video_url", "video_url": {"url": clip}, "fps": 1}),
+        json!({"type": "video_url", "video_url": {"url": clip, "preprocess_kwargs": {"fps": 1}}}),
+        json!({"type": "video_url", "video_url": {"url": clip}, "preprocess_kwargs": {"fps": 1}}),
+        json!({"type": "video_url", "video_url": {"url": clip, "preprocess_kwargs": {"fps": 1}}, "preprocess_kwargs": {"fps": 2}}),
+    ] {
+        assert_eq!(ask(part), expected);
+    }
+}
+
+#[test]
+fn files_only_under_the_media_path() {
+    let server = shared();
+    for outside in [
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "../model/config.json",
+        "file://../model/config.json",
+        "frames/../../model/config.json",
+        "/nonexistent/file.png",
+    ] {
+        let refused = server.chat(&image(outside));
+        assert_eq!(
+            (refused.error().0, &refused.json()["error"]["code"]),
+            (400, &json!("media_not_allowed")),
+            "{outside}"
+        );
+    }
+    let none = with_media(MediaAccess::default());
+    for file in ["one.png", "file:///etc/passwd", "/etc/passwd"] {
+        let refused = none.chat(&image(file));
+        assert_eq!((refused.error().0, &refused.json()["error"]["code"]), (400, &json!("media_not_allowed")), "{file}");
+    }
+    let list = question(json!([{"type": "video", "video": ["frames/0.png", "/etc/passwd"]}]), "x");
+    assert_eq!(none.chat(&list).json()["error"]["code"], "media_not_allowed");
+    assert_eq!(none.chat(&image(&data_url("image/png", "inputs/one.png"))).status, 200);
+}
+
+#[test]
+fn remote_media_are_off_then_public_then_named() {
+    let (port, count) = file_server();
+    let url = format!("http://127.0.0.1:{port}/one.png");
+    let code = |server: &TestServer, url: &str| server.chat(&image(url)).json()["error"]["code"].clone();
+    assert_eq!(code(shared(), &url), "media_not_allowed");
+
+    let remote = |policy: RemotePolicy| with_media(MediaAccess { path: None, remote: Some(policy) });
+    let open = remote(RemotePolicy::default());
+    for url in [
+        url.clone(),
+        format!("http://localhost:{port}/one.png"),
+        format!("http://[::ffff:127.0.0.1]:{port}/one.png"),
+        format!("http://0.0.0.0:{port}/one.png"),
+        format!("http://2130706433:{port}/one.png"),
+        format!("http://0x7f.1:{port}/one.png"),
+        format!("http://user:pass@127.0.0.1:{port}/one.png"),
+        "http://169.254.169.254/latest/meta-data".into(),
+        "http://10.0.0.1/".into(),
+    ] {
+        assert_eq!(code(&open, &url), "media_not_allowed", "{url}");
+    }
+    assert_eq!(count.load(Ordering::SeqCst), 0, "nothing was asked");
+
+    let named = remote(RemotePolicy { hosts: vec![("127.0.0.1".into(), port)], ..RemotePolicy::default() });
+    let expected = content(&shared().chat(&image("one.png")));
+    assert_eq!(content(&named.chat(&image(&url))), expected);
+    assert_eq!(content(&named.chat(&image(&format!("http://127.0.0.1:{port}/to?/one.png")))), expected, "a redirect");
+    let (other, other_count) = file_server();
+    let redirect = format!("http://127.0.0.1:{port}/to?http://127.0.0.1:{other}/one.png");
+    assert_eq!(code(&named, &redirect), "media_not_allowed");
+    assert_eq!(other_count.load(Ordering::SeqCst), 0);
+    let (a, b) = (format!("http://127.0.0.1:{port}/to?"), "/to?".repeat(3));
+    assert_eq!(code(&named, &format!("{a}{b}/one.png")), "media_unreadable", "more than three redirects");
+
+    let listed = remote(RemotePolicy { domains: vec!["example.org".into()], ..RemotePolicy::default() });
+    assert_eq!(code(&listed, &url), "media_not_allowed");
+}

@@ -1,0 +1,83 @@
+"""Checks a server with the clients that people use: `requests` as in the vendor's README, and OpenAI's own.
+
+python clients.py BASE_URL DIRECTORY_OF_MEDIA
+"""
+
+import base64
+import sys
+
+import openai
+import requests
+
+BASE, MEDIA = sys.argv[1:3]
+
+
+def data_url(kind, name):
+    with open(f"{MEDIA}/{name}", "rb") as file:
+        return f"data:{kind};base64,{base64.b64encode(file.read()).decode()}"
+
+
+def vendor(kind, url, **more):
+    payload = {
+        "model": "",
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": kind, kind: {"url": url}},
+                    {"type": "text", "text": "Describe it."},
+                ],
+            }
+        ],
+        "n": 1,
+        "temperature": 0.6,
+        "max_tokens": 16,
+        **more,
+    }
+    answer = requests.post(f"{BASE}/v1/chat/completions", json=payload, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert isinstance(answer.json()["choices"][0]["message"]["content"], str)
+    return answer.json()
+
+
+image, video = data_url("image/png", "one.png"), data_url("video/mp4", "clip.mp4")
+vendor("image_url", image, top_k=1)
+vendor("image_url", image, top_p=0.8, ignore_eos=False, skip_special_tokens=True)
+few = vendor("video_url", video, top_k=1, preprocess_kwargs={"fps": 1})
+vendor("video_url", video, top_p=0.8)
+assert few["usage"]["prompt_tokens"] > 0
+
+client = openai.OpenAI(base_url=f"{BASE}/v1", api_key="none", max_retries=0)
+model = client.models.list().data[0].id
+assert client.models.retrieve(model).id == model
+content = [{"type": "image_url", "image_url": {"url": image, "detail": "high"}}, {"type": "text", "text": "What is it?"}]
+ask = dict(model=model, messages=[{"role": "user", "content": content}], max_completion_tokens=20, seed=5)
+whole = client.chat.completions.create(**ask)
+assert whole.choices[0].finish_reason in ("stop", "length")
+assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+text, usage = "", None
+for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+    usage = chunk.usage or usage
+    if chunk.choices:
+        text += chunk.choices[0].delta.content or ""
+assert text == whole.choices[0].message.content
+assert usage.completion_tokens == whole.usage.completion_tokens
+
+extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "chat_template_kwargs": {"enable_thinking": False}}
+client.chat.completions.create(**ask, n=2, stop=["x"], extra_body=extra)
+assert client.completions.create(model="", prompt="Once", max_tokens=5).choices[0].text is not None
+
+for change, error in [
+    ({"temperature": -1}, openai.BadRequestError),
+    ({"response_format": {"type": "json_object"}}, openai.BadRequestError),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]},
+     openai.BadRequestError),
+]:
+    try:
+        client.chat.completions.create(**{**ask, **change})
+    except error as found:
+        assert found.body["message"] and found.body["type"] == "invalid_request_error", found.body
+    else:
+        raise AssertionError(change)
+print("clients.py: all passed with openai", openai.__version__)

@@ -1,0 +1,245 @@
+//! `keye serve`: the OpenAI-compatible server.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use keye::Keye;
+use keye_engine::EngineOptions;
+use keye_media::RemotePolicy;
+use keye_server::{Ceilings, MediaAccess, Server, ServerConfig};
+
+use super::args::ModelArgs;
+use super::failure::Usage;
+use super::signals;
+use super::ui::Status;
+
+const AFTER_HELP: &str = "\
+Examples:
+  keye serve -m Kwai-Keye/Keye-VL-1_5-8B
+  keye serve -m ./model --host 0.0.0.0 --port 8000 --api-key \"$KEY\"
+  keye serve -m ./model --media-path /srv/clips          file:///srv/clips/a.mp4 and a.mp4 may be named
+  keye serve -m ./model --allow-remote-media             http(s) URLs with public addresses may be named
+  curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'
+
+The first Ctrl-C or SIGTERM ends in order: open streams finish, nothing new is taken. The second ends at once.";
+
+/// Serve an OpenAI-compatible API
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Address to listen on; 0.0.0.0 is all of this machine's
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Port; 0 takes a free one
+    #[arg(long, value_name = "PORT", default_value = "8000")]
+    port: u16,
+    /// Name of the model for clients [default: what --model says]
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Option<String>,
+    /// Ask for this key; may be given several times
+    #[arg(long, value_name = "KEY", env = "KEYE_API_KEY", hide_env_values = true)]
+    api_key: Vec<String>,
+    /// Let web pages of this origin call, like https://example.org; * is all
+    #[arg(long, value_name = "ORIGIN")]
+    cors_origin: Vec<String>,
+    /// Form of the log on standard error
+    #[arg(long, value_name = "FORM", default_value = "text")]
+    log: Log,
+    #[command(flatten)]
+    media: MediaFlags,
+    #[command(flatten)]
+    limits: LimitFlags,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Media that requests may name (bytes in data URLs always may be sent)")]
+struct MediaFlags {
+    /// Files below this directory
+    #[arg(long, value_name = "DIR")]
+    media_path: Option<PathBuf>,
+    /// http(s) URLs with public addresses
+    #[arg(long)]
+    allow_remote_media: bool,
+    /// With --allow-remote-media: only this domain and those below it; may be given several times
+    #[arg(long, value_name = "DOMAIN", requires = "allow_remote_media")]
+    media_domain: Vec<String>,
+    /// URLs of this host and port, whatever its address is; may be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    allow_media_host: Vec<String>,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Limits")]
+struct LimitFlags {
+    /// Answers that are generated in the same steps
+    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..))]
+    max_running: u16,
+    /// Answers that are generated or wait; more get status 429
+    #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..))]
+    max_streams: u16,
+    /// Connections at the same time
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = clap::value_parser!(u16).range(1..))]
+    max_connections: u16,
+    /// Largest request body, in MiB
+    #[arg(long, value_name = "MIB", default_value = "256", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    max_body: u32,
+    /// All bodies that are held at the same time, in MiB [default: four times --max-body]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1 << 22))]
+    max_bodies: Option<u32>,
+    /// Most tokens of an answer; requests that ask for more get this many [default: what fits]
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// Most choices (n) of a request
+    #[arg(long, value_name = "N", default_value = "16")]
+    max_choices: usize,
+    /// Most images and clips of a request
+    #[arg(long, value_name = "N", default_value = "64")]
+    max_media: usize,
+    /// Largest fps
+    #[arg(long, value_name = "FPS", default_value = "30")]
+    max_fps: f64,
+    /// Most frames of a clip
+    #[arg(long, value_name = "N", default_value = "2048")]
+    max_frames: u32,
+    /// Most pixels of a picture or frame that a request may ask for
+    #[arg(long, value_name = "PIXELS", default_value = "12845056")]
+    max_pixels: u64,
+    /// Most pixels of a clip that a request may ask for
+    #[arg(long, value_name = "PIXELS", default_value = "102760448")]
+    max_total_pixels: u64,
+    /// Largest image or clip, in MiB
+    #[arg(long, value_name = "MIB", default_value = "2048", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    max_media_size: u32,
+    /// Time to fetch and decode one image or clip, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    media_timeout: u32,
+    /// Time for open streams to finish after the word to stop, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "30")]
+    shutdown_timeout: u32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Log {
+    /// Lines to read
+    Text,
+    /// Lines of json
+    Json,
+    /// None
+    Off,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let config = args.config()?;
+    start_log(args.log);
+    let mut options = args.model.options(config.media.access());
+    let max_queue = usize::from(args.limits.max_streams);
+    options.engine = EngineOptions { max_running: usize::from(args.limits.max_running), max_queue, ..options.engine };
+
+    let mut status = Status::new(false);
+    let ceilings = config.ceilings.clone();
+    let keye = Keye::load_adjusted(&args.model.model, options, &mut |progress| status.loading(progress), |loader| {
+        loader.limits = ceilings.limits();
+        ceilings.lower(&mut loader.config.video);
+    })?;
+    status.clear();
+
+    let server = Server::bind(keye.engine().clone(), keye.shared_processor(), keye.default_sampling(), config)?;
+    let address = server.address()?;
+    status.line(&format!("{} on {}", args.model.model, keye.device()));
+    status.line(&format!("listening on http://{address}, up to {} tokens", keye.engine().max_model_len()));
+    let stop = server.shutdown();
+    let guard = signals::guard();
+    std::thread::Builder::new().name("keye-signals".into()).spawn(move || {
+        while !guard.interrupted() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        stop.stop();
+        // Kept: only the second signal ends at once.
+        std::mem::forget(guard);
+    })?;
+    server.run()?;
+    Ok(())
+}
+
+impl Args {
+    fn config(&self) -> Result<ServerConfig> {
+        let limits = &self.limits;
+        let mib = |n: u32| (n as usize) << 20;
+        if self.api_key.iter().any(String::is_empty) {
+            return Err(Usage("--api-key is empty: leave it out to let everyone in".into()).into());
+        }
+        if !(limits.max_fps > 0.0 && limits.max_fps.is_finite()) {
+            return Err(Usage("--max-fps has to be above 0".into()).into());
+        }
+        Ok(ServerConfig {
+            host: self.host,
+            port: self.port,
+            model: self.served_model_name.clone().unwrap_or_else(|| self.model.model.clone()),
+            api_keys: self.api_key.clone(),
+            cors_origins: self.cors_origin.clone(),
+            body_bytes: mib(limits.max_body),
+            total_body_bytes: limits.max_bodies.map_or(mib(limits.max_body) * 4, mib).max(mib(limits.max_body)),
+            max_connections: usize::from(limits.max_connections),
+            max_streams: usize::from(limits.max_streams),
+            shutdown_timeout: Duration::from_secs(limits.shutdown_timeout.into()),
+            media: self.media.access()?,
+            ceilings: Ceilings {
+                fps: limits.max_fps,
+                frames: limits.max_frames,
+                pixels: limits.max_pixels,
+                total_pixels: limits.max_total_pixels,
+                media: limits.max_media,
+                max_tokens: limits.max_tokens,
+                choices: limits.max_choices,
+                media_bytes: u64::from(limits.max_media_size) << 20,
+                media_time: Duration::from_secs(limits.media_timeout.into()),
+            },
+            ..ServerConfig::default()
+        })
+    }
+}
+
+impl MediaFlags {
+    fn access(&self) -> Result<MediaAccess> {
+        let path = match &self.media_path {
+            None => None,
+            Some(path) => {
+                let found = path.canonicalize().with_context(|| format!("--media-path {}", path.display()))?;
+                if !found.is_dir() {
+                    return Err(Usage(format!("--media-path {}: expected a directory", path.display())).into());
+                }
+                Some(found)
+            }
+        };
+        let hosts = self.allow_media_host.iter().map(|text| host_and_port(text)).collect::<Result<Vec<_>>>()?;
+        let remote = self.allow_remote_media || !hosts.is_empty();
+        let policy = RemotePolicy { domains: self.media_domain.clone(), hosts, only_hosts: !self.allow_remote_media };
+        Ok(MediaAccess { path, remote: remote.then_some(policy) })
+    }
+}
+
+fn host_and_port(text: &str) -> Result<(String, u16)> {
+    let wrong = || Usage(format!("--allow-media-host {text}: expected HOST:PORT, like nas.local:8080 or [::1]:80"));
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let port = port.parse().map_err(|_| wrong())?;
+    if host.is_empty() {
+        return Err(wrong().into());
+    }
+    Ok((host.to_owned(), port))
+}
+
+fn start_log(log: Log) {
+    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false);
+    match log {
+        Log::Text => builder.init(),
+        Log::Json => builder.json().flatten_event(true).init(),
+        Log::Off => {}
+    }
+}
