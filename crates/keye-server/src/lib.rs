@@ -5,11 +5,11 @@
 //!
 //! How a request goes:
 //!
-//! 1. [`guard`](mod@guard) gives it an id, checks origin and key, catches panics, and logs and counts how it ended.
-//! 2. [`admission`] takes a place for it among the open streams and for its body among the bytes in memory, or answers 429.
-//! 3. [`chat`] or [`completions`] reads the fields into [`keye_engine::Request`]s, one for each of `n` choices. What would
+//! 1. `guard` gives it an id, checks origin and key, catches panics, and logs and counts how it ended.
+//! 2. `admission` takes a place for it among the open streams and for its body among the bytes in memory, or answers 429.
+//! 3. `chat` or `completions` reads the fields into [`keye_engine::Request`]s, one for each of `n` choices. What would
 //!    change the meaning of the answer and is not supported is refused by name, other unknown fields are ignored.
-//! 4. [`generation`] submits them. One thread per choice carries events from the engine's blocking stream into a bounded
+//! 4. `generation` submits them. One thread per choice carries events from the engine's blocking stream into a bounded
 //!    channel; the response reads it. When the response is dropped, because the client went away, the requests are cancelled.
 //!
 //! What it promises:
@@ -19,7 +19,7 @@
 //! * Streamed and whole answers are made by the same code from the same events.
 //! * Nothing is opened that [`MediaAccess`] does not allow; remote media are off by default, and with them only public
 //!   addresses ([`keye_media::RemotePolicy`]).
-//! * A request fails alone. Errors have OpenAI's shape; [`error`] is the one place that gives them their status.
+//! * A request fails alone. Errors have OpenAI's shape; `error` is the one place that gives them their status.
 //! * Logs have ids, routes, statuses, counts and times, never prompts, media or answers.
 
 mod admission;
