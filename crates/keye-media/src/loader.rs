@@ -151,7 +151,7 @@ impl Loader {
             }
             (MediaKind::Video, source) => {
                 let opened = opener.open(source, progress)?;
-                let file = opened.into_file().map_err(|source| MediaError::Read { input: name.clone(), source })?;
+                let file = opened.into_file().map_err(crate::spill::temporary)?;
                 crate::video::load_clip(self, &item.options, &name, &file, deadline, progress)
             }
         }

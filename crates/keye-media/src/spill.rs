@@ -13,25 +13,26 @@ pub(crate) struct Spill {
 impl Spill {
     /// An empty file in the folder for temporary files (`$TMPDIR`).
     pub fn new() -> Result<Self, MediaError> {
-        tempfile::tempfile().map(|file| Self { file }).map_err(failed)
+        tempfile::tempfile().map(|file| Self { file }).map_err(temporary)
     }
 
     /// Adds a frame.
     pub fn write(&mut self, frame: &[u8]) -> Result<(), MediaError> {
-        self.file.write_all(frame).map_err(failed)
+        self.file.write_all(frame).map_err(temporary)
     }
 
     /// Goes back to the first frame.
     pub fn rewind(&mut self) -> Result<(), MediaError> {
-        self.file.seek(SeekFrom::Start(0)).map(|_| ()).map_err(failed)
+        self.file.seek(SeekFrom::Start(0)).map(|_| ()).map_err(temporary)
     }
 
     /// Reads the next frame over `frame`, which has its size.
     pub fn read(&mut self, frame: &mut [u8]) -> Result<(), MediaError> {
-        self.file.read_exact(frame).map_err(failed)
+        self.file.read_exact(frame).map_err(temporary)
     }
 }
 
-fn failed(error: std::io::Error) -> MediaError {
+/// What failed in the folder for temporary files.
+pub(crate) fn temporary(error: std::io::Error) -> MediaError {
     MediaError::Temporary { folder: std::env::temp_dir(), error }
 }

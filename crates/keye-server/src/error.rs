@@ -105,7 +105,7 @@ impl From<EngineError> for ApiError {
                 _ => media("media_unreadable"),
             },
             EngineError::Media(MediaError::Unreadable { .. } | MediaError::Option { .. }) => media("media_unreadable"),
-            EngineError::Media(MediaError::Ffmpeg(_)) => Self::internal(),
+            EngineError::Media(MediaError::Ffmpeg(_) | MediaError::Temporary { .. }) => Self::internal(),
             EngineError::Processor(ProcessorError::Messages { at, .. }) => {
                 Self::invalid(&format!("messages{at}"), message)
             }
@@ -147,6 +147,11 @@ mod tests {
             (read(std::io::ErrorKind::NotFound).into(), 400),
             (read(std::io::ErrorKind::StorageFull).into(), 500),
             (MediaError::Ffmpeg("secret".into()).into(), 500),
+            (
+                MediaError::Temporary { folder: "/secret".into(), error: std::io::ErrorKind::StorageFull.into() }
+                    .into(),
+                500,
+            ),
         ];
         for (error, status) in cases {
             let text = error.to_string();
