@@ -158,7 +158,7 @@ impl Opener<'_> {
     #[cfg(feature = "remote")]
     fn fetch(&self, url: &str, progress: &mut dyn FnMut(Progress) -> bool) -> Result<File, MediaError> {
         if !self.access.remote {
-            let reason = "remote media need consent: set Access::remote".to_owned();
+            let reason = "remote media are off (a server allows them by --allow-remote-media)".to_owned();
             return Err(MediaError::Denied { input: url.to_owned(), reason });
         }
         crate::remote::fetch(url, self.access.remote_policy.as_ref(), self.limits.bytes, self.deadline, progress)

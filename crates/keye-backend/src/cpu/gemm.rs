@@ -17,8 +17,10 @@ use crate::host::{Elements, HostTensor, HostWeight};
 const K_BLOCK: usize = 2048;
 /// Rows of x in a tile.
 const MR: usize = 4;
-/// Outputs in a tile.
-const NR: usize = 6;
+/// Outputs in a tile where there are 32 registers, or where one row leaves room in 16.
+const NR_WIDE: usize = 6;
+/// Outputs in a tile of several rows in 16 registers.
+const NR: usize = 3;
 /// Outputs of a task.
 const PANEL: usize = 24;
 /// Rows of x of a task.
@@ -183,25 +185,42 @@ unsafe fn block<S: Simd, E: Element>(
         let rows = MR.min(m - r);
         let mut c = 0;
         while c < n {
-            let cols = if n - c >= NR { NR } else { 1 };
+            let nr = if S::LANES == 16 || rows == 1 { NR_WIDE } else { NR };
+            let cols = if n - c >= nr { nr } else { 1 };
             // SAFETY: rows r..r+rows of x and c..c+cols of w have k elements, by the assertion above.
             unsafe {
                 let (x, w) = (x.as_ptr().add(r * ldx), w.as_ptr().add(c * ldw));
                 let sums = sums.as_mut_ptr().add(r * PANEL + c);
-                match (rows, cols) {
-                    (4, NR) => tile::<S, E, 4, NR>(x, ldx, w, ldw, k, sums),
-                    (3, NR) => tile::<S, E, 3, NR>(x, ldx, w, ldw, k, sums),
-                    (2, NR) => tile::<S, E, 2, NR>(x, ldx, w, ldw, k, sums),
-                    (_, NR) => tile::<S, E, 1, NR>(x, ldx, w, ldw, k, sums),
-                    (4, _) => tile::<S, E, 4, 1>(x, ldx, w, ldw, k, sums),
-                    (3, _) => tile::<S, E, 3, 1>(x, ldx, w, ldw, k, sums),
-                    (2, _) => tile::<S, E, 2, 1>(x, ldx, w, ldw, k, sums),
-                    (_, _) => tile::<S, E, 1, 1>(x, ldx, w, ldw, k, sums),
+                match cols {
+                    NR_WIDE => rows_tile::<S, E, NR_WIDE>(rows, x, ldx, w, ldw, k, sums),
+                    NR => rows_tile::<S, E, NR>(rows, x, ldx, w, ldw, k, sums),
+                    _ => rows_tile::<S, E, 1>(rows, x, ldx, w, ldw, k, sums),
                 }
             }
             c += cols;
         }
         r += rows;
+    }
+}
+
+#[inline(always)]
+unsafe fn rows_tile<S: Simd, E: Element, const N: usize>(
+    rows: usize,
+    x: *const f32,
+    ldx: usize,
+    w: *const E,
+    ldw: usize,
+    k: usize,
+    sums: *mut f32,
+) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        match rows {
+            MR => tile::<S, E, MR, N>(x, ldx, w, ldw, k, sums),
+            3 => tile::<S, E, 3, N>(x, ldx, w, ldw, k, sums),
+            2 => tile::<S, E, 2, N>(x, ldx, w, ldw, k, sums),
+            _ => tile::<S, E, 1, N>(x, ldx, w, ldw, k, sums),
+        }
     }
 }
 
