@@ -221,9 +221,13 @@ impl<B: Backend> Suite<'_, B> {
 
     /// Sequences that grow by chunks, side by side in one batch or alone, must see the same.
     fn paged_attention(&mut self) -> Result<(), BackendError> {
-        for (heads, kv_heads, hd, dtype) in
-            [(4, 2, 32, KvDtype::F32), (4, 1, 128, KvDtype::F32), (3, 3, 16, KvDtype::F32), (4, 2, 32, KvDtype::Bf16)]
-        {
+        for (heads, kv_heads, hd, dtype) in [
+            (4, 2, 32, KvDtype::F32),
+            (4, 1, 128, KvDtype::F32),
+            (3, 3, 16, KvDtype::F32),
+            (1, 1, 640, KvDtype::F32),
+            (4, 2, 32, KvDtype::Bf16),
+        ] {
             let tokens = 200;
             let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype };
             let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };

@@ -176,7 +176,10 @@ impl Backend for Cpu {
     fn rms_norm(&self, x: &HostTensor, gamma: &HostWeight, eps: f32) -> Result<HostTensor, BackendError> {
         let mut out = HostTensor::zeros(x.rows, x.cols);
         let gamma = gamma.vector();
-        self.each_row(&mut out, 4 * x.cols, |i, row| rows::rms_norm(self.isa, x.row(i), gamma, eps, row));
+        self.each_row(&mut out, 4 * x.cols, |i, row| {
+            row.copy_from_slice(x.row(i));
+            rows::rms_norm(self.isa, row, gamma, eps);
+        });
         Ok(out)
     }
 
@@ -256,11 +259,9 @@ impl Backend for Cpu {
         let norm_rope = |x: &mut HostTensor, gamma: Option<(&[f32], f32)>| {
             self.each_row(x, 8 * head_dim, |i, row| {
                 let (cos, sin) = angles.row(i).split_at(head_dim / 2);
-                let mut normed = [0.0f32; 512];
                 for head in row.chunks_exact_mut(head_dim) {
                     if let Some((gamma, eps)) = gamma {
-                        rows::rms_norm(self.isa, head, gamma, eps, &mut normed[..head_dim]);
-                        head.copy_from_slice(&normed[..head_dim]);
+                        rows::rms_norm(self.isa, head, gamma, eps);
                     }
                     rows::rope(self.isa, head, cos, sin);
                 }

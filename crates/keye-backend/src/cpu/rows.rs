@@ -21,8 +21,8 @@ dispatch! {
     fn layer_norm(x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [f32]) = layer_norm_row
 }
 dispatch! {
-    /// `out = x / sqrt(mean(x^2) + eps) * gamma`
-    fn rms_norm(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) = rms_norm_row
+    /// `x = x / sqrt(mean(x^2) + eps) * gamma`
+    fn rms_norm(x: &mut [f32], gamma: &[f32], eps: f32) = rms_norm_row
 }
 dispatch! {
     /// Rotates the halves of a head.
@@ -154,9 +154,9 @@ unsafe fn layer_norm_row<S: Simd>(x: &[f32], gamma: &[f32], beta: &[f32], eps: f
 }
 
 #[inline(always)]
-unsafe fn rms_norm_row<S: Simd>(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
+unsafe fn rms_norm_row<S: Simd>(x: &mut [f32], gamma: &[f32], eps: f32) {
     let n = x.len();
-    assert!(gamma.len() == n && out.len() == n);
+    assert!(gamma.len() == n);
     // SAFETY: vectors! stays inside slices of equal length; the caller guarantees the instruction set.
     unsafe {
         let mut squares = S::splat(0.0);
@@ -166,7 +166,7 @@ unsafe fn rms_norm_row<S: Simd>(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f
         });
         let scale = S::splat(1.0 / (S::sum(squares) / n as f32 + eps).sqrt());
         vectors!(S, n, |i, load, store| {
-            store!(out, S::mul(S::mul(load!(x), scale), load!(gamma)));
+            store!(x, S::mul(S::mul(load!(x), scale), load!(gamma)));
         });
     }
 }
