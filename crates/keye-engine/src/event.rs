@@ -33,6 +33,8 @@ pub enum Stage {
         patches: usize,
         /// Tokens in the prompt.
         tokens: usize,
+        /// The frames as the model sees them, in time order; one for a picture.
+        shown: Arc<[keye_media::Frame]>,
         /// Seconds of vision tower and prompt expected, when known; 0 when its features are cached.
         estimate: Option<f64>,
     },

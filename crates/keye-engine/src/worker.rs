@@ -84,6 +84,7 @@ impl Worker {
                 slow_frames: media.frames.iter().filter(|frame| frame.kind == FrameKind::Slow).count(),
                 patches: media.patches.len(),
                 tokens,
+                shown: media.frames.as_slice().into(),
                 estimate: self.estimate(media, tokens),
             });
         }

@@ -81,6 +81,14 @@ impl Answer {
         }
     }
 
+    /// A chunk without choices, which clients skip as they skip the one with the usage.
+    pub fn progress(&self, report: Value) -> Value {
+        let mut chunk = self.head(true);
+        chunk["choices"] = json!([]);
+        chunk["keye"] = report;
+        chunk
+    }
+
     /// A token's text; gives the chunks to send.
     pub fn token(&mut self, index: usize, text: &str) -> Vec<Value> {
         let Some(choice) = self.choices.get_mut(index) else { return Vec::new() };

@@ -36,7 +36,7 @@ pub(crate) async fn chat(
     let requests = choices(&asked, &common);
     lease.take_streams(&app, requests.len() - 1)?;
     let answer = Answer::new(&app.config.model, Shape::Chat, 1, requests.len(), common.stream, common.include_usage);
-    let generation = Generation::start(&app, &id, requests, lease)?;
+    let generation = Generation::start(&app, &id, requests, lease, common.include_progress)?;
     if common.stream { sse::streamed(generation, answer).await } else { sse::whole(generation, answer).await }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use keye_engine::{Canceller, EngineError, Event, EventStream, FinishReason, NothingYet, Request, Stage, Usage};
+use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -14,12 +15,15 @@ use tokio::sync::mpsc::error::TrySendError;
 use crate::admission::Lease;
 use crate::app::App;
 use crate::error::ApiError;
+use crate::progress;
 
 /// Something that happened to one of the choices.
 #[derive(Debug)]
 pub(crate) enum Update {
     /// Its media are decoded and its prompt fits; what may still fail is the model.
     Accepted,
+    /// Work before the first token, for those who asked to hear of it.
+    Progress(Value),
     /// Nothing to tell for a while.
     Waiting,
     /// A token; the text may be empty.
@@ -40,8 +44,15 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// Submits one request for each choice, all or none.
-    pub fn start(app: &Arc<App>, id: &str, requests: Vec<Request>, lease: Lease) -> Result<Self, ApiError> {
+    /// Submits one request for each choice, all or none. With `progress` the first tells of the work before its tokens; the
+    /// others do the same work.
+    pub fn start(
+        app: &Arc<App>,
+        id: &str,
+        requests: Vec<Request>,
+        lease: Lease,
+        progress: bool,
+    ) -> Result<Self, ApiError> {
         let streams = requests.into_iter().map(|request| app.engine.submit(request));
         let streams = streams.collect::<Result<Vec<EventStream>, EngineError>>()?;
         let lease = Arc::new(lease);
@@ -52,6 +63,7 @@ impl Generation {
                 app: Arc::clone(app),
                 id: id.to_owned(),
                 choice,
+                progress: progress && choice == 0,
                 updates: sender.clone(),
                 runtime: Handle::current(),
                 _lease: Arc::clone(&lease),
@@ -87,6 +99,7 @@ struct Carrier {
     app: Arc<App>,
     id: String,
     choice: usize,
+    progress: bool,
     updates: mpsc::Sender<Update>,
     runtime: Handle,
     /// Held by those who work, not by the response: a reader that has stopped reading keeps nothing.
@@ -111,6 +124,7 @@ impl Carrier {
             let update = match stream.next_timeout(keep_alive) {
                 Err(NothingYet) => None,
                 Ok(None) => Some(Update::Failed(ApiError::stopping())),
+                Ok(Some(Event::Stage(stage))) if self.progress => Some(Update::Progress(progress::report(&stage))),
                 Ok(Some(Event::Stage(Stage::Queued | Stage::Media { .. }))) => None,
                 Ok(Some(Event::Stage(_))) if accepted => None,
                 Ok(Some(Event::Stage(_))) => {

@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 
 use crate::app::{App, random};
 use crate::error::ApiError;
+use crate::page;
 
 /// The id of a request, in its extensions and in the response's `x-request-id`.
 #[derive(Debug, Clone)]
@@ -35,7 +36,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
     let preflight = method == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if preflight {
         StatusCode::NO_CONTENT.into_response()
-    } else if !OPEN_ROUTES.contains(&route.as_str()) && !has_key(&app, request.headers()) {
+    } else if !is_open(&route) && !has_key(&app, request.headers()) {
         let message = "the API key is missing or wrong; send it as: Authorization: Bearer KEY";
         let error = ApiError::new(StatusCode::UNAUTHORIZED, message);
         ApiError { code: Some("invalid_api_key"), ..error }.into_response()
@@ -71,6 +72,10 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
         }
     }
     response
+}
+
+fn is_open(route: &str) -> bool {
+    OPEN_ROUTES.contains(&route) || page::is_page(route)
 }
 
 /// The client's own id when it is short and plain, else a new one.

@@ -34,6 +34,8 @@ mod generation;
 mod guard;
 mod metrics;
 mod openapi;
+mod page;
+mod progress;
 mod routes;
 mod sampling_fields;
 mod server;

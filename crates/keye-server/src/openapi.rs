@@ -11,7 +11,7 @@ pub(crate) fn document() -> Value {
         "model": {"type": ["string", "null"], "description": "Any name, also the empty one: there is one model."},
         "n": whole(1),
         "stream": flag,
-        "stream_options": {"type": ["object", "null"], "properties": {"include_usage": flag}},
+        "stream_options": {"type": ["object", "null"], "properties": {"include_usage": flag, "include_progress": flag}},
         "max_tokens": whole(1),
         "temperature": number(0.0, 100.0),
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::error::{ApiError, json_response};
-use crate::{chat, completions, guard, openapi, tokens};
+use crate::{chat, completions, guard, openapi, page, tokens};
 
 fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 10] {
     [
@@ -32,7 +32,7 @@ fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 10] {
 
 pub(crate) fn router(app: Arc<App>) -> Router {
     let router = routes().into_iter().fold(Router::new(), |router, (path, route)| router.route(path, route));
-    router
+    page::mount(router)
         .fallback(|| async { ApiError::new(StatusCode::NOT_FOUND, "there is no such route; /openapi.json lists them") })
         .method_not_allowed_fallback(|| async {
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "this route does not take that method")

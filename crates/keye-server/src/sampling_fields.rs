@@ -14,6 +14,8 @@ pub(crate) struct Common {
     pub choices: usize,
     pub stream: bool,
     pub include_usage: bool,
+    /// `stream_options.include_progress`; false without `stream`.
+    pub include_progress: bool,
 }
 
 /// Whether a value asks for nothing.
@@ -88,11 +90,15 @@ pub(crate) fn read(fields: &Fields, app: &App) -> Result<Common, ApiError> {
     let choices = usize::try_from(choices).ok().filter(|n| (1..=most).contains(n));
     let choices = choices.ok_or_else(|| ApiError::invalid("n", format!("n: expected 1 to {most}")))?;
     let stream = fields.bool("stream")?.unwrap_or(false);
-    let include_usage = match fields.object("stream_options")? {
-        Some(options) => Fields(options).bool("include_usage")?.unwrap_or(false),
-        None => false,
+    let (include_usage, progress) = match fields.object("stream_options")? {
+        Some(options) => {
+            let flag = |name| Ok::<_, ApiError>(Fields(options).bool(name)?.unwrap_or(false));
+            (flag("include_usage")?, flag("include_progress")?)
+        }
+        None => (false, false),
     };
-    Ok(Common { sampling: sampling(fields, app)?, choices, stream, include_usage })
+    let include_progress = progress && stream;
+    Ok(Common { sampling: sampling(fields, app)?, choices, stream, include_usage, include_progress })
 }
 
 fn sampling(fields: &Fields, app: &App) -> Result<SamplingParams, ApiError> {

@@ -21,7 +21,7 @@ pub(crate) async fn whole(mut generation: Generation, mut answer: Answer) -> Res
             Some(Update::Token { choice, text }) => drop(answer.token(choice, &text)),
             Some(Update::Finished { choice, reason, usage }) => drop(answer.finished(choice, reason, &usage)),
             Some(Update::Failed(error)) => return Err(error),
-            Some(Update::Accepted | Update::Waiting) => {}
+            Some(Update::Accepted | Update::Progress(_) | Update::Waiting) => {}
             None => return Err(ApiError::internal()),
         }
     }
@@ -65,6 +65,10 @@ impl Events {
     fn take(&mut self, update: Option<Update>) {
         match update {
             Some(Update::Accepted) => {}
+            Some(Update::Progress(report)) => {
+                let chunk = self.answer.progress(report);
+                self.push(vec![chunk]);
+            }
             Some(Update::Waiting) => self.ready.push_back(Bytes::from_static(b": waiting\n\n")),
             Some(Update::Token { choice, text }) => {
                 let chunks = self.answer.token(choice, &text);

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use keye_media::Media;
+use keye_media::{FrameKind, Media};
 use keye_model::{NoTap, Runner};
 
 use crate::engine::Shared;
@@ -248,8 +248,11 @@ fn media_are_announced_with_what_they_cost() {
     let harness = Harness::new(FakeRunner::new(8, 64), options(512, 1));
     for seconds in [3.6, 0.0] {
         let stages = harness.run(&ask(&[1; 3], &[clip(1, 9)], 2)).stages;
+        let Stage::MediaReady { shown, .. } = &stages[0] else { panic!("{:?}", stages[0]) };
+        assert_eq!((shown.len(), shown[0].kind), (1, FrameKind::Slow));
+        let (shown, estimate) = (Arc::clone(shown), Some(seconds));
         let ready =
-            Stage::MediaReady { index: 0, frames: 1, slow_frames: 1, patches: 36, tokens: 9, estimate: Some(seconds) };
+            Stage::MediaReady { index: 0, frames: 1, slow_frames: 1, patches: 36, tokens: 9, shown, estimate };
         assert_eq!(stages[0], ready);
     }
 }

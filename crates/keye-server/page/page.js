@@ -1,0 +1,1 @@
+import "./render.js"; import "./media.js";
