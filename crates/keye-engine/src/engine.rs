@@ -8,12 +8,13 @@ use keye_media::Loader;
 use keye_model::{Runner, RunnerInfo};
 use keye_processor::Processor;
 
+use crate::embedding::Pool;
 use crate::event::{EventSender, event_channel};
 use crate::prepare::Preparer;
 use crate::queue::Queue;
 use crate::sequence::{Clock, Place, PreparedRequest};
 use crate::worker::Worker;
-use crate::{EngineError, EventStream, Request, Stage};
+use crate::{EmbeddingStream, EngineError, EventStream, Pooling, Request, Stage};
 
 /// Limits of an engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,6 +31,13 @@ pub struct EngineOptions {
     pub feature_cache_bytes: usize,
     /// Bytes of decoded media kept for later requests, such as the next turn of a chat.
     pub media_cache_bytes: usize,
+    /// Threads that fetch and decode media, each for one request. Text alone never waits for them.
+    pub media_threads: usize,
+    /// Tokens that may be guessed ahead by prompt look-up and checked in one step; 0 is off. Changes no answer.
+    pub speculation: usize,
+    /// While something generates, prompts and media get this many times a decode step's time between two steps: a
+    /// running stream's gaps are then at most about `1 + prefill_share` steps. Never less than one piece of work.
+    pub prefill_share: f64,
 }
 
 impl Default for EngineOptions {
@@ -41,6 +49,9 @@ impl Default for EngineOptions {
             max_queue: 64,
             feature_cache_bytes: 512 << 20,
             media_cache_bytes: 256 << 20,
+            media_threads: 2,
+            speculation: 0,
+            prefill_share: 2.0,
         }
     }
 }
@@ -60,6 +71,24 @@ pub struct EngineStats {
     pub feature_bytes: usize,
     /// Tokens generated since the start.
     pub generated_tokens: u64,
+    /// Prompt tokens found in the KV cache, and those that had to be computed.
+    pub prefix_hits: u64,
+    /// See [`EngineStats::prefix_hits`].
+    pub prefix_misses: u64,
+    /// Media whose features were there, and those that had to be encoded.
+    pub feature_hits: u64,
+    /// See [`EngineStats::feature_hits`].
+    pub feature_misses: u64,
+    /// Media that were still decoded from before, and those that had to be decoded.
+    pub media_hits: u64,
+    /// See [`EngineStats::media_hits`].
+    pub media_misses: u64,
+    /// Times that a sequence gave its blocks back to be computed again.
+    pub preemptions: u64,
+    /// Tokens guessed ahead.
+    pub speculation_proposed: u64,
+    /// Of them those that were right.
+    pub speculation_accepted: u64,
 }
 
 /// A handle to the engine; clones are the same engine. When the last one is dropped the engine stops: requests that are
@@ -169,6 +198,32 @@ impl Engine {
         let submission = Submission { request, events, clock: Clock::start(), place };
         shared.submissions.push(submission).map_err(|_| EngineError::Stopped)?;
         Ok(stream)
+    }
+
+    /// Queues a request once for every seed; the streams come in the seeds' order. Its media are loaded once and its prompt
+    /// is computed once, the blocks of which are shared.
+    ///
+    /// # Errors
+    /// Those of [`Engine::submit`]; [`EngineError::QueueFull`] when there is not room for all, and then none is queued.
+    pub fn submit_many(&self, request: Request, seeds: &[u64]) -> Result<Vec<EventStream>, EngineError> {
+        seeds
+            .iter()
+            .map(|seed| {
+                let mut request = request.clone();
+                request.sampling.seed = *seed;
+                self.submit(request)
+            })
+            .collect()
+    }
+
+    /// Queues a prompt to be made one vector; nothing is generated.
+    ///
+    /// # Errors
+    /// Those of [`Engine::submit`].
+    pub fn embed(&self, request: Request, pooling: Pooling) -> Result<EmbeddingStream, EngineError> {
+        let values = Arc::new(Mutex::new(Vec::new()));
+        let _pool = Pool::new(pooling, Arc::clone(&values));
+        Ok(EmbeddingStream::new(self.submit(request)?, values))
     }
 
     /// Sizes of the model.

@@ -96,6 +96,15 @@ pub enum FinishReason {
     Length,
 }
 
+/// How likely a token was: natural logarithms of the model's own probabilities, before penalties, temperature and grammar.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    /// The token's.
+    pub logprob: f32,
+    /// The most likely tokens and theirs, most likely first, of equal ones the lowest id first.
+    pub top: Vec<(u32, f32)>,
+}
+
 /// One thing that happened to a request.
 #[derive(Debug)]
 pub enum Event {
@@ -108,6 +117,8 @@ pub enum Event {
         id: u32,
         /// New text.
         text: String,
+        /// How likely it was, when the request asked.
+        logprob: Option<TokenLogprob>,
     },
     /// The end. `text` is the whole answer.
     Finished {
@@ -209,9 +220,9 @@ impl EventSender {
         self.channel.events.push_or_replace(event, same);
     }
 
-    pub fn token(&self, id: u32, text: String) {
+    pub fn token(&self, id: u32, text: String, logprob: Option<TokenLogprob>) {
         // A closed channel is a cancelled request, which is noticed elsewhere.
-        let _ = self.channel.events.push(Event::Token { id, text });
+        let _ = self.channel.events.push(Event::Token { id, text, logprob });
     }
 
     /// The last event.
@@ -253,7 +264,7 @@ mod tests {
                 sender.stage(Stage::Vision { index, fraction: part as f32 });
             }
         }
-        sender.token(7, "x".into());
+        sender.token(7, "x".into(), None);
         sender.stage(Stage::Vision { index: 1, fraction: 1.0 });
         drop(sender);
         let seen: Vec<Event> = stream.by_ref().collect();
@@ -272,7 +283,7 @@ mod tests {
         assert!(!sender.cancelled());
         drop(stream);
         assert!(sender.cancelled());
-        sender.token(1, String::new());
+        sender.token(1, String::new(), None);
         sender.end(Event::Failed(EngineError::Cancelled));
     }
 }

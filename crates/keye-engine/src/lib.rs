@@ -14,6 +14,7 @@
 //! No tensor types, no HTTP, no files of requests. Scheduler and block manager know nothing of models.
 
 mod block_manager;
+mod embedding;
 mod engine;
 mod event;
 #[cfg(test)]
@@ -34,7 +35,8 @@ mod trace;
 mod worker;
 
 pub use engine::{Engine, EngineOptions, EngineStats};
-pub use event::{Canceller, Event, EventStream, FinishReason, NothingYet, Stage, Timings, Usage};
-pub use request::{EngineError, Request};
+pub use embedding::{Embedding, EmbeddingStream};
+pub use event::{Canceller, Event, EventStream, FinishReason, NothingYet, Stage, Timings, TokenLogprob, Usage};
+pub use request::{EngineError, Grammar, MAX_LOGPROBS, Pooling, Request};
 pub use sampling::{SamplingParams, distribution, sample};
 pub use trace::{Trace, trace};

@@ -17,6 +17,41 @@ pub struct Request {
     pub think: ThinkMode,
     /// Variables of the chat template.
     pub template: TemplateOptions,
+    /// What the answer has to look like; its thinking, if there is any, is free.
+    pub grammar: Option<Grammar>,
+    /// With every token its log probability and those of the most likely ones, as many as given (at most
+    /// [`MAX_LOGPROBS`]).
+    pub logprobs: Option<usize>,
+    /// Tokens of thinking after which it is closed by force.
+    pub max_reasoning_tokens: Option<usize>,
+}
+
+/// Most likely tokens whose log probabilities a request may ask for.
+pub const MAX_LOGPROBS: usize = 20;
+
+/// The form of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Grammar {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema describes.
+    JsonSchema(serde_json::Value),
+    /// Text that a regular expression matches as a whole.
+    Regex(String),
+    /// One of some texts.
+    Choice(Vec<String>),
+    /// A grammar in llguidance's variant of Lark.
+    Lark(String),
+}
+
+/// How the hidden states of a prompt's tokens become one vector.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pooling {
+    /// The last token's, which alone has seen all others.
+    #[default]
+    Last,
+    /// The mean over all tokens, media included.
+    Mean,
 }
 
 /// Why a request failed.
@@ -38,6 +73,20 @@ pub enum EngineError {
     /// It cannot be run with these limits.
     #[error("{0}")]
     Refused(String),
+    /// The prompt leaves no room for an answer.
+    #[error(
+        "the prompt has {tokens} tokens, prompt and answer may have {max} together; shorten it, or give its media fewer \
+         frames or pixels"
+    )]
+    ContextLength {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Most tokens of prompt and answer together.
+        max: usize,
+    },
+    /// A grammar that cannot be compiled, or that no answer can satisfy.
+    #[error("grammar: {0}")]
+    Grammar(String),
     /// The caller gave up.
     #[error("cancelled")]
     Cancelled,

@@ -207,7 +207,7 @@ impl Sequence {
             shown += &self.stop.finish();
         }
         self.text += &shown;
-        self.request.events.token(token, shown);
+        self.request.events.token(token, shown, None);
         Ok(if end || stopped { Some(FinishReason::Stop) } else { full.then_some(FinishReason::Length) })
     }
 
@@ -237,10 +237,7 @@ impl PreparedRequest {
 fn check(prompt: &Prompt, media: usize, max_model_len: usize) -> Result<(), EngineError> {
     let tokens = prompt.input_ids.len();
     if tokens >= max_model_len {
-        return Err(EngineError::Refused(format!(
-            "the prompt has {tokens} tokens, prompt and answer may have {max_model_len} together; \
-             shorten it, or give its media fewer frames or pixels"
-        )));
+        return Err(EngineError::ContextLength { tokens, max: max_model_len });
     }
     let last_position = tokens as i64 + prompt.rope_delta;
     let spans_fit = prompt.features.iter().all(|span| {

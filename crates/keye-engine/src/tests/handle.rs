@@ -143,7 +143,7 @@ fn errors_come_where_they_are_found() {
     let missing = text_of(engine.submit(request(vec![picture("no/such.png")], "x", 5)).expect("room"));
     assert!(matches!(missing, Err(EngineError::Media(_))), "{missing:?}");
     let long = text_of(engine.submit(request(vec![], &"word and ".repeat(400), 5)).expect("room"));
-    assert!(matches!(long, Err(EngineError::Refused(_))), "{long:?}");
+    assert!(matches!(long, Err(EngineError::ContextLength { max: 256, .. })), "{long:?}");
     assert_eq!(text_of(engine.submit(request(vec![], "Hello", 5)).expect("room")).expect("no error").0.len(), 5);
     wait_for(|| engine.stats().waiting == 0);
 }

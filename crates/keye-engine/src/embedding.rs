@@ -1,0 +1,93 @@
+//! A prompt as one vector.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::{Canceller, EngineError, Event, EventStream, NothingYet, Pooling, Usage};
+
+/// A prompt's vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embedding {
+    /// Hidden states after the decoder's last norm, pooled, then scaled to length 1.
+    pub values: Vec<f32>,
+    /// Counts; nothing is generated.
+    pub usage: Usage,
+}
+
+/// An embedding that is being made. Dropping it cancels the request.
+pub struct EmbeddingStream {
+    stream: EventStream,
+    values: Arc<Mutex<Vec<f32>>>,
+}
+
+impl EmbeddingStream {
+    pub(crate) fn new(stream: EventStream, values: Arc<Mutex<Vec<f32>>>) -> Self {
+        Self { stream, values }
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// Those of a request.
+    pub fn wait(mut self) -> Result<Embedding, EngineError> {
+        loop {
+            if let Ok(end) = self.wait_timeout(Duration::from_secs(3600)) {
+                return end;
+            }
+        }
+    }
+
+    /// Waits for the end for at most `timeout`.
+    ///
+    /// # Errors
+    /// [`NothingYet`] when it has not come; inside, those of a request.
+    pub fn wait_timeout(&mut self, timeout: Duration) -> Result<Result<Embedding, EngineError>, NothingYet> {
+        loop {
+            match self.stream.next_timeout(timeout)? {
+                Some(Event::Finished { usage, .. }) => {
+                    let values = std::mem::take(&mut *self.values.lock().unwrap_or_else(PoisonError::into_inner));
+                    return Ok(Ok(Embedding { values, usage }));
+                }
+                Some(Event::Failed(error)) => return Ok(Err(error)),
+                Some(Event::Stage(_) | Event::Token { .. }) => {}
+                None => return Ok(Err(EngineError::Stopped)),
+            }
+        }
+    }
+
+    /// A handle that cancels this request.
+    pub fn canceller(&self) -> Canceller {
+        self.stream.canceller()
+    }
+}
+
+/// Pools the hidden states of a prompt's tokens as its chunks are computed.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    pub pooling: Pooling,
+    /// The sum so far.
+    sum: Vec<f64>,
+    /// Where the result goes.
+    pub values: Arc<Mutex<Vec<f32>>>,
+}
+
+impl Pool {
+    pub fn new(pooling: Pooling, values: Arc<Mutex<Vec<f32>>>) -> Self {
+        Self { pooling, sum: Vec::new(), values }
+    }
+
+    /// Takes rows of `width` values, those that the pooling wants.
+    pub fn add(&mut self, rows: &[f32], width: usize) {
+        self.sum.resize(width, 0.0);
+        for row in rows.chunks_exact(width.max(1)) {
+            self.sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+        }
+    }
+
+    /// Hands the result over, scaled to length 1: so a mean needs no division.
+    pub fn finish(&self) {
+        let length = self.sum.iter().map(|value| value * value).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
+        let values = self.sum.iter().map(|value| (value / length) as f32).collect();
+        *self.values.lock().unwrap_or_else(PoisonError::into_inner) = values;
+    }
+}
