@@ -4,7 +4,7 @@
 
 use crate::{
     Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, KvDtype, QkNorm, Reference, SequenceRows,
-    Span, WeightSource,
+    Span, WeightSource, packed,
 };
 
 /// One comparison.
@@ -62,6 +62,11 @@ fn source(rows: usize, cols: usize, values: &[f32], dtype: Dtype) -> WeightSourc
                 .into(),
             ..f32s
         },
+        Dtype::Int8 | Dtype::Int4 => {
+            let mut bytes = vec![0; dtype.stored_bytes(rows, cols).expect("small")];
+            packed::pack_rows(dtype, rows, cols, values, &mut bytes).expect("finite");
+            WeightSource { dtype, bytes: bytes.into(), ..f32s }
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use crate::weight::{as_f32, as_u16, bf16_to_f32};
-use crate::{BackendError, Dtype, WeightSource};
+use crate::{BackendError, Dtype, WeightSource, packed};
 
 /// Rows of f32 activations, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,7 +58,7 @@ impl HostTensor {
     }
 }
 
-/// A weight in host memory. f32 and bf16 are used where they lie; f16 is widened when it is loaded.
+/// A weight in host memory. f32, bf16 and packed types are used where they lie; f16 is widened when it is loaded.
 #[derive(Debug, Clone)]
 pub struct HostWeight {
     pub(crate) rows: usize,
@@ -72,6 +72,7 @@ enum WeightData {
     MappedBf16(Bytes),
     OwnedF32(Vec<f32>),
     OwnedBf16(Vec<u16>),
+    Packed(Dtype, Bytes),
 }
 
 /// The elements of a weight.
@@ -79,6 +80,8 @@ enum WeightData {
 pub(crate) enum Elements<'a> {
     F32(&'a [f32]),
     Bf16(&'a [u16]),
+    /// Tiles of a packed type.
+    Packed(Dtype, &'a [u8]),
 }
 
 impl HostWeight {
@@ -91,6 +94,7 @@ impl HostWeight {
             Dtype::Bf16 => {
                 WeightData::OwnedBf16(source.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
             }
+            Dtype::Int8 | Dtype::Int4 => WeightData::Packed(source.dtype, source.bytes.clone()),
             Dtype::F32 | Dtype::F16 => WeightData::OwnedF32(source.to_f32().into_owned()),
         };
         Ok(Self { rows: source.rows, cols: source.cols, data })
@@ -103,6 +107,7 @@ impl HostWeight {
             WeightData::MappedBf16(bytes) => Elements::Bf16(as_u16(bytes).unwrap_or(&[])),
             WeightData::OwnedF32(values) => Elements::F32(values),
             WeightData::OwnedBf16(values) => Elements::Bf16(values),
+            WeightData::Packed(dtype, bytes) => Elements::Packed(*dtype, bytes),
         }
     }
 
@@ -110,7 +115,7 @@ impl HostWeight {
     pub(crate) fn vector(&self) -> &[f32] {
         match self.elements() {
             Elements::F32(values) => values,
-            Elements::Bf16(_) => unreachable!("vectors are widened when they are loaded"),
+            Elements::Bf16(_) | Elements::Packed(..) => unreachable!("vectors are widened when they are loaded"),
         }
     }
 
@@ -124,6 +129,7 @@ impl HostWeight {
                     *out = bf16_to_f32(*bits);
                 }
             }
+            Elements::Packed(dtype, bytes) => packed::unpack_row(dtype, self.cols, bytes, row, out),
         }
     }
 
@@ -132,6 +138,13 @@ impl HostWeight {
         match self.elements() {
             Elements::F32(values) => values.to_vec(),
             Elements::Bf16(values) => values.iter().map(|bits| bf16_to_f32(*bits)).collect(),
+            Elements::Packed(..) => {
+                let mut out = vec![0.0; self.rows * self.cols];
+                for (row, out) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+                    self.widen_row(row, out);
+                }
+                out
+            }
         }
     }
 }

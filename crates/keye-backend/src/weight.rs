@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 
 use crate::BackendError;
+use crate::packed::{self, TILE_ROWS, tile_bytes};
 
 /// Element types that backends load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,15 +16,25 @@ pub enum Dtype {
     Bf16,
     /// IEEE half.
     F16,
+    /// 8 bits with a scale per group, packed in tiles ([`crate::packed`]).
+    Int8,
+    /// 4 bits with scale and zero point per group, packed in tiles ([`crate::packed`]).
+    Int4,
 }
 
 impl Dtype {
-    /// Bytes of an element.
-    pub fn size(self) -> usize {
+    /// Bytes of a matrix `[rows, cols]`; `None` when the number overflows.
+    pub fn stored_bytes(self, rows: usize, cols: usize) -> Option<usize> {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => rows.checked_mul(cols)?.checked_mul(4),
+            Self::Bf16 | Self::F16 => rows.checked_mul(cols)?.checked_mul(2),
+            Self::Int8 | Self::Int4 => rows.div_ceil(TILE_ROWS).checked_mul(tile_bytes(self, cols)?),
         }
+    }
+
+    /// Whether it is packed in tiles.
+    pub fn is_packed(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int4)
     }
 }
 
@@ -38,7 +49,7 @@ pub struct WeightSource {
     pub rows: usize,
     /// Columns (input features).
     pub cols: usize,
-    /// `rows * cols` little-endian elements, row-major.
+    /// `rows * cols` little-endian elements, row-major; or the tiles of a packed type.
     pub bytes: Bytes,
 }
 
@@ -51,8 +62,7 @@ impl WeightSource {
 
     /// Checks that the bytes are as many as type and shape say.
     pub fn check(&self) -> Result<(), BackendError> {
-        let expected = self.rows.checked_mul(self.cols).and_then(|n| n.checked_mul(self.dtype.size()));
-        if expected == Some(self.bytes.len()) {
+        if self.dtype.stored_bytes(self.rows, self.cols) == Some(self.bytes.len()) {
             return Ok(());
         }
         Err(BackendError::Weight {
@@ -76,6 +86,13 @@ impl WeightSource {
             },
             Dtype::Bf16 => self.bytes.chunks_exact(2).map(|b| bf16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
             Dtype::F16 => self.bytes.chunks_exact(2).map(|b| f16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
+            Dtype::Int8 | Dtype::Int4 => {
+                let mut out = vec![0.0; self.rows * self.cols];
+                for (row, out) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+                    packed::unpack_row(self.dtype, self.cols, &self.bytes, row, out);
+                }
+                Cow::Owned(out)
+            }
         }
     }
 }

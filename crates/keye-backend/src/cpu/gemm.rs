@@ -122,6 +122,7 @@ fn panel(
                 }
                 block_f32(isa, &x[k0..], m, k, widened, kb, n, kb, sums);
             }
+            Elements::Packed(..) => unreachable!("packed weights have a product of their own"),
         }
     }
 }

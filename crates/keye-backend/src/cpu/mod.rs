@@ -3,7 +3,7 @@
 mod attention;
 mod cache;
 mod gemm;
-mod isa;
+pub(crate) mod isa;
 mod pool;
 mod rows;
 

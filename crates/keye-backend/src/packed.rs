@@ -1,0 +1,460 @@
+//! Packed weights: int8 and int4 with scales per group, in tiles that every instruction set reads in place.
+//!
+//! A matrix `[rows, cols]` is stored as tiles of [`TILE_ROWS`] rows, one after the other; the last is filled up with rows
+//! of zeros. A tile runs along the columns in blocks of [`BLOCK_COLS`], the last filled up with zeros. Groups are
+//! [`GROUP`] columns of one row, so a block has two groups of each row. All integers are little-endian; every tile is a
+//! multiple of 64 bytes, a cache line.
+//!
+//! `Int4`, [`INT4_BLOCK`] bytes a block after a head of 64 bytes a tile: 4.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | head: 64 | row scales `f32[16]` |
+//! | block: 32 | `s u8[2][16]`: scale codes of group 0, then of group 1, by row |
+//! | 32 | `z u8[2][16]`: zero points in sixteenths of a step |
+//! | 512 | `q`: 8 vectors of 64 bytes; byte `4*r + b` of vector `v` has column `8v + b` of row `r` in its low, column `8v + 4 + b` in its high four bits |
+//!
+//! `weight = row_scale * S(s) * (q - z/16)` with `S(s) = (1 + (s mod 32)/32) * 2^(floor(s/32) - 7)`.
+//!
+//! `Int8`, [`INT8_BLOCK`] bytes a block, no head: 8.5 bits a weight.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | block: 64 | `d f16[2][16]`: scales of group 0, then of group 1, by row |
+//! | 1024 | `u`: 16 vectors of 64 bytes; byte `4*r + b` of vector `v` has column `4v + b` of row `r` |
+//!
+//! `weight = d * (u - 128)`, `u` in 1..=255.
+//!
+//! Why so: sixteen rows by four columns are one 64-byte operand of an int8 dot product, whose sixteen sums belong to
+//! sixteen outputs, so that nothing is summed across lanes and one row of activations is broadcast. A tile is one stream
+//! of whole cache lines. The scale of a group in eight bits of floating point is within 1.6 % of the one searched for,
+//! over a range of 256 below the row's largest; searching codes, scale and zero point together takes back what that loses.
+
+use crate::weight::f16_to_f32;
+use crate::{BackendError, Dtype};
+
+/// Version of the layout.
+pub const PACKED_VERSION: u32 = 1;
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 16;
+/// Columns of a block.
+pub const BLOCK_COLS: usize = 64;
+/// Columns that share a scale.
+pub const GROUP: usize = 32;
+/// Bytes of the head of an int4 tile.
+pub const INT4_HEAD: usize = 64;
+/// Bytes of an int4 block.
+pub const INT4_BLOCK: usize = 576;
+/// Bytes of an int8 block.
+pub const INT8_BLOCK: usize = 1088;
+
+/// A value that cannot be packed.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+#[error("row {row}, column {col} is {value}; only finite values can be packed")]
+pub struct NotFinite {
+    /// Counted within the rows given.
+    pub row: usize,
+    /// Column.
+    pub col: usize,
+    /// What was found.
+    pub value: f32,
+}
+
+/// Bytes of one tile of `cols` columns; `None` when `dtype` is not packed or the number overflows.
+pub fn tile_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
+    let blocks = cols.div_ceil(BLOCK_COLS);
+    match dtype {
+        Dtype::Int4 => blocks.checked_mul(INT4_BLOCK)?.checked_add(INT4_HEAD),
+        Dtype::Int8 => blocks.checked_mul(INT8_BLOCK),
+        Dtype::F32 | Dtype::Bf16 | Dtype::F16 => None,
+    }
+}
+
+/// Packs `values [rows, cols]` into whole tiles. A tensor may be packed in slices of rows, each but the last a multiple of
+/// [`TILE_ROWS`]; the result does not depend on how.
+///
+/// Scales, zero points and codes of each group are searched together for the least squared error.
+///
+/// # Panics
+/// When `dtype` is not packed, or `out` is not the tiles' size ([`tile_bytes`]).
+pub fn pack_rows(dtype: Dtype, rows: usize, cols: usize, values: &[f32], out: &mut [u8]) -> Result<(), NotFinite> {
+    assert_eq!(values.len(), rows * cols, "values");
+    let tile = tile_bytes(dtype, cols).expect("a packed type of a size that fits");
+    assert_eq!(out.len(), rows.div_ceil(TILE_ROWS) * tile, "room for the tiles");
+    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+        return Err(NotFinite { row: at / cols, col: at % cols, value: values[at] });
+    }
+    let isa = crate::cpu::Isa::detect();
+    for (values, out) in values.chunks(TILE_ROWS * cols).zip(out.chunks_exact_mut(tile)) {
+        match dtype {
+            Dtype::Int4 => pack_int4(isa, cols, values, out),
+            _ => pack_int8(isa, cols, values, out),
+        }
+    }
+    Ok(())
+}
+
+/// The values `[rows, cols]` of packed tiles.
+pub fn unpack(dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Result<Vec<f32>, BackendError> {
+    let error = |reason: String| BackendError::Weight { name: "packed".into(), reason };
+    if dtype.stored_bytes(rows, cols) != Some(bytes.len()) || tile_bytes(dtype, cols).is_none() {
+        return Err(error(format!("{dtype:?} [{rows}, {cols}] has not {} bytes", bytes.len())));
+    }
+    let mut out = vec![0.0; rows * cols];
+    for (row, out) in out.chunks_exact_mut(cols.max(1)).enumerate() {
+        unpack_row(dtype, cols, bytes, row, out);
+    }
+    Ok(out)
+}
+
+/// The values of row `row` of packed tiles; `out` has `cols` elements.
+pub(crate) fn unpack_row(dtype: Dtype, cols: usize, bytes: &[u8], row: usize, out: &mut [f32]) {
+    let tile = tile_bytes(dtype, cols).expect("checked when the weight was loaded");
+    let bytes = &bytes[row / TILE_ROWS * tile..][..tile];
+    let r = row % TILE_ROWS;
+    for (block, out) in out.chunks_mut(BLOCK_COLS).enumerate() {
+        if dtype == Dtype::Int4 {
+            let row_scale = f32_at(bytes, 4 * r);
+            let bytes = &bytes[INT4_HEAD + block * INT4_BLOCK..][..INT4_BLOCK];
+            for (k, out) in out.iter_mut().enumerate() {
+                let group = k / GROUP;
+                let (s, z) = (bytes[group * 16 + r], bytes[32 + group * 16 + r]);
+                let pair = bytes[64 + k / 8 * 64 + 4 * r + k % 4];
+                let q = if k % 8 < 4 { pair & 15 } else { pair >> 4 };
+                *out = row_scale * scale_of(s) * (f32::from(q) - f32::from(z) / 16.0);
+            }
+        } else {
+            let bytes = &bytes[block * INT8_BLOCK..][..INT8_BLOCK];
+            for (k, out) in out.iter_mut().enumerate() {
+                let at = 2 * (k / GROUP * 16 + r);
+                let d = f16_to_f32(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+                *out = d * (f32::from(bytes[64 + k / 4 * 64 + 4 * r + k % 4]) - 128.0);
+            }
+        }
+    }
+}
+
+/// `S(s)` of the layout.
+pub(crate) fn scale_of(s: u8) -> f32 {
+    f32::from_bits((u32::from(s) << 18) + (120 << 23))
+}
+
+/// The code whose `S` is nearest to `ratio`, within the range.
+fn scale_code(ratio: f32) -> u8 {
+    let code = (ratio.max(0.0).to_bits().saturating_add(1 << 17) >> 18) as i64 - (120 << 5);
+    code.clamp(0, 255) as u8
+}
+
+fn f32_at(bytes: &[u8], at: usize) -> f32 {
+    f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+type Group = [f32; GROUP];
+
+/// Group `group` of row `r` of `values [_, cols]`, zeros where there is nothing.
+fn group_of(values: &[f32], cols: usize, r: usize, group: usize) -> Group {
+    let mut out = [0.0; GROUP];
+    let start = group * GROUP;
+    if (r + 1) * cols <= values.len() && start < cols {
+        let n = GROUP.min(cols - start);
+        out[..n].copy_from_slice(&values[r * cols + start..][..n]);
+    }
+    out
+}
+
+fn pack_int4(isa: crate::cpu::Isa, cols: usize, values: &[f32], out: &mut [u8]) {
+    out.fill(0);
+    for r in 0..TILE_ROWS.min(values.len() / cols) {
+        let range = |x: &Group| x.iter().fold((0.0f32, 0.0f32), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
+        let widest = (0..cols.div_ceil(GROUP))
+            .map(|group| {
+                let (lo, hi) = range(&group_of(values, cols, r, group));
+                hi / 12.0 - lo / 12.0
+            })
+            .fold(0.0, f32::max);
+        let row_scale = widest / scale_of(255);
+        // Smaller ones cannot be divided by; their row is zero.
+        if row_scale < f32::MIN_POSITIVE * 1024.0 {
+            continue;
+        }
+        out[4 * r..4 * r + 4].copy_from_slice(&row_scale.to_le_bytes());
+        for group in 0..cols.div_ceil(GROUP) {
+            let block = &mut out[INT4_HEAD + group / 2 * INT4_BLOCK..][..INT4_BLOCK];
+            let half = group % 2;
+            let found = search_int4(isa, &group_of(values, cols, r, group), row_scale);
+            block[half * 16 + r] = found.s;
+            block[32 + half * 16 + r] = found.z;
+            for (k, q) in found.q.iter().enumerate() {
+                let k = half * GROUP + k;
+                block[64 + k / 8 * 64 + 4 * r + k % 4] |= if k % 8 < 4 { *q } else { *q << 4 };
+            }
+        }
+    }
+}
+
+fn pack_int8(isa: crate::cpu::Isa, cols: usize, values: &[f32], out: &mut [u8]) {
+    for (number, block) in out.chunks_exact_mut(INT8_BLOCK).enumerate() {
+        block[..64].fill(0);
+        block[64..].fill(128);
+        for r in 0..TILE_ROWS.min(values.len() / cols) {
+            for half in 0..2 {
+                let (d, q) = search_int8(isa, &group_of(values, cols, r, 2 * number + half));
+                block[2 * (half * 16 + r)..][..2].copy_from_slice(&d.to_le_bytes());
+                for (k, q) in q.iter().enumerate() {
+                    let k = half * GROUP + k;
+                    block[64 + k / 4 * 64 + 4 * r + k % 4] = (i16::from(*q) + 128) as u8;
+                }
+            }
+        }
+    }
+}
+
+/// A group in four bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Int4Group {
+    s: u8,
+    z: u8,
+    q: [u8; GROUP],
+}
+
+crate::cpu::isa::dispatch! {
+    /// The group's codes with the least squared error that the search finds.
+    fn search_int4(x: &Group, row_scale: f32) -> Int4Group = search_int4_in
+}
+crate::cpu::isa::dispatch! {
+    /// The same for int8: f16 scale and codes in -127..=127.
+    fn search_int8(x: &Group) -> (u16, [i8; GROUP]) = search_int8_in
+}
+
+/// Sums in eight lanes, so that every instruction set adds in the same order.
+#[inline(always)]
+fn sum(term: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0f32; 8];
+    for c in 0..GROUP / 8 {
+        for l in 0..8 {
+            lanes[l] += term(8 * c + l);
+        }
+    }
+    ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
+}
+
+/// Starts from ranges of 12 to 19 steps, some of which cut the ends off, and fits line and codes to each other.
+#[allow(clippy::needless_range_loop, reason = "lanes")]
+#[inline(always)]
+unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
+    let mut lo = 0.0f32;
+    let mut hi = 0.0f32;
+    for v in x {
+        lo = if *v < lo { *v } else { lo };
+        hi = if *v > hi { *v } else { hi };
+    }
+    let mut best = Int4Group { s: 0, z: 0, q: [0; GROUP] };
+    let mut least = f32::INFINITY;
+    let mean_x = sum(|k| x[k]) / GROUP as f32;
+    for start in 0..15 {
+        let over = start as f32 * 0.5 - 3.0;
+        let mut step = (hi - lo) / (15.0 + over);
+        let mut zero = if step > 0.0 { -lo / step } else { 0.0 };
+        if over > 0.0 {
+            zero *= 1.0 - over / 30.0;
+        }
+        for _ in 0..3 {
+            let s = scale_code(step / row_scale);
+            let d = row_scale * scale_of(s);
+            let z = (zero * (step / d) * 16.0).round_ties_even().clamp(0.0, 255.0);
+            let (inverse, offset) = (1.0 / d, z / 16.0);
+            let mut q = [0.0f32; GROUP];
+            for k in 0..GROUP {
+                let code = (x[k] * inverse + offset).round_ties_even();
+                let code = if code > 0.0 { code } else { 0.0 };
+                q[k] = if code < 15.0 { code } else { 15.0 };
+            }
+            let error = sum(|k| {
+                let e = d * (q[k] - offset) - x[k];
+                e * e
+            });
+            if error < least {
+                least = error;
+                best.s = s;
+                best.z = z as u8;
+                for k in 0..GROUP {
+                    best.q[k] = q[k] as u8;
+                }
+            }
+            // The line through (q, x) with the least squares gives the next step and zero point.
+            let mean_q = sum(|k| q[k]) / GROUP as f32;
+            let spread = sum(|k| (q[k] - mean_q) * (q[k] - mean_q));
+            let slope = sum(|k| (q[k] - mean_q) * (x[k] - mean_x)) / spread;
+            if !(slope > 0.0 && slope.is_finite()) {
+                break;
+            }
+            step = slope;
+            zero = mean_q - mean_x / slope;
+        }
+    }
+    best
+}
+
+#[allow(clippy::needless_range_loop, reason = "lanes")]
+#[inline(always)]
+unsafe fn search_int8_in<S>(x: &Group) -> (u16, [i8; GROUP]) {
+    let mut largest = 0.0f32;
+    for v in x {
+        largest = if v.abs() > largest { v.abs() } else { largest };
+    }
+    let mut best = (0u16, [0i8; GROUP]);
+    let mut least = sum(|k| x[k] * x[k]);
+    for start in 0..5 {
+        let mut step = largest / (127.0 - start as f32 * 0.75);
+        for _ in 0..2 {
+            let bits = f32_to_f16(step);
+            let d = f16_to_f32(bits);
+            if !(d > 0.0 && d.is_finite()) {
+                break;
+            }
+            let inverse = 1.0 / d;
+            let mut q = [0.0f32; GROUP];
+            for k in 0..GROUP {
+                let code = (x[k] * inverse).round_ties_even();
+                let code = if code > -127.0 { code } else { -127.0 };
+                q[k] = if code < 127.0 { code } else { 127.0 };
+            }
+            let error = sum(|k| {
+                let e = d * q[k] - x[k];
+                e * e
+            });
+            if error < least {
+                least = error;
+                best.0 = bits;
+                for k in 0..GROUP {
+                    best.1[k] = q[k] as i8;
+                }
+            }
+            step = sum(|k| q[k] * x[k]) / sum(|k| q[k] * q[k]);
+        }
+    }
+    best
+}
+
+/// Rounds a number that is not negative to the nearest half, ties to even; too large ones to the largest.
+fn f32_to_f16(x: f32) -> u16 {
+    if x >= 65504.0 {
+        return 0x7bff;
+    }
+    if x < 6.103_515_6e-5 {
+        // Subnormal: steps of 2^-24.
+        return (x * 16_777_216.0).round_ties_even() as u16;
+    }
+    let bits = x.to_bits() - (112 << 23);
+    ((bits + 0xfff + ((bits >> 13) & 1)) >> 13) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Normal numbers, the same every time.
+    fn normal(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut uniform = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 40) as f32 + 0.5) / (1u64 << 24) as f32
+        };
+        (0..n).map(|_| (-2.0 * uniform().ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos() * 0.02).collect()
+    }
+
+    fn packed(dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> Vec<u8> {
+        let mut out = vec![0xAA; dtype.stored_bytes(rows, cols).unwrap()];
+        pack_rows(dtype, rows, cols, values, &mut out).unwrap();
+        out
+    }
+
+    fn relative_error(values: &[f32], found: &[f32]) -> f64 {
+        let error: f64 = values.iter().zip(found).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        (error / values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>()).sqrt()
+    }
+
+    #[test]
+    fn errors_of_normal_weights() {
+        let (rows, cols) = (48, 4096);
+        let values = normal(rows * cols, 1);
+        // ggml's Q4_K: 0.0719, Q8_0: 0.0054.
+        for (dtype, bound) in [(Dtype::Int4, 0.0715), (Dtype::Int8, 0.0054)] {
+            let found = unpack(dtype, rows, cols, &packed(dtype, rows, cols, &values)).unwrap();
+            let error = relative_error(&values, &found);
+            assert!(error < bound, "{dtype:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(Dtype::Int4.stored_bytes(4096, 4096), Some(256 * (64 + 64 * 576)));
+        assert_eq!(Dtype::Int8.stored_bytes(17, 65), Some(2 * 2 * 1088));
+        assert_eq!(Dtype::Int4.stored_bytes(usize::MAX, usize::MAX), None);
+        let bits = |dtype: Dtype| dtype.stored_bytes(12288, 4096).unwrap() as f64 * 8.0 / (12288.0 * 4096.0);
+        assert!(bits(Dtype::Int4) < 4.51 && bits(Dtype::Int8) == 8.5);
+    }
+
+    #[test]
+    fn odd_shapes_hostile_values_and_slices() {
+        for (rows, cols) in [(1, 1), (3, 33), (17, 64), (40, 100), (16, 4304)] {
+            let mut values = normal(rows * cols, (rows * cols) as u64);
+            for dtype in [Dtype::Int4, Dtype::Int8] {
+                let whole = packed(dtype, rows, cols, &values);
+                let found = unpack(dtype, rows, cols, &whole).unwrap();
+                assert!(relative_error(&values, &found) < 0.1, "{rows} {cols} {dtype:?}");
+                let tile = tile_bytes(dtype, cols).unwrap();
+                for (at, values) in values.chunks(16 * cols).enumerate() {
+                    assert_eq!(packed(dtype, values.len() / cols, cols, values), whole[at * tile..(at + 1) * tile]);
+                }
+            }
+            values[rows * cols - 1] = f32::NAN;
+            let mut out = vec![0; Dtype::Int4.stored_bytes(rows, cols).unwrap()];
+            let error = pack_rows(Dtype::Int4, rows, cols, &values, &mut out).unwrap_err();
+            assert_eq!((error.row, error.col), (rows - 1, cols - 1));
+        }
+        for extreme in [0.0, 1e-42, 1e-30, 1e30, f32::MAX, -f32::MAX] {
+            for dtype in [Dtype::Int4, Dtype::Int8] {
+                let values = vec![extreme; 64];
+                let found = unpack(dtype, 1, 64, &packed(dtype, 1, 64, &values)).unwrap();
+                assert!(found.iter().all(|v| v.is_finite()), "{extreme} {dtype:?}");
+            }
+        }
+        assert!(unpack(Dtype::Int4, 16, 64, &[0; 3]).is_err());
+        assert!(unpack(Dtype::F32, 1, 1, &[0; 4]).is_err());
+    }
+
+    #[test]
+    fn exact_where_it_can_be() {
+        // Sixteen levels with a zero among them.
+        let values: Vec<f32> = (0..64).map(|k| (k % 16) as f32 - 6.0).collect();
+        let found = unpack(Dtype::Int4, 1, 64, &packed(Dtype::Int4, 1, 64, &values)).unwrap();
+        assert!(relative_error(&values, &found) < 0.02);
+        let values: Vec<f32> = (0..64).map(|k| ((k * 37) % 255) as f32 - 127.0).collect();
+        let mut values = values;
+        (values[0], values[32]) = (127.0, -127.0);
+        assert_eq!(unpack(Dtype::Int8, 1, 64, &packed(Dtype::Int8, 1, 64, &values)).unwrap(), values);
+    }
+
+    #[test]
+    fn halves_round_to_nearest_even() {
+        for bits in 0..0x7c00u16 {
+            assert_eq!(f32_to_f16(f16_to_f32(bits)), bits);
+        }
+        for bits in 1..0x7bff {
+            let middle = f16_to_f32(bits) / 2.0 + f16_to_f32(bits + 1) / 2.0;
+            assert_eq!(f32_to_f16(middle), if bits % 2 == 0 { bits } else { bits + 1 });
+        }
+    }
+
+    #[test]
+    fn codes_are_the_nearest_scale() {
+        for s in 0..=255 {
+            assert_eq!(scale_code(scale_of(s)), s);
+        }
+        assert_eq!((scale_of(0), scale_of(255)), (1.0 / 128.0, 1.968_75));
+        assert_eq!((scale_code(0.0), scale_code(1e-9), scale_code(9.0), scale_code(f32::MAX)), (0, 0, 255, 255));
+    }
+}
