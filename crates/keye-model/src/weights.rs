@@ -66,6 +66,20 @@ impl<'a, B: Backend> Weights<'a, B> {
         Ok(self.backend.load(&self.source(name, &[rows, cols])?)?)
     }
 
+    /// A matrix `[first + second, cols]` as two.
+    pub(crate) fn split_rows(&self, name: &str, rows: [usize; 2], cols: usize) -> Result<[B::Weight; 2], ModelError> {
+        let whole = self.source(name, &[rows[0] + rows[1], cols])?;
+        let at = whole.bytes.len() / (rows[0] + rows[1]) * rows[0];
+        let part = |rows, bytes| WeightSource { rows, bytes, ..whole.clone() };
+        let parts = [part(rows[0], whole.bytes.slice(..at)), part(rows[1], whole.bytes.slice(at..))];
+        Ok([self.backend.load(&parts[0])?, self.backend.load(&parts[1])?])
+    }
+
+    /// The stored shape, if the tensor is there.
+    pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.checkpoint.get(&format!("{}{name}", self.prefix)).map(|tensor| tensor.shape)
+    }
+
     /// `[n]`
     pub(crate) fn vector(&self, name: &str, n: usize) -> Result<B::Weight, ModelError> {
         Ok(self.backend.load(&self.source(name, &[n])?)?)
@@ -90,7 +104,12 @@ impl<'a, B: Backend> Weights<'a, B> {
 }
 
 fn dtype(tensor: &StoredTensor) -> Result<Dtype, ModelError> {
-    use keye_processor::Dtype as Stored;
+    use keye_processor::{Dtype as Stored, PackedFormat};
+    match tensor.packed {
+        Some(PackedFormat::Int4) => return Ok(Dtype::Int4),
+        Some(PackedFormat::Int8) => return Ok(Dtype::Int8),
+        None => {}
+    }
     match tensor.dtype {
         Stored::F32 => Ok(Dtype::F32),
         Stored::Bf16 => Ok(Dtype::Bf16),

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 
 use crate::safetensors_file::{Entry, SafetensorsFile};
-use crate::{Dtype, ProcessorError};
+use crate::{Dtype, PackedFormat, ProcessorError};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -28,8 +28,10 @@ pub struct StoredTensor {
     pub name: String,
     /// Element type.
     pub dtype: Dtype,
-    /// Shape, row-major.
+    /// Shape, row-major; the matrix's when it is packed.
     pub shape: Vec<usize>,
+    /// How the bytes are packed, if they are; `dtype` is [`Dtype::U8`] then.
+    pub packed: Option<PackedFormat>,
     /// Little-endian elements; keeps the map alive. Not always aligned to the element size.
     pub bytes: Bytes,
     /// The file, for messages.
@@ -39,7 +41,10 @@ pub struct StoredTensor {
 impl StoredTensor {
     /// Elements.
     pub fn len(&self) -> usize {
-        self.bytes.len() / self.dtype.size()
+        match self.packed {
+            Some(_) => self.shape.iter().product(),
+            None => self.bytes.len() / self.dtype.size(),
+        }
     }
 
     /// No elements.
@@ -187,6 +192,11 @@ impl Checkpoint {
         self.tensors.values().map(|(_, entry)| (entry.end - entry.start) as u64).sum()
     }
 
+    /// Whether some tensor is packed.
+    pub fn is_packed(&self) -> bool {
+        self.tensors.values().any(|(_, entry)| entry.packed.is_some())
+    }
+
     /// Tensors, elements and bytes by element type; types that this build does not read are left out.
     pub fn totals(&self) -> BTreeMap<Dtype, DtypeTotal> {
         let mut totals: BTreeMap<Dtype, DtypeTotal> = BTreeMap::new();
@@ -231,6 +241,7 @@ fn stored(name: &str, file: &SafetensorsFile, entry: &Entry) -> Option<StoredTen
         name: name.to_owned(),
         dtype: *entry.dtype.as_ref().ok()?,
         shape: entry.shape.clone(),
+        packed: entry.packed.map(|tag| tag.format),
         bytes: file.map.slice(entry.start..entry.end),
         file: file.path.clone(),
     })

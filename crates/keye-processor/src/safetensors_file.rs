@@ -11,6 +11,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
+use crate::packed::{self, PackedTag};
 use crate::{Dtype, ProcessorError};
 
 /// The limit of the reference implementation; the header of the largest checkpoints is below 1 MB.
@@ -29,6 +30,8 @@ pub(crate) struct Entry {
     pub start: usize,
     /// One past the last byte.
     pub end: usize,
+    /// How the bytes are packed, if they are; `shape` is the matrix's then.
+    pub packed: Option<PackedTag>,
 }
 
 /// A mapped file and its checked header.
@@ -115,6 +118,7 @@ fn parse_header(file: &[u8]) -> Result<CheckedHeader, String> {
     if at < size {
         return Err(format!("{} bytes after the last tensor belong to none", size - at));
     }
+    packed::tag(&header.metadata, &mut entries)?;
     Ok((header.metadata, entries))
 }
 
@@ -149,7 +153,7 @@ impl RawTensor {
         }
         let shape = self.shape.iter().map(|&dim| usize::try_from(dim)).collect::<Result<_, _>>();
         let shape = shape.map_err(|_| format!("shape {:?} is impossible", self.shape))?;
-        Ok(Entry { dtype, shape, start: first, end: last })
+        Ok(Entry { dtype, shape, start: first, end: last, packed: None })
     }
 }
 

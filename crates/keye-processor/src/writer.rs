@@ -1,6 +1,6 @@
 //! Writing safetensors: a file at a time, tensors streamed, never half a file under its final name.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::{Map, Value, json};
 
-use crate::{Dtype, ProcessorError};
+use crate::packed::{TAG_PREFIX, VERSION, VERSION_KEY};
+use crate::{Dtype, PACKED_ALIGNMENT, PackedTag, ProcessorError};
 
 /// A tensor that is about to be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,6 +99,9 @@ pub fn write_file(path: &Path, tensors: &[(NewTensor, &[u8])]) -> Result<(), Pro
     writer.finish()
 }
 
+/// Which tensors of a checkpoint are packed, by name.
+pub type PackedTags = BTreeMap<String, PackedTag>;
+
 /// Writes sharded `model-0000x-of-0000y.safetensors` and the index; `fill` is asked for each tensor's bytes in turn.
 ///
 /// A shard has at most `shard_bytes` of elements unless one tensor alone is larger. What fits in one shard becomes
@@ -105,6 +109,18 @@ pub fn write_file(path: &Path, tensors: &[(NewTensor, &[u8])]) -> Result<(), Pro
 pub fn write_checkpoint(
     dir: &Path,
     tensors: &[NewTensor],
+    shard_bytes: u64,
+    fill: &mut dyn FnMut(&NewTensor, &mut dyn Write) -> io::Result<()>,
+) -> Result<(), ProcessorError> {
+    write_packed_checkpoint(dir, tensors, &PackedTags::new(), shard_bytes, fill)
+}
+
+/// As [`write_checkpoint`], some of the tensors packed: those are `U8 [bytes]` in `tensors`, of a multiple of
+/// [`PACKED_ALIGNMENT`] bytes, and come first in their shard.
+pub fn write_packed_checkpoint(
+    dir: &Path,
+    tensors: &[NewTensor],
+    packed: &PackedTags,
     shard_bytes: u64,
     fill: &mut dyn FnMut(&NewTensor, &mut dyn Write) -> io::Result<()>,
 ) -> Result<(), ProcessorError> {
@@ -122,6 +138,11 @@ pub fn write_checkpoint(
             return Err(wrong("is there twice"));
         }
         let bytes = tensor.bytes().ok_or_else(|| wrong("has more bytes than can be counted"))?;
+        if packed.contains_key(&tensor.name)
+            && (tensor.dtype != Dtype::U8 || !bytes.is_multiple_of(PACKED_ALIGNMENT as u64))
+        {
+            return Err(wrong("is packed; expected U8 elements, a multiple of 64 of them"));
+        }
         total = total.checked_add(bytes).ok_or_else(|| wrong("makes the checkpoint too large"))?;
         match shards.last_mut() {
             Some((size, shard)) if size.saturating_add(bytes) <= shard_bytes => {
@@ -138,8 +159,10 @@ pub fn write_checkpoint(
             1 => "model.safetensors".to_owned(),
             _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
         };
-        shard.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
-        let mut writer = SafetensorsWriter::create(&dir.join(&file), &shard, &[("format", "pt")])?;
+        shard.sort_by_key(|tensor| (!packed.contains_key(&tensor.name), std::cmp::Reverse(tensor.dtype.size())));
+        let metadata = metadata(&shard, packed);
+        let metadata: Vec<(&str, &str)> = metadata.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let mut writer = SafetensorsWriter::create(&dir.join(&file), &shard, &metadata)?;
         for tensor in &shard {
             writer.write_next(&mut *fill)?;
             weight_map.insert(tensor.name.clone(), Value::String(file.clone()));
@@ -157,7 +180,19 @@ pub fn write_checkpoint(
     partial.keep(&file)
 }
 
-/// The json header, padded with spaces to a multiple of 8 bytes, or the tensor that is wrong and why.
+/// What transformers asks for, and the tags of the packed tensors.
+fn metadata(shard: &[NewTensor], packed: &PackedTags) -> Vec<(String, String)> {
+    let tags = shard.iter().filter_map(|tensor| Some((&tensor.name, packed.get(&tensor.name)?)));
+    let tags: Vec<_> = tags.map(|(name, tag)| (format!("{TAG_PREFIX}{name}"), tag.to_string())).collect();
+    let mut metadata = vec![("format".to_owned(), "pt".to_owned())];
+    if !tags.is_empty() {
+        metadata.push((VERSION_KEY.to_owned(), VERSION.to_string()));
+    }
+    metadata.extend(tags);
+    metadata
+}
+
+/// The json header, padded with spaces so that elements begin at a multiple of [`PACKED_ALIGNMENT`], or the tensor that is wrong and why.
 fn header(tensors: &[NewTensor], metadata: &[(&str, &str)]) -> Result<Vec<u8>, (String, String)> {
     let mut header = Map::new();
     if !metadata.is_empty() {
@@ -176,7 +211,7 @@ fn header(tensors: &[NewTensor], metadata: &[(&str, &str)]) -> Result<Vec<u8>, (
         at = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
+    header.resize((8 + header.len()).next_multiple_of(PACKED_ALIGNMENT) - 8, b' ');
     Ok(header)
 }
 

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use keye_processor::{Checkpoint, Dtype, NewTensor, ProcessorError, SafetensorsWriter, write_checkpoint, write_file};
+use keye_processor::{
+    Checkpoint, Dtype, NewTensor, PackedFormat, PackedTag, PackedTags, ProcessorError, SafetensorsWriter,
+    write_checkpoint, write_file, write_packed_checkpoint,
+};
 use safetensors::SafeTensors;
 
 fn fixtures() -> PathBuf {
@@ -247,4 +250,48 @@ fn directories_without_weights_say_so() {
     assert!(error(Checkpoint::open_file(&dir.path().join("nowhere"))).contains("cannot read"));
     std::fs::write(dir.path().join("model.safetensors"), b"").unwrap();
     assert!(error(Checkpoint::open(dir.path())).contains("truncated: 0 bytes"));
+}
+
+#[test]
+fn packed_tensors_are_aligned_tagged_and_keep_their_shape() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = [
+        tensor("norm", Dtype::F32, &[3]),
+        tensor("a", Dtype::U8, &[640]),
+        tensor("odd", Dtype::Bf16, &[5]),
+        tensor("b", Dtype::U8, &[1088]),
+        tensor("bytes", Dtype::U8, &[7]),
+    ];
+    let tag = |format, rows, cols| PackedTag { format, rows, cols };
+    let packed = PackedTags::from([
+        ("a".to_owned(), tag(PackedFormat::Int4, 12, 60)),
+        ("b".to_owned(), tag(PackedFormat::Int8, 16, 64)),
+    ]);
+    for shard_bytes in [u64::MAX, 1000] {
+        let fill = &mut |tensor: &NewTensor, out: &mut dyn Write| out.write_all(&content(tensor));
+        write_packed_checkpoint(dir.path(), &tensors, &packed, shard_bytes, fill).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert!(checkpoint.is_packed());
+        let a = checkpoint.tensor("a", &[12, 60]).unwrap();
+        assert_eq!((a.packed, a.dtype, a.len()), (Some(PackedFormat::Int4), Dtype::U8, 720));
+        assert_eq!(checkpoint.tensor("b", &[16, 64]).unwrap().packed, Some(PackedFormat::Int8));
+        for new in &tensors {
+            let stored = checkpoint.get(&new.name).unwrap();
+            assert_eq!(&stored.bytes[..], content(new));
+            if packed.contains_key(&new.name) {
+                assert_eq!(stored.bytes.as_ptr() as usize % 64, 0, "{}", new.name);
+            } else {
+                assert_eq!((stored.packed, &stored.shape), (None, &new.shape));
+            }
+        }
+        let shape = error(checkpoint.tensor("a", &[16, 64]));
+        assert!(shape.contains("expected shape [16, 64], found [12, 60]"), "{shape}");
+        std::fs::remove_dir_all(dir.path()).unwrap();
+        std::fs::create_dir(dir.path()).unwrap();
+    }
+    let unaligned = PackedTags::from([("bytes".to_owned(), tag(PackedFormat::Int4, 1, 7))]);
+    let fill = &mut |tensor: &NewTensor, out: &mut dyn Write| out.write_all(&content(tensor));
+    assert!(
+        error(write_packed_checkpoint(dir.path(), &tensors, &unaligned, u64::MAX, fill)).contains("multiple of 64")
+    );
 }
