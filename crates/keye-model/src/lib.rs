@@ -16,6 +16,7 @@
 
 mod cost;
 mod decoder;
+mod encode;
 mod layout;
 mod model;
 mod projector;
@@ -28,5 +29,7 @@ mod weights;
 pub use cost::Cost;
 pub use layout::{TensorShape, weight_layout};
 pub use model::{KeyeModel, LoadOptions};
-pub use runner::{Batch, Chunk, FeatureId, FeatureRows, LogitRows, ModelError, Outputs, Runner, RunnerInfo};
+pub use runner::{
+    Batch, Chunk, EncodeProgress, FeatureId, FeatureRows, LogitRows, ModelError, Outputs, Runner, RunnerInfo,
+};
 pub use tap::{NoTap, Tap};

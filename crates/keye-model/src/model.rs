@@ -9,15 +9,13 @@ use keye_media::{MediaKind, Patches, Pixels, ProcessorConfig};
 use keye_processor::{Checkpoint, Facts, ModelConfig, VisionSpan};
 
 use crate::decoder::Decoder;
+use crate::encode::{Encoding, Parts};
 use crate::projector::Projector;
-use crate::vision::{Grid, VisionTower, Watch};
+use crate::vision::{Grid, VisionTower};
 use crate::weights::Weights;
-use crate::{Batch, Chunk, Cost, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap, cost};
-
-/// Patches of small spans that go through the tower together.
-const GROUP: usize = 4096;
-/// Tokens that go through the projector together.
-const PROJECTOR_ROWS: usize = 1024;
+use crate::{
+    Batch, Chunk, Cost, EncodeProgress, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap, cost,
+};
 
 /// What can be chosen when a model is loaded.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -39,6 +37,8 @@ pub struct KeyeModel<B: Backend> {
     decoder: Decoder<B>,
     cache: B::Cache,
     features: BTreeMap<FeatureId, B::Tensor>,
+    /// Features that are not finished.
+    encodings: BTreeMap<FeatureId, Encoding<B>>,
     next_feature: u64,
     flops: Option<f64>,
 }
@@ -79,6 +79,7 @@ impl<B: Backend> KeyeModel<B> {
             decoder,
             cache,
             features: BTreeMap::new(),
+            encodings: BTreeMap::new(),
             next_feature: 0,
             flops: None,
         })
@@ -87,6 +88,11 @@ impl<B: Backend> KeyeModel<B> {
     /// Device and instruction set.
     pub fn describe(&self) -> String {
         self.backend.describe()
+    }
+
+    fn parts(&self) -> Parts<'_, B> {
+        let Self { backend, config, vision, projector, .. } = self;
+        Parts { backend, config: &config.vision, vision, projector }
     }
 
     /// The patch rectangles that attend together, one per span.
@@ -174,54 +180,34 @@ impl<B: Backend> Runner for KeyeModel<B> {
         &self.info
     }
 
-    fn encode(
-        &mut self,
-        kind: MediaKind,
-        patches: &Patches,
-        tap: &mut dyn Tap,
-        progress: &mut dyn FnMut(u64, u64) -> bool,
-    ) -> Result<FeatureId, ModelError> {
+    fn begin_encode(&mut self, kind: MediaKind, patches: &Patches) -> Result<FeatureId, ModelError> {
         self.check_patches(patches)?;
-        let backend = &self.backend;
-        let merge = self.config.vision.spatial_merge_size.pow(2);
-        let prefix = match kind {
-            MediaKind::Image => "image_",
-            MediaKind::Video => "video_",
-        };
-        let total = patches.len() as u64 * self.vision.layers() as u64;
-        let mut watch = Watch { prefix, tap, done: 0, total, progress };
-        let mut features = backend.zeros(patches.len() / merge, self.config.text.hidden_size)?; // [tokens, H]
-        let mut done = 0;
         let spans = self.spans(kind, &patches.grid_thw);
-        let mut rest = spans.as_slice();
-        while !rest.is_empty() {
-            // As many spans as fit a group, at least one; what is in a group changes no value.
-            let mut patches_of_group = 0;
-            let fits = rest.iter().take_while(|grid| {
-                patches_of_group += grid.len();
-                patches_of_group <= GROUP
-            });
-            let (group, others) = rest.split_at(fits.count().max(1));
-            rest = others;
-            let first = group[0].start;
-            let attend: Vec<_> = group.iter().map(|g| g.start - first..g.start - first + g.len()).collect();
-            let x = self.vision.forward(backend, &patches.pixels, group, &attend, &mut watch)?;
-            if watch.tap.wants(&format!("{prefix}vit_out")) {
-                watch.record(backend, "vit_out", &self.vision.post_layernorm.forward(backend, &x)?)?;
-            }
-            for order in self.projector.order(group).chunks(PROJECTOR_ROWS * merge) {
-                let rows = backend.gather_rows(&x, &backend.upload_index(order)?, 1)?;
-                let rows = self.vision.post_layernorm.forward(backend, &rows)?;
-                let projected = self.projector.forward(backend, &rows)?;
-                watch.record(backend, "projector", &projected)?;
-                backend.copy_rows(&projected, 0..order.len() / merge, &mut features, done)?;
-                done += order.len() / merge;
-            }
-        }
+        let encoding = Encoding::begin(&self.parts(), kind, patches, spans, self.config.text.hidden_size)?;
         let id = FeatureId(self.next_feature);
         self.next_feature += 1;
-        self.features.insert(id, features);
+        self.encodings.insert(id, encoding);
         Ok(id)
+    }
+
+    fn encode_step(
+        &mut self,
+        feature: FeatureId,
+        patches: &Patches,
+        flops: f64,
+        tap: &mut dyn Tap,
+    ) -> Result<EncodeProgress, ModelError> {
+        // Taken out, so that it is gone after an error.
+        let unknown = || ModelError::Media(format!("{feature:?} is not being encoded"));
+        let mut encoding = self.encodings.remove(&feature).ok_or_else(unknown)?;
+        let done = encoding.advance(&self.parts(), &patches.pixels, flops, tap)?;
+        let progress = encoding.progress();
+        if done {
+            self.features.insert(feature, encoding.finish());
+        } else {
+            self.encodings.insert(feature, encoding);
+        }
+        Ok(progress)
     }
 
     fn feature_rows(&self, feature: FeatureId) -> usize {
@@ -230,6 +216,7 @@ impl<B: Backend> Runner for KeyeModel<B> {
 
     fn release(&mut self, feature: FeatureId) {
         self.features.remove(&feature);
+        self.encodings.remove(&feature);
     }
 
     fn step(&mut self, batch: &Batch, tap: &mut dyn Tap) -> Result<Outputs, ModelError> {

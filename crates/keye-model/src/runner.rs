@@ -82,23 +82,58 @@ pub struct Outputs {
     pub logits: Vec<Vec<f32>>,
 }
 
+/// How far an encoding is, in patches times layers. It may have some work left when all layers are done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EncodeProgress {
+    /// So far.
+    pub done: u64,
+    /// In all.
+    pub total: u64,
+}
+
 /// A model that is loaded and ready.
 pub trait Runner: Send {
     /// Sizes.
     fn info(&self) -> &RunnerInfo;
 
-    /// Runs the vision tower and projector over one item and keeps its features, one row per media token, in the order
-    /// of the prompt's pads. `progress(done, total)` counts patches times layers; when it returns false the item is given
-    /// up with [`ModelError::Cancelled`].
+    /// Begins to run the vision tower and projector over one item. The features have a name from here on and no rows
+    /// until [`Runner::encode_step`] has finished them; [`Runner::release`] gives them up at any time.
+    fn begin_encode(&mut self, kind: MediaKind, patches: &Patches) -> Result<FeatureId, ModelError>;
+
+    /// Works on features that were begun over the same patches: about `flops` floating-point operations, at least one
+    /// piece of some tens of billions. Where the work is cut changes no value. When it is done the runner keeps the
+    /// features, one row per media token, in the order of the prompt's pads. After an error they are gone.
+    fn encode_step(
+        &mut self,
+        feature: FeatureId,
+        patches: &Patches,
+        flops: f64,
+        tap: &mut dyn Tap,
+    ) -> Result<EncodeProgress, ModelError>;
+
+    /// Encodes one item at once. `progress(done, total)` is told how far it is; when it returns false the item is given up
+    /// with [`ModelError::Cancelled`].
     fn encode(
         &mut self,
         kind: MediaKind,
         patches: &Patches,
         tap: &mut dyn Tap,
         progress: &mut dyn FnMut(u64, u64) -> bool,
-    ) -> Result<FeatureId, ModelError>;
+    ) -> Result<FeatureId, ModelError> {
+        let feature = self.begin_encode(kind, patches)?;
+        loop {
+            let EncodeProgress { done, total } = self.encode_step(feature, patches, 0.0, tap)?;
+            if !progress(done, total) {
+                self.release(feature);
+                return Err(ModelError::Cancelled);
+            }
+            if self.feature_rows(feature) > 0 {
+                return Ok(feature);
+            }
+        }
+    }
 
-    /// Rows that `feature` holds; 0 when it is unknown.
+    /// Rows that `feature` holds; 0 when it is unknown or not finished.
     fn feature_rows(&self, feature: FeatureId) -> usize;
 
     /// Forgets features.

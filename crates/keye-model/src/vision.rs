@@ -2,17 +2,14 @@
 
 use std::ops::Range;
 
-use keye_backend::{Activation, AttentionShape, Backend, BackendError, Span, WeightSource};
+use keye_backend::{Activation, Backend, BackendError, Span, WeightSource};
 use keye_media::{Pixels, ProcessorConfig};
 use keye_processor::VisionConfig;
 
+use crate::ModelError;
+use crate::encode::attention_shape;
 use crate::rope::Rope;
 use crate::weights::{LayerNorm, Linear, Weights};
-use crate::{ModelError, Tap};
-
-/// Rows that go through a layer together: bounds the memory beside the hidden states of a long span, and how long a
-/// cancelled request keeps the machine busy.
-const CHUNK: usize = 1024;
 
 /// A rectangle of patches, `t` frames of `h` by `w`, from patch `start` on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,32 +47,6 @@ struct EncoderLayer<B: Backend> {
     layer_norm2: LayerNorm<B>,
     fc1: Linear<B>,
     fc2: Linear<B>,
-}
-
-/// What an encoding reports to and asks whether to go on.
-pub(crate) struct Watch<'a> {
-    /// `image_` or `video_`.
-    pub prefix: &'static str,
-    pub tap: &'a mut dyn Tap,
-    /// Patches times layers so far, and in all.
-    pub done: u64,
-    pub total: u64,
-    pub progress: &'a mut dyn FnMut(u64, u64) -> bool,
-}
-
-impl Watch<'_> {
-    pub(crate) fn record<B: Backend>(&mut self, backend: &B, name: &str, x: &B::Tensor) -> Result<(), BackendError> {
-        let name = format!("{}{name}", self.prefix);
-        if self.tap.wants(&name) {
-            self.tap.record(&name, backend.cols(x), &backend.download(x)?);
-        }
-        Ok(())
-    }
-
-    fn advance(&mut self, patches: usize) -> Result<(), ModelError> {
-        self.done += patches as u64;
-        if (self.progress)(self.done, self.total) { Ok(()) } else { Err(ModelError::Cancelled) }
-    }
 }
 
 impl<B: Backend> VisionTower<B> {
@@ -129,65 +100,46 @@ impl<B: Backend> VisionTower<B> {
         self.layers.len()
     }
 
-    /// Hidden states after the last layer, `[n, D]`, of grids whose patches follow each other; `spans` count from the first
-    /// grid's first patch and say which patches attend to each other.
-    pub(crate) fn forward(
+    /// Keys, rotated, and values of rows for one layer: `[n, D]` each.
+    pub(crate) fn keys_and_values(
         &self,
         backend: &B,
-        pixels: &Pixels,
-        grids: &[Grid],
-        spans: &[Range<usize>],
-        watch: &mut Watch<'_>,
-    ) -> Result<B::Tensor, ModelError> {
-        let n: usize = grids.iter().map(Grid::len).sum();
-        let d = self.config.hidden_size;
-        let heads = self.config.num_attention_heads;
-        let head_dim = d / heads;
-        let shape = AttentionShape { heads, kv_heads: heads, head_dim, scale: (head_dim as f32).powf(-0.5) };
-        let chunks: Vec<Range<usize>> = (0..n).step_by(CHUNK).map(|at| at..n.min(at + CHUNK)).collect();
+        layer: usize,
+        rows: &B::Tensor,
+        angles: &B::Tensor,
+    ) -> Result<(B::Tensor, B::Tensor), BackendError> {
+        let layer = &self.layers[layer];
+        let h = layer.layer_norm1.forward(backend, rows)?;
+        let mut k = linear(backend, &h, &layer.k_proj, Activation::None)?;
+        backend.rope(&mut k, self.config.num_attention_heads, angles)?;
+        Ok((k, linear(backend, &h, &layer.v_proj, Activation::None)?))
+    }
 
-        let mut x = backend.zeros(n, d)?; // [n, D]
-        for chunk in &chunks {
-            let embedded = self.embed(backend, pixels, grids, chunk.clone())?;
-            watch.record(backend, "vit_embeddings", &embedded)?;
-            backend.copy_rows(&embedded, 0..chunk.len(), &mut x, chunk.start)?;
-        }
-        let angles = chunks.iter().map(|c| self.angles(backend, grids, c.clone())).collect::<Result<Vec<_>, _>>()?;
-        let mut keys = backend.zeros(n, d)?; // [n, D], rotated
-        let mut values = backend.zeros(n, d)?; // [n, D]
-        for (number, layer) in self.layers.iter().enumerate() {
-            for (chunk, angles) in chunks.iter().zip(&angles) {
-                let rows = backend.slice_rows(&x, chunk.clone())?;
-                let h = layer.layer_norm1.forward(backend, &rows)?;
-                let mut k = linear(backend, &h, &layer.k_proj, Activation::None)?;
-                backend.rope(&mut k, heads, angles)?;
-                backend.copy_rows(&k, 0..chunk.len(), &mut keys, chunk.start)?;
-                let v = linear(backend, &h, &layer.v_proj, Activation::None)?;
-                backend.copy_rows(&v, 0..chunk.len(), &mut values, chunk.start)?;
-            }
-            for (chunk, angles) in chunks.iter().zip(&angles) {
-                let mut rows = backend.slice_rows(&x, chunk.clone())?;
-                let h = layer.layer_norm1.forward(backend, &rows)?;
-                let mut q = linear(backend, &h, &layer.q_proj, Activation::None)?;
-                backend.rope(&mut q, heads, angles)?;
-                let spans = spans_of(spans, chunk);
-                let attended = backend.attention(&q, &keys, &values, shape, &spans)?;
-                backend.linear_add(&attended, &layer.out_proj.weight, layer.out_proj.bias.as_ref(), &mut rows)?;
-                let h = layer.layer_norm2.forward(backend, &rows)?;
-                let h = linear(backend, &h, &layer.fc1, Activation::GeluTanh)?;
-                backend.linear_add(&h, &layer.fc2.weight, layer.fc2.bias.as_ref(), &mut rows)?;
-                if number == 0 {
-                    watch.record(backend, "vit_layer0", &rows)?;
-                }
-                backend.copy_rows(&rows, 0..chunk.len(), &mut x, chunk.start)?;
-                watch.advance(chunk.len())?;
-            }
-        }
-        Ok(x)
+    /// Takes rows through one layer whose keys and values are there for all rows that they attend to.
+    #[expect(clippy::too_many_arguments, reason = "an operation of the model and its operands")]
+    pub(crate) fn attend(
+        &self,
+        backend: &B,
+        layer: usize,
+        rows: &mut B::Tensor,
+        angles: &B::Tensor,
+        keys: &B::Tensor,
+        values: &B::Tensor,
+        spans: &[Span],
+    ) -> Result<(), BackendError> {
+        let layer = &self.layers[layer];
+        let h = layer.layer_norm1.forward(backend, rows)?;
+        let mut q = linear(backend, &h, &layer.q_proj, Activation::None)?;
+        backend.rope(&mut q, self.config.num_attention_heads, angles)?;
+        let attended = backend.attention(&q, keys, values, attention_shape(&self.config), spans)?;
+        backend.linear_add(&attended, &layer.out_proj.weight, layer.out_proj.bias.as_ref(), rows)?;
+        let h = layer.layer_norm2.forward(backend, rows)?;
+        let h = linear(backend, &h, &layer.fc1, Activation::GeluTanh)?;
+        backend.linear_add(&h, &layer.fc2.weight, layer.fc2.bias.as_ref(), rows)
     }
 
     /// Patch embedding plus interpolated positions of the rows `chunk` (spec §4.1): `[chunk, D]`.
-    fn embed(
+    pub(crate) fn embed(
         &self,
         backend: &B,
         pixels: &Pixels,
@@ -217,7 +169,7 @@ impl<B: Backend> VisionTower<B> {
         Ok(x)
     }
 
-    fn angles(&self, backend: &B, grids: &[Grid], chunk: Range<usize>) -> Result<B::Tensor, BackendError> {
+    pub(crate) fn angles(&self, backend: &B, grids: &[Grid], chunk: Range<usize>) -> Result<B::Tensor, BackendError> {
         let rows = chunk.len();
         let mut table = Vec::with_capacity(rows * self.config.hidden_size / self.config.num_attention_heads);
         for_each_patch(grids, chunk, |_, row, col| self.rope.push(&[row as u32, col as u32], &mut table));
@@ -247,7 +199,7 @@ fn tap(dst: usize, out: usize, side: usize) -> (usize, usize, f32) {
 }
 
 /// The part of each span that lies in the chunk, as queries counted from the chunk's start.
-fn spans_of(spans: &[Range<usize>], chunk: &Range<usize>) -> Vec<Span> {
+pub(crate) fn spans_of(spans: &[Range<usize>], chunk: &Range<usize>) -> Vec<Span> {
     let mut out = Vec::new();
     for span in spans {
         let (start, end) = (span.start.max(chunk.start), span.end.min(chunk.end));
