@@ -51,6 +51,30 @@ pub struct QkNorm<'a, W> {
     pub eps: f32,
 }
 
+/// An expert of a mixture: `down(silu(gate x) * (up x))`.
+#[derive(Debug)]
+pub struct Expert<W> {
+    /// `[width, in]`
+    pub gate: W,
+    /// `[width, in]`
+    pub up: W,
+    /// `[in, width]`
+    pub down: W,
+}
+
+/// Heads of an indexer: which keys sparse attention attends to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct IndexShape {
+    /// Query heads; there is one key head.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Keys that a query selects.
+    pub top_k: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
 /// Element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KvDtype {
@@ -72,6 +96,8 @@ pub struct CacheSpec {
     pub head_dim: usize,
     /// Element type.
     pub dtype: KvDtype,
+    /// Width of the index key; 0 without sparse attention.
+    pub index_dim: usize,
 }
 
 impl CacheSpec {
@@ -81,7 +107,7 @@ impl CacheSpec {
             KvDtype::F32 => 4,
             KvDtype::Bf16 => 2,
         };
-        2 * self.layers * self.kv_heads * self.head_dim * BLOCK_TOKENS * element
+        self.layers * (2 * self.kv_heads * self.head_dim + self.index_dim) * BLOCK_TOKENS * element
     }
 }
 
@@ -129,10 +155,15 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn upload_index(&self, values: &[u32]) -> Result<Self::Index, BackendError>;
     /// Values on the host, row-major; waits for the device.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
+    /// Integers on the host; waits for the device.
+    fn download_index(&self, index: &Self::Index) -> Result<Vec<u32>, BackendError>;
     /// Number of rows.
     fn rows(&self, x: &Self::Tensor) -> usize;
     /// Number of columns.
     fn cols(&self, x: &Self::Tensor) -> usize;
+
+    /// The same values, row-major, as another number of rows.
+    fn reshape(&self, x: Self::Tensor, rows: usize, cols: usize) -> Result<Self::Tensor, BackendError>;
 
     // Moving rows.
 
@@ -189,6 +220,24 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<(), BackendError>;
     /// `silu(x gate^T) * (x up^T)`.
     fn gated(&self, x: &Self::Tensor, gate: &Self::Weight, up: &Self::Weight) -> Result<Self::Tensor, BackendError>;
+    /// Experts of each row, the most probable first (the lower number among equals): softmax over `x router^T`, the `count`
+    /// largest `[rows * count]` and their probabilities `[rows, count]`, scaled to sum to one when `normalise` is set.
+    fn route(
+        &self,
+        x: &Self::Tensor,
+        router: &Self::Weight,
+        count: usize,
+        normalise: bool,
+    ) -> Result<(Self::Index, Self::Tensor), BackendError>;
+    /// `y[i] += sum over t of weights[i, t] * experts[chosen[i, t]](x[i])`, summed from left to right.
+    fn add_experts(
+        &self,
+        x: &Self::Tensor,
+        experts: &[Expert<Self::Weight>],
+        chosen: &Self::Index,
+        weights: &Self::Tensor,
+        y: &mut Self::Tensor,
+    ) -> Result<(), BackendError>;
     /// Rotates the halves of each of `heads` heads of a row (NeoX); `angles` is `[rows, head_dim]`: cosines, then sines.
     fn rope(&self, x: &mut Self::Tensor, heads: usize, angles: &Self::Tensor) -> Result<(), BackendError>;
     /// Softmax attention without a mask, per span; q, k, v `[rows, heads*head_dim]`. Rows outside of every span are zero.
@@ -228,5 +277,41 @@ pub trait Backend: Send + Sync + Sized + 'static {
         layer: usize,
         plan: &Self::Plan,
         shape: AttentionShape,
+    ) -> Result<Self::Tensor, BackendError>;
+
+    // Sparse attention.
+
+    /// Index keys `[rows, index_dim]` into the cache at the rows' places.
+    fn write_index_keys(
+        &self,
+        keys: &Self::Tensor,
+        cache: &mut Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+    ) -> Result<(), BackendError>;
+    /// The `top_k` positions s of its own sequence, itself included, with the highest
+    /// `scale * sum over heads h of weights[h] * max(0, q[h] . key[s])`, the lower position among equals (-0 equals 0):
+    /// `[rows * top_k]`, ascending, then [`crate::UNSELECTED`]. q is `[rows, heads*head_dim]`, weights `[rows, heads]`.
+    #[allow(clippy::too_many_arguments, reason = "one fused launch")]
+    fn select(
+        &self,
+        q: &Self::Tensor,
+        weights: &Self::Tensor,
+        cache: &Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+        shape: IndexShape,
+    ) -> Result<Self::Index, BackendError>;
+    /// Softmax attention of each row over the positions that [`Backend::select`] gave; equals
+    /// [`Backend::paged_attention`] bit for bit where everything is selected.
+    #[allow(clippy::too_many_arguments, reason = "one fused launch")]
+    fn sparse_attention(
+        &self,
+        q: &Self::Tensor,
+        cache: &Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+        shape: AttentionShape,
+        selected: &Self::Index,
     ) -> Result<Self::Tensor, BackendError>;
 }

@@ -110,7 +110,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn products(&mut self) -> Result<(), BackendError> {
-        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::Int8, Dtype::Int4] {
             for (m, k, n) in [(1, 64, 960), (3, 72, 7), (5, 588, 64), (37, 4304, 25), (530, 150, 31), (1, 4096, 100)] {
                 let x = self.random.values(m * k, 1.0);
                 let w = source(n, k, &self.random.values(n * k, 1.0), dtype);
@@ -234,7 +234,7 @@ impl<B: Backend> Suite<'_, B> {
             // As wide as a config may ask for; few tokens, since without fused products the rounding of so long a sum shows.
             (1, 1, 1024, KvDtype::F32, 7),
         ] {
-            let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype };
+            let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim: 0 };
             let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };
             let width = (heads * hd, kv_heads * hd);
             let q = self.random.values(tokens * width.0, 2.0);

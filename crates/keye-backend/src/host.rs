@@ -111,6 +111,10 @@ impl HostWeight {
         }
     }
 
+    pub(crate) fn is_packed(&self) -> bool {
+        matches!(self.data, WeightData::Packed(..))
+    }
+
     /// The elements of a vector (a weight of one row). Vectors are widened when they are loaded.
     pub(crate) fn vector(&self) -> &[f32] {
         match self.elements() {

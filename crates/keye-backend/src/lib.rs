@@ -22,11 +22,16 @@ mod cpu;
 mod error;
 mod host;
 pub mod packed;
+mod quantized_rows;
 mod reference;
+mod select;
 mod weight;
 
-pub use backend::{Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, KvDtype, QkNorm, SequenceRows, Span};
+pub use backend::{
+    Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, Expert, IndexShape, KvDtype, QkNorm, SequenceRows, Span,
+};
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::BackendError;
 pub use reference::Reference;
+pub use select::UNSELECTED;
 pub use weight::{Dtype, WeightSource};

@@ -23,14 +23,14 @@ const QUERIES: usize = 512;
 const ROWS: usize = 64;
 
 /// Running softmax of some query rows: maximum and sum per row, weighted values `[rows, stride]`.
-struct State<'a> {
+pub(super) struct State<'a> {
     max: &'a mut [f32],
     sum: &'a mut [f32],
     out: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
-    fn new(buffer: &'a mut [f32], rows: usize, stride: usize) -> Self {
+    pub(super) fn new(buffer: &'a mut [f32], rows: usize, stride: usize) -> Self {
         let (max, rest) = buffer.split_at_mut(rows);
         let (sum, out) = rest.split_at_mut(rows);
         let out = &mut out[..rows * stride];
@@ -40,12 +40,12 @@ impl<'a> State<'a> {
         Self { max, sum, out }
     }
 
-    fn len(rows: usize, stride: usize) -> usize {
+    pub(super) fn len(rows: usize, stride: usize) -> usize {
         rows * (stride + 2)
     }
 
     /// The finished row, written to `to`.
-    fn finish(&self, row: usize, stride: usize, to: &mut [f32]) {
+    pub(super) fn finish(&self, row: usize, stride: usize, to: &mut [f32]) {
         let scale = 1.0 / self.sum[row];
         for (to, value) in to.iter_mut().zip(&self.out[row * stride..]) {
             *to = value * scale;
@@ -203,7 +203,7 @@ fn tile_rows(isa: Isa) -> usize {
 
 /// Takes one block into the state of the query rows `row..row+counts.len()`; row i sees the block's first `counts[i]` keys.
 #[allow(clippy::too_many_arguments, reason = "a kernel's operands")]
-fn update(
+pub(super) fn update(
     isa: Isa,
     q: &[f32],
     ldq: usize,

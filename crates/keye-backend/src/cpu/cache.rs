@@ -15,6 +15,15 @@ pub(super) fn value_stride(head_dim: usize) -> usize {
 pub struct CpuCache {
     spec: CacheSpec,
     layers: Vec<Blocks>,
+    /// Per block index keys `[index_dim, 64]`.
+    index: Vec<Blocks>,
+}
+
+/// Index keys of one block.
+#[derive(Clone, Copy)]
+pub(super) enum IndexBlock<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [u16]),
 }
 
 /// Blocks of one layer: per block and head keys `[head_dim, 64]`, then values `[64, stride]`.
@@ -36,15 +45,17 @@ impl CpuCache {
             .checked_mul(spec.kv_heads)
             .and_then(|n| n.checked_mul(blocks))
             .unwrap_or(usize::MAX);
-        let layers = (0..spec.layers)
-            .map(|_| {
+        let layers = |elements: usize| {
+            let layer = |_| {
                 Ok(match spec.dtype {
                     KvDtype::F32 => Blocks::F32(zeroed(elements)?),
                     KvDtype::Bf16 => Blocks::Bf16(zeroed(elements)?),
                 })
-            })
-            .collect::<Result<_, BackendError>>()?;
-        Ok(Self { spec, layers })
+            };
+            (0..spec.layers).map(layer).collect::<Result<Vec<_>, BackendError>>()
+        };
+        let index = (BLOCK_TOKENS * spec.index_dim).checked_mul(blocks).unwrap_or(usize::MAX);
+        Ok(Self { spec, layers: layers(elements)?, index: layers(index)? })
     }
 
     fn head_elements(spec: &CacheSpec) -> usize {
@@ -67,11 +78,38 @@ impl CpuCache {
         }
     }
 
+    pub(super) fn index_block(&self, layer: usize, block: usize) -> IndexBlock<'_> {
+        let len = BLOCK_TOKENS * self.spec.index_dim;
+        match &self.index[layer] {
+            Blocks::F32(data) => IndexBlock::F32(&data[block * len..(block + 1) * len]),
+            Blocks::Bf16(data) => IndexBlock::Bf16(&data[block * len..(block + 1) * len]),
+        }
+    }
+
+    pub(super) fn write_index(&mut self, layer: usize, plan: &[SequenceRows], keys: &HostTensor) {
+        match &mut self.index[layer] {
+            Blocks::F32(data) => write_index(data, plan, keys, |value| value),
+            Blocks::Bf16(data) => write_index(data, plan, keys, f32_to_bf16),
+        }
+    }
+
     pub(super) fn write(&mut self, layer: usize, plan: &[SequenceRows], k: &HostTensor, v: &HostTensor) {
         let spec = self.spec;
         match &mut self.layers[layer] {
             Blocks::F32(data) => write(data, &spec, plan, k, v, |value| value),
             Blocks::Bf16(data) => write(data, &spec, plan, k, v, f32_to_bf16),
+        }
+    }
+}
+
+fn write_index<T>(data: &mut [T], plan: &[SequenceRows], keys: &HostTensor, store: impl Fn(f32) -> T) {
+    for sequence in plan {
+        for (i, row) in sequence.rows.clone().enumerate() {
+            let token = sequence.start + i;
+            let block = sequence.block_table[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS * keys.cols;
+            for (d, value) in keys.row(row).iter().enumerate() {
+                data[block + d * BLOCK_TOKENS + token % BLOCK_TOKENS] = store(*value);
+            }
         }
     }
 }

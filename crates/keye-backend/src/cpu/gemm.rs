@@ -9,7 +9,7 @@
 
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
-use super::{Isa, rows};
+use super::{Isa, quantized, rows};
 use crate::Activation;
 use crate::host::{Elements, HostTensor, HostWeight};
 
@@ -52,23 +52,29 @@ pub(crate) fn product(
         return;
     }
     let bias = bias.map(HostWeight::vector);
-    let panels = weight.rows.div_ceil(PANEL);
+    let quantized = weight.is_packed().then(|| quantized::quantize(pool, isa, x));
+    let width = if quantized.is_some() { quantized::PANEL } else { PANEL };
+    let panels = weight.rows.div_ceil(width);
     let row_chunks = x.rows.div_ceil(ROWS);
     let target = SyncPtr(out.data.as_mut_ptr());
     let work = x.rows * x.cols * weight.rows;
     pool.run(panels * row_chunks, work, |task, scratch| {
         let m0 = task / panels * ROWS;
-        let n0 = task % panels * PANEL;
+        let n0 = task % panels * width;
         let m = ROWS.min(x.rows - m0);
-        let n = PANEL.min(weight.rows - n0);
+        let n = width.min(weight.rows - n0);
         let x = &x.data[m0 * x.cols..(m0 + m) * x.cols];
-        let (sums, rest) = scratch.split(m * PANEL, if matches!(finish, Finish::Gate(_)) { m * PANEL } else { 0 });
-        panel(isa, x, m, weight, n0, n, sums, rest.1);
+        let (sums, rest) = scratch.split(m * width, if matches!(finish, Finish::Gate(_)) { m * width } else { 0 });
+        let multiply = |weight: &HostWeight, sums: &mut [f32], widened: &mut Vec<f32>| match (&quantized, weight.elements()) {
+            (Some(x), Elements::Packed(dtype, bytes)) => quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums),
+            _ => panel(isa, x, m, weight, n0, n, sums, widened),
+        };
+        multiply(weight, sums, rest.1);
         if let Finish::Gate(up) = finish {
-            panel(isa, x, m, up, n0, n, rest.0, rest.1);
+            multiply(up, rest.0, rest.1);
         }
         for r in 0..m {
-            let sums = &mut sums[r * PANEL..r * PANEL + n];
+            let sums = &mut sums[r * width..r * width + n];
             // SAFETY: tasks own disjoint rectangles of out, this one rows m0..m0+m and columns n0..n0+n.
             let out = unsafe { std::slice::from_raw_parts_mut(target.get().add((m0 + r) * weight.rows + n0), n) };
             if let Some(bias) = &bias {
@@ -87,7 +93,7 @@ pub(crate) fn product(
                     }
                 }
                 Finish::Gate(_) => {
-                    rows::silu_mul(isa, sums, &rest.0[r * PANEL..r * PANEL + n]);
+                    rows::silu_mul(isa, sums, &rest.0[r * width..r * width + n]);
                     out.copy_from_slice(sums);
                 }
             }

@@ -2,15 +2,25 @@
 
 mod attention;
 mod cache;
+mod experts;
 mod gemm;
 pub(crate) mod isa;
 mod pool;
+mod quantized;
+#[cfg(target_arch = "x86_64")]
+mod quantized_avx2;
+#[cfg(target_arch = "x86_64")]
+mod quantized_avx512;
 mod rows;
+mod sparse;
 
 use std::ops::Range;
 
 use crate::host::{HostTensor, HostWeight};
-use crate::{Activation, AttentionShape, Backend, BackendError, CacheSpec, QkNorm, SequenceRows, Span, WeightSource};
+use crate::{
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, IndexShape, QkNorm, SequenceRows, Span,
+    WeightSource, select,
+};
 use gemm::Finish;
 use pool::{Pool, SyncPtr};
 
@@ -104,6 +114,11 @@ impl Backend for Cpu {
 
     fn cols(&self, x: &HostTensor) -> usize {
         x.cols
+    }
+
+    fn reshape(&self, x: HostTensor, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
+        assert_eq!(x.data.len(), rows * cols, "elements");
+        Ok(HostTensor { rows, cols, data: x.data })
     }
 
     fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
@@ -209,6 +224,12 @@ impl Backend for Cpu {
     fn gated(&self, x: &HostTensor, gate: &HostWeight, up: &HostWeight) -> Result<HostTensor, BackendError> {
         assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "gate and up");
         let mut out = HostTensor::zeros(x.rows, gate.rows);
+        if gate.is_packed() != up.is_packed() {
+            let up = self.linear(x, up, None, Activation::None)?;
+            gemm::product(&self.pool, self.isa, x, gate, None, &Finish::Store(Activation::None), &mut out);
+            self.each_row(&mut out, 16 * gate.rows, |i, row| rows::silu_mul(self.isa, row, up.row(i)));
+            return Ok(out);
+        }
         gemm::product(&self.pool, self.isa, x, gate, None, &Finish::Gate(up), &mut out);
         Ok(out)
     }
@@ -282,5 +303,72 @@ impl Backend for Cpu {
         shape: AttentionShape,
     ) -> Result<HostTensor, BackendError> {
         Ok(attention::paged(&self.pool, self.isa, q, cache, layer, plan, shape))
+    }
+
+    fn download_index(&self, index: &Vec<u32>) -> Result<Vec<u32>, BackendError> {
+        Ok(index.clone())
+    }
+
+    fn route(
+        &self,
+        x: &HostTensor,
+        router: &HostWeight,
+        count: usize,
+        normalise: bool,
+    ) -> Result<(Vec<u32>, HostTensor), BackendError> {
+        let logits = self.linear(x, router, None, Activation::None)?;
+        let (mut chosen, mut weights) = (Vec::new(), Vec::new());
+        for row in 0..logits.rows {
+            let (experts, probabilities) = select::route(logits.row(row), count, normalise);
+            chosen.extend(experts);
+            weights.extend(probabilities);
+        }
+        Ok((chosen, HostTensor { rows: x.rows, cols: count, data: weights }))
+    }
+
+    fn add_experts(
+        &self,
+        x: &HostTensor,
+        experts: &[Expert<HostWeight>],
+        chosen: &Vec<u32>,
+        weights: &HostTensor,
+        y: &mut HostTensor,
+    ) -> Result<(), BackendError> {
+        experts::add(self, x, experts, chosen, weights, y)
+    }
+
+    fn write_index_keys(
+        &self,
+        keys: &HostTensor,
+        cache: &mut CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+    ) -> Result<(), BackendError> {
+        cache.write_index(layer, plan, keys);
+        Ok(())
+    }
+
+    fn select(
+        &self,
+        q: &HostTensor,
+        weights: &HostTensor,
+        cache: &CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: IndexShape,
+    ) -> Result<Vec<u32>, BackendError> {
+        Ok(sparse::select(&self.pool, self.isa, q, weights, cache, layer, plan, shape))
+    }
+
+    fn sparse_attention(
+        &self,
+        q: &HostTensor,
+        cache: &CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: AttentionShape,
+        selected: &Vec<u32>,
+    ) -> Result<HostTensor, BackendError> {
+        Ok(sparse::attend(&self.pool, self.isa, q, cache, layer, plan, shape, selected))
     }
 }

@@ -6,7 +6,11 @@ mod math;
 use std::ops::Range;
 
 use crate::host::{HostTensor, HostWeight};
-use crate::{Activation, AttentionShape, Backend, BackendError, CacheSpec, QkNorm, SequenceRows, Span, WeightSource};
+use crate::quantized_rows::fake_quantized;
+use crate::{
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, IndexShape, QkNorm, SequenceRows, Span,
+    WeightSource, select,
+};
 
 pub use attention::ReferenceCache;
 pub(crate) use math::gelu_erf;
@@ -21,6 +25,8 @@ pub struct ReferenceWeight {
     rows: usize,
     cols: usize,
     data: Vec<f32>,
+    /// Packed weights are multiplied with activations in eight bits.
+    packed: bool,
 }
 
 impl ReferenceWeight {
@@ -42,7 +48,12 @@ impl Backend for Reference {
 
     fn load(&self, source: &WeightSource) -> Result<ReferenceWeight, BackendError> {
         let weight = HostWeight::load(source)?;
-        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen() })
+        Ok(ReferenceWeight {
+            rows: weight.rows,
+            cols: weight.cols,
+            data: weight.widen(),
+            packed: weight.is_packed(),
+        })
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
@@ -71,6 +82,11 @@ impl Backend for Reference {
 
     fn cols(&self, x: &HostTensor) -> usize {
         x.cols
+    }
+
+    fn reshape(&self, x: HostTensor, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
+        assert_eq!(x.data.len(), rows * cols, "elements");
+        Ok(HostTensor { rows, cols, data: x.data })
     }
 
     fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
@@ -147,6 +163,8 @@ impl Backend for Reference {
         activation: Activation,
     ) -> Result<HostTensor, BackendError> {
         assert_eq!(x.cols, weight.cols, "input features");
+        let quantized = weight.packed.then(|| fake_quantized(x));
+        let x = quantized.as_ref().unwrap_or(x);
         let mut out = HostTensor::zeros(x.rows, weight.rows);
         for row in 0..x.rows {
             for n in 0..weight.rows {
@@ -244,5 +262,87 @@ impl Backend for Reference {
         shape: AttentionShape,
     ) -> Result<HostTensor, BackendError> {
         Ok(cache.attend(q, layer, plan, shape))
+    }
+
+    fn download_index(&self, index: &Vec<u32>) -> Result<Vec<u32>, BackendError> {
+        Ok(index.clone())
+    }
+
+    fn route(
+        &self,
+        x: &HostTensor,
+        router: &ReferenceWeight,
+        count: usize,
+        normalise: bool,
+    ) -> Result<(Vec<u32>, HostTensor), BackendError> {
+        let logits = self.linear(x, router, None, Activation::None)?;
+        let (mut chosen, mut weights) = (Vec::new(), Vec::new());
+        for row in 0..logits.rows {
+            let (experts, probabilities) = select::route(logits.row(row), count, normalise);
+            chosen.extend(experts);
+            weights.extend(probabilities);
+        }
+        Ok((chosen, HostTensor { rows: x.rows, cols: count, data: weights }))
+    }
+
+    fn add_experts(
+        &self,
+        x: &HostTensor,
+        experts: &[Expert<ReferenceWeight>],
+        chosen: &Vec<u32>,
+        weights: &HostTensor,
+        y: &mut HostTensor,
+    ) -> Result<(), BackendError> {
+        for row in 0..x.rows {
+            let input = x.slice_rows(row..row + 1);
+            let mut sum = vec![0.0f32; y.cols];
+            for (t, weight) in weights.row(row).iter().enumerate() {
+                let expert = &experts[chosen[row * weights.cols + t] as usize];
+                let h = self.gated(&input, &expert.gate, &expert.up)?;
+                let out = self.linear(&h, &expert.down, None, Activation::None)?;
+                for (sum, value) in sum.iter_mut().zip(&out.data) {
+                    *sum += weight * value;
+                }
+            }
+            for (y, sum) in y.row_mut(row).iter_mut().zip(&sum) {
+                *y += sum;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_index_keys(
+        &self,
+        keys: &HostTensor,
+        cache: &mut ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+    ) -> Result<(), BackendError> {
+        cache.write_index(layer, plan, keys);
+        Ok(())
+    }
+
+    fn select(
+        &self,
+        q: &HostTensor,
+        weights: &HostTensor,
+        cache: &ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: IndexShape,
+    ) -> Result<Vec<u32>, BackendError> {
+        Ok(cache.select(q, weights, layer, plan, shape))
+    }
+
+    fn sparse_attention(
+        &self,
+        q: &HostTensor,
+        cache: &ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: AttentionShape,
+        selected: &Vec<u32>,
+    ) -> Result<HostTensor, BackendError> {
+        Ok(cache.attend_selected(q, layer, plan, shape, selected))
     }
 }

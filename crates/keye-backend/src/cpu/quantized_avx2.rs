@@ -1,0 +1,180 @@
+//! The product kernels for AVX2: one register holds eight outputs by four columns; a tile is two of them.
+
+use std::arch::x86_64::*;
+
+use super::quantized::{PANEL, Piece};
+use crate::Dtype;
+use crate::packed::{GROUP, INT4_BLOCK, INT8_BLOCK};
+
+/// How far ahead of its use a stream is asked for.
+const AHEAD: usize = 2304;
+
+/// See [`super::quantized`]; only where AVX2 and FMA are.
+pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
+    let x = piece.x;
+    let groups = piece.blocks.len() / if piece.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
+    assert!(sums.len() >= (rows - 1) * PANEL + 16 && piece.first_group + groups <= x.groups());
+    assert!(x.codes.len() >= (piece.row + rows) * x.cols && x.scales.len() >= (piece.row + rows) * x.groups());
+    assert!(x.negated_sums.len() == x.scales.len());
+    let mut row = 0;
+    while row < rows {
+        let at_once = if rows - row >= 4 { 4 } else { 1 };
+        for half_tile in 0..2 {
+            let sums = sums[row * PANEL + 8 * half_tile..].as_mut_ptr();
+            // SAFETY: the features are there (the caller's word), and all sizes were checked above.
+            unsafe {
+                match (piece.dtype, at_once) {
+                    (Dtype::Int4, 4) => int4::<4>(piece, row, half_tile, sums),
+                    (Dtype::Int4, _) => int4::<1>(piece, row, half_tile, sums),
+                    (_, 4) => int8::<4>(piece, row, half_tile, sums),
+                    _ => int8::<1>(piece, row, half_tile, sums),
+                }
+            }
+        }
+        row += at_once;
+    }
+}
+
+/// Pointers to rows of activations.
+struct Rows {
+    codes: *const i8,
+    ld: usize,
+    scales: *const f32,
+    negated_sums: *const i32,
+    groups: usize,
+}
+
+#[inline(always)]
+fn rows(piece: &Piece<'_>, row: usize) -> Rows {
+    let x = piece.x;
+    let groups = x.groups();
+    let row = piece.row + row;
+    Rows {
+        codes: x.codes[row * x.cols + piece.first_group * GROUP..].as_ptr(),
+        ld: x.cols,
+        scales: x.scales[row * groups + piece.first_group..].as_ptr(),
+        negated_sums: x.negated_sums[row * groups + piece.first_group..].as_ptr(),
+        groups,
+    }
+}
+
+/// `sum = fma(t, S * a, sum)` for all rows.
+#[inline(always)]
+unsafe fn add<const M: usize>(sum: &mut [__m256; M], t: &[__m256i; M], scale: __m256, x: &Rows, group: usize) {
+    // SAFETY: the callers' features and bounds.
+    unsafe {
+        for m in 0..M {
+            let a = _mm256_set1_ps(*x.scales.add(m * x.groups + group));
+            sum[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t[m]), _mm256_mul_ps(scale, a), sum[m]);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn four(codes: *const i8) -> __m256i {
+    // SAFETY: the callers' bounds.
+    unsafe { _mm256_set1_epi32(codes.cast::<i32>().read_unaligned()) }
+}
+
+#[inline(always)]
+unsafe fn prefetch(block: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch of an address that is not there does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast()) };
+    }
+}
+
+#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
+    let x = rows(piece, row);
+    let low = _mm256_set1_epi8(15);
+    let ones = _mm256_set1_epi16(1);
+    // SAFETY: `piece` has checked all bounds; blocks are whole.
+    unsafe {
+        let mut sum = [_mm256_setzero_ps(); M];
+        for m in 0..M {
+            sum[m] = _mm256_loadu_ps(sums.add(m * PANEL));
+        }
+        for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
+            let block = block.as_ptr();
+            if M == 1 && half_tile == 0 {
+                prefetch(block, INT4_BLOCK);
+            }
+            for half in 0..2 {
+                let group = 2 * b + half;
+                let at = 16 * half + 8 * half_tile;
+                let s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(at).cast()));
+                let scale = _mm256_castsi256_ps(_mm256_add_epi32(
+                    _mm256_slli_epi32::<18>(s),
+                    _mm256_set1_epi32(120 << 23),
+                ));
+                let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(32 + at).cast()));
+                // Eight pairs of products of at most 15 * 127 stay below 2^15.
+                let mut t = [_mm256_setzero_si256(); M];
+                let codes = x.codes.add(group * GROUP);
+                for v in 0..4 {
+                    let pairs = _mm256_loadu_si256(block.add(64 + (4 * half + v) * 64 + 32 * half_tile).cast());
+                    let first = _mm256_and_si256(pairs, low);
+                    let second = _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), low);
+                    for m in 0..M {
+                        let codes = codes.add(m * x.ld + 8 * v);
+                        t[m] = _mm256_add_epi16(t[m], _mm256_maddubs_epi16(first, four(codes)));
+                        t[m] = _mm256_add_epi16(t[m], _mm256_maddubs_epi16(second, four(codes.add(4))));
+                    }
+                }
+                for m in 0..M {
+                    let negated = _mm256_set1_epi32(*x.negated_sums.add(m * x.groups + group));
+                    let codes = _mm256_slli_epi32::<4>(_mm256_madd_epi16(t[m], ones));
+                    t[m] = _mm256_add_epi32(codes, _mm256_madd_epi16(z, negated));
+                }
+                add(&mut sum, &t, scale, &x, group);
+            }
+        }
+        for m in 0..M {
+            _mm256_storeu_ps(sums.add(m * PANEL), sum[m]);
+        }
+    }
+}
+
+#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn int8<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
+    let x = rows(piece, row);
+    let offset = _mm256_set1_epi8(i8::MIN);
+    let ones = _mm256_set1_epi16(1);
+    // SAFETY: `piece` has checked all bounds; blocks are whole.
+    unsafe {
+        let mut sum = [_mm256_setzero_ps(); M];
+        for m in 0..M {
+            sum[m] = _mm256_loadu_ps(sums.add(m * PANEL));
+        }
+        for (b, block) in piece.blocks.chunks_exact(INT8_BLOCK).enumerate() {
+            let block = block.as_ptr();
+            if M == 1 && half_tile == 0 {
+                prefetch(block, INT8_BLOCK);
+            }
+            for half in 0..2 {
+                let group = 2 * b + half;
+                let scale = _mm256_cvtph_ps(_mm_loadu_si128(block.add(32 * half + 16 * half_tile).cast()));
+                let mut t = [_mm256_setzero_si256(); M];
+                let codes = x.codes.add(group * GROUP);
+                for v in 0..8 {
+                    let w = _mm256_loadu_si256(block.add(64 + (8 * half + v) * 64 + 32 * half_tile).cast());
+                    // u - 128 as signed bytes; codes take their signs, so that pairs of 127 * 127 stay below 2^15.
+                    let w = _mm256_xor_si256(w, offset);
+                    let magnitude = _mm256_abs_epi8(w);
+                    for m in 0..M {
+                        let codes = _mm256_sign_epi8(four(codes.add(m * x.ld + 4 * v)), w);
+                        let pairs = _mm256_maddubs_epi16(magnitude, codes);
+                        t[m] = _mm256_add_epi32(t[m], _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+                add(&mut sum, &t, scale, &x, group);
+            }
+        }
+        for m in 0..M {
+            _mm256_storeu_ps(sums.add(m * PANEL), sum[m]);
+        }
+    }
+}

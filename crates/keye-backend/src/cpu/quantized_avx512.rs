@@ -1,0 +1,171 @@
+//! The product kernels for AVX-512 with VNNI: one register holds sixteen outputs by four columns.
+
+use std::arch::x86_64::*;
+
+use super::quantized::{PANEL, Piece};
+use crate::Dtype;
+use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT8_BLOCK};
+
+/// How far ahead of its use a stream is asked for: far enough for memory, short enough to stay in the cache.
+const AHEAD: usize = 2304;
+
+/// See [`super::quantized`]; only where AVX-512 with VNNI is.
+pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
+    let x = piece.x;
+    let groups = piece.blocks.len() / if piece.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
+    assert!(sums.len() >= (rows - 1) * PANEL + 16 && piece.first_group + groups <= x.groups());
+    assert!(x.codes.len() >= (piece.row + rows) * x.cols && x.scales.len() >= (piece.row + rows) * x.groups());
+    assert!(x.negated_sums.len() == x.scales.len());
+    macro_rules! by_rows {
+        ($kernel:ident: $($n:literal)*) => {
+            match rows {
+                // SAFETY: the features are there (the caller's word), and all sizes were checked above.
+                $($n => unsafe { $kernel::<$n>(piece, sums.as_mut_ptr()) },)*
+                _ => unreachable!("rows come from at_once"),
+            }
+        };
+    }
+    match piece.dtype {
+        Dtype::Int4 => by_rows!(int4: 1 2 3 4 6 8 12),
+        _ => by_rows!(int8: 1 2 3 4 6 8 12),
+    }
+}
+
+/// Pointers to a piece's rows of activations.
+struct Rows {
+    codes: *const i8,
+    ld: usize,
+    scales: *const f32,
+    negated_sums: *const i32,
+    groups: usize,
+}
+
+#[inline(always)]
+fn rows(piece: &Piece<'_>) -> Rows {
+    let x = piece.x;
+    let groups = x.groups();
+    let (codes, group) = (piece.row * x.cols + piece.first_group * GROUP, piece.row * groups + piece.first_group);
+    Rows {
+        codes: x.codes[codes..].as_ptr(),
+        ld: x.cols,
+        scales: x.scales[group..].as_ptr(),
+        negated_sums: x.negated_sums[group..].as_ptr(),
+        groups,
+    }
+}
+
+/// `sum = fma(t, S * a, sum)` for all rows.
+#[inline(always)]
+unsafe fn add<const M: usize>(sum: &mut [__m512; M], t: &[__m512i; M], scale: __m512, x: &Rows, group: usize) {
+    // SAFETY: the callers' features and bounds.
+    unsafe {
+        for m in 0..M {
+            let a = _mm512_set1_ps(*x.scales.add(m * x.groups + group));
+            sum[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t[m]), _mm512_mul_ps(scale, a), sum[m]);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn four(codes: *const i8) -> __m512i {
+    // SAFETY: the callers' bounds.
+    unsafe { _mm512_set1_epi32(codes.cast::<i32>().read_unaligned()) }
+}
+
+#[inline(always)]
+unsafe fn prefetch(block: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch of an address that is not there does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast()) };
+    }
+}
+
+#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
+    let x = rows(piece);
+    let high = _mm512_set1_epi8(0xf0u8 as i8);
+    // SAFETY: `piece` has checked all bounds; blocks are whole.
+    unsafe {
+        let mut sum = [_mm512_setzero_ps(); M];
+        for m in 0..M {
+            sum[m] = _mm512_loadu_ps(sums.add(m * PANEL));
+        }
+        for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
+            let block = block.as_ptr();
+            if M <= 4 {
+                prefetch(block, INT4_BLOCK);
+            }
+            for half in 0..2 {
+                let group = 2 * b + half;
+                let s = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(16 * half).cast()));
+                let scale = _mm512_castsi512_ps(_mm512_add_epi32(
+                    _mm512_slli_epi32::<18>(s),
+                    _mm512_set1_epi32(120 << 23),
+                ));
+                let z = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(32 + 16 * half).cast()));
+                let mut t = [_mm512_setzero_si512(); M];
+                for m in 0..M {
+                    // |sum| < 2^15, and the upper halves of z are zero: the product of the lower halves.
+                    t[m] = _mm512_madd_epi16(z, _mm512_set1_epi32(*x.negated_sums.add(m * x.groups + group)));
+                }
+                let codes = x.codes.add(group * GROUP);
+                for v in 0..4 {
+                    let pairs = _mm512_loadu_si512(block.add(64 + (4 * half + v) * 64).cast());
+                    let first = _mm512_and_si512(_mm512_slli_epi16::<4>(pairs), high);
+                    let second = _mm512_and_si512(pairs, high);
+                    for m in 0..M {
+                        t[m] = _mm512_dpbusd_epi32(t[m], first, four(codes.add(m * x.ld + 8 * v)));
+                    }
+                    for m in 0..M {
+                        t[m] = _mm512_dpbusd_epi32(t[m], second, four(codes.add(m * x.ld + 8 * v + 4)));
+                    }
+                }
+                add(&mut sum, &t, scale, &x, group);
+            }
+        }
+        for m in 0..M {
+            _mm512_storeu_ps(sums.add(m * PANEL), sum[m]);
+        }
+    }
+    const { assert!(BLOCK_COLS == 2 * GROUP) };
+}
+
+#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn int8<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
+    let x = rows(piece);
+    // SAFETY: `piece` has checked all bounds; blocks are whole.
+    unsafe {
+        let mut sum = [_mm512_setzero_ps(); M];
+        for m in 0..M {
+            sum[m] = _mm512_loadu_ps(sums.add(m * PANEL));
+        }
+        for (b, block) in piece.blocks.chunks_exact(INT8_BLOCK).enumerate() {
+            let block = block.as_ptr();
+            if M <= 4 {
+                prefetch(block, INT8_BLOCK);
+            }
+            for half in 0..2 {
+                let group = 2 * b + half;
+                let scale = _mm512_cvtph_ps(_mm256_loadu_si256(block.add(32 * half).cast()));
+                let mut t = [_mm512_setzero_si512(); M];
+                for m in 0..M {
+                    let sum = _mm512_set1_epi32(*x.negated_sums.add(m * x.groups + group));
+                    t[m] = _mm512_slli_epi32::<7>(sum);
+                }
+                let codes = x.codes.add(group * GROUP);
+                for v in 0..8 {
+                    let w = _mm512_loadu_si512(block.add(64 + (8 * half + v) * 64).cast());
+                    for m in 0..M {
+                        t[m] = _mm512_dpbusd_epi32(t[m], w, four(codes.add(m * x.ld + 4 * v)));
+                    }
+                }
+                add(&mut sum, &t, scale, &x, group);
+            }
+        }
+        for m in 0..M {
+            _mm512_storeu_ps(sums.add(m * PANEL), sum[m]);
+        }
+    }
+}
