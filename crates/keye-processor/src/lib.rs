@@ -31,6 +31,7 @@ mod processor;
 mod safetensors_file;
 mod template;
 mod tokenizer;
+mod tool_calls;
 mod writer;
 
 pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
@@ -46,4 +47,5 @@ pub use packed::{PACKED_ALIGNMENT, PackedFormat, PackedTag};
 pub use processor::{Overrides, Processor, Prompt};
 pub use template::{ChatTemplate, TemplateOptions};
 pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tool_calls::{ToolCall, ToolCallSplitter, ToolPiece};
 pub use writer::{NewTensor, PackedTags, SafetensorsWriter, write_checkpoint, write_file, write_packed_checkpoint};
