@@ -71,7 +71,8 @@ mod tests {
     fn selection_is_that_of_a_stable_sort() {
         for seed in 1u32..60 {
             let n = 1 + seed as usize * 3;
-            let scores: Vec<f32> = (0..n as u32).map(|i| (i.wrapping_mul(seed * 2_654_435_761) >> 29) as f32 - 3.0).collect();
+            let scores: Vec<f32> =
+                (0..n as u32).map(|i| (i.wrapping_mul(seed * 2_654_435_761) >> 29) as f32 - 3.0).collect();
             let mut order: Vec<u32> = (0..n as u32).collect();
             order.sort_by(|a, b| scores[*b as usize].total_cmp(&scores[*a as usize]));
             order.truncate(16.min(n));

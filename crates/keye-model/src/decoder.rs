@@ -1,8 +1,11 @@
-//! The language model (spec §6): Qwen3 with three-axis RoPE over a paged KV cache.
+//! The language model (spec §6): Qwen3 with three-axis RoPE over a paged KV cache; 2.0 may put experts in the place of the
+//! feed-forward block and let an indexer choose the keys.
 
 use keye_backend::{Activation, AttentionShape, Backend, BackendError, CacheSpec, KvDtype, QkNorm, SequenceRows};
 use keye_processor::TextConfig;
 
+use crate::feed_forward::FeedForward;
+use crate::indexer::{Indexer, Place, record};
 use crate::rope::Rope;
 use crate::vision::linear;
 use crate::weights::{Linear, Weights};
@@ -11,6 +14,8 @@ use crate::{ModelError, Tap};
 pub(crate) struct Decoder<B: Backend> {
     pub(crate) config: TextConfig,
     rope: Rope,
+    /// The indexer's, of its own width.
+    index_rope: Option<Rope>,
     /// `[V, H]`
     embed_tokens: B::Weight,
     layers: Vec<DecoderLayer<B>>,
@@ -33,17 +38,13 @@ struct DecoderLayer<B: Backend> {
     k_norm: B::Weight,
     /// `[H]`
     post_attention_layernorm: B::Weight,
-    /// `[F, H]`
-    gate_proj: B::Weight,
-    /// `[F, H]`
-    up_proj: B::Weight,
-    /// `[H, F]`
-    down_proj: B::Weight,
+    indexer: Option<Indexer<B>>,
+    feed_forward: FeedForward<B>,
 }
 
 impl<B: Backend> Decoder<B> {
     pub(crate) fn load(weights: &Weights<'_, B>, config: &TextConfig) -> Result<Self, ModelError> {
-        let (h, f) = (config.hidden_size, config.intermediate_size);
+        let h = config.hidden_size;
         let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
         let bias = config.attention_bias;
         let model = weights.at("model");
@@ -51,7 +52,6 @@ impl<B: Backend> Decoder<B> {
             .map(|layer| {
                 let layer = model.at(format_args!("layers.{layer}"));
                 let attention = layer.at("self_attn");
-                let mlp = layer.at("mlp");
                 Ok(DecoderLayer {
                     input_layernorm: layer.vector("input_layernorm.weight", h)?,
                     q_proj: attention.linear("q_proj", q, h, bias)?,
@@ -61,15 +61,15 @@ impl<B: Backend> Decoder<B> {
                     q_norm: attention.vector("q_norm.weight", config.head_dim)?,
                     k_norm: attention.vector("k_norm.weight", config.head_dim)?,
                     post_attention_layernorm: layer.vector("post_attention_layernorm.weight", h)?,
-                    gate_proj: mlp.matrix("gate_proj.weight", f, h)?,
-                    up_proj: mlp.matrix("up_proj.weight", f, h)?,
-                    down_proj: mlp.matrix("down_proj.weight", h, f)?,
+                    indexer: Indexer::load(&attention, config)?,
+                    feed_forward: FeedForward::load(&layer.at("mlp"), config)?,
                 })
             })
             .collect::<Result<_, ModelError>>()?;
         let tied = config.tie_word_embeddings && !weights.has("lm_head.weight");
         Ok(Self {
             rope: Rope::decoder(config.rope_theta, config.head_dim, config.mrope_section),
+            index_rope: config.indexer.map(|i| Rope::decoder(config.rope_theta, i.head_dim, i.mrope_section)),
             embed_tokens: model.matrix("embed_tokens.weight", config.vocab_size, h)?,
             layers,
             norm: model.vector("norm.weight", h)?,
@@ -84,6 +84,7 @@ impl<B: Backend> Decoder<B> {
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
             dtype,
+            index_dim: config.indexer.map_or(0, |indexer| indexer.head_dim),
         }
     }
 
@@ -110,11 +111,18 @@ impl<B: Backend> Decoder<B> {
             scale: (config.head_dim as f32).powf(-0.5),
         };
         let plan = backend.plan(sequences)?;
-        let mut table = Vec::with_capacity(positions.len() * config.head_dim);
-        for position in positions {
-            self.rope.push(position, &mut table);
-        }
-        let angles = backend.upload(positions.len(), config.head_dim, &table)?;
+        let table = |rope: &Rope, width: usize| {
+            let mut table = Vec::with_capacity(positions.len() * width);
+            positions.iter().for_each(|position| rope.push(position, &mut table));
+            backend.upload(positions.len(), width, &table)
+        };
+        let angles = table(&self.rope, config.head_dim)?;
+        let index_angles = match (&self.index_rope, config.indexer) {
+            (Some(rope), Some(indexer)) => Some(table(rope, indexer.head_dim)?),
+            _ => None,
+        };
+        let longest = sequences.iter().map(|s| s.start + s.rows.len()).max().unwrap_or(0);
+        record(backend, tap, format_args!("hidden_states.0"), &x)?;
         for (number, layer) in self.layers.iter().enumerate() {
             let h = backend.rms_norm(&x, &layer.input_layernorm, config.rms_norm_eps)?;
             let mut q = linear(backend, &h, &layer.q_proj, Activation::None)?;
@@ -122,11 +130,21 @@ impl<B: Backend> Decoder<B> {
             let v = linear(backend, &h, &layer.v_proj, Activation::None)?;
             let norm = QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps: config.rms_norm_eps };
             backend.norm_rope_write(&mut q, k, v, Some(norm), &angles, cache, number, &plan)?;
-            let attended = backend.paged_attention(&q, cache, number, &plan, shape)?;
+            let attended = match (&layer.indexer, &index_angles) {
+                (Some(indexer), Some(angles)) => {
+                    let place = Place { cache, layer: number, plan: &plan };
+                    indexer.attend(backend, &h, angles, &q, longest, shape, place, tap)?
+                }
+                _ => backend.paged_attention(&q, cache, number, &plan, shape)?,
+            };
+            if tap.wants(&format!("attn_out.{number}")) {
+                let out = linear(backend, &attended, &layer.o_proj, Activation::None)?;
+                record(backend, tap, format_args!("attn_out.{number}"), &out)?;
+            }
             backend.linear_add(&attended, &layer.o_proj.weight, layer.o_proj.bias.as_ref(), &mut x)?;
             let h = backend.rms_norm(&x, &layer.post_attention_layernorm, config.rms_norm_eps)?;
-            let h = backend.gated(&h, &layer.gate_proj, &layer.up_proj)?;
-            backend.linear_add(&h, &layer.down_proj, None, &mut x)?;
+            layer.feed_forward.add(backend, &h, &mut x, number, tap)?;
+            record(backend, tap, format_args!("hidden_states.{}", number + 1), &x)?;
             if number == 0 && tap.wants("lm_layer0") {
                 tap.record("lm_layer0", config.hidden_size, &backend.download(&x)?);
             }

@@ -17,6 +17,8 @@
 mod cost;
 mod decoder;
 mod encode;
+mod feed_forward;
+mod indexer;
 mod layout;
 mod model;
 mod projector;

@@ -1,7 +1,9 @@
 //! Watching intermediate tensors.
 
 /// An observer of named tensors. Names are those of the golden files: `vit_embeddings`, `vit_layer0`, `vit_out`, `projector`
-/// (prefixed `image_` or `video_`), `inputs_embeds`, `lm_layer0`, `lm_final_norm`.
+/// (prefixed `image_` or `video_`), `inputs_embeds`, `lm_layer0`, `lm_final_norm`;
+/// those of layer l end in `.l` (`hidden_states`, `attn_out`, `moe_out`, `router_index`, `router_weight`, `idx_q`, `idx_k`,
+/// `idx_w`, `selected`).
 pub trait Tap {
     /// False spares the copy.
     fn wants(&self, name: &str) -> bool;

@@ -4,5 +4,7 @@
 mod cases;
 #[path = "golden/invariance.rs"]
 mod invariance;
+#[path = "golden/keye_2.rs"]
+mod keye_2;
 #[path = "golden/support.rs"]
 mod support;

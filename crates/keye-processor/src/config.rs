@@ -7,6 +7,32 @@ use serde_json::Value;
 use crate::files::{CONFIG_BYTES, Fields, read_json, whole};
 use crate::{Facts, ProcessorError, Variant};
 
+/// A feed-forward block of experts (2.0).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsConfig {
+    /// Experts E of a layer.
+    pub num_experts: usize,
+    /// Experts of a token.
+    pub num_experts_per_tok: usize,
+    /// Width of an expert.
+    pub moe_intermediate_size: usize,
+    /// The chosen experts' weights are scaled to sum to one.
+    pub norm_topk_prob: bool,
+}
+
+/// Sparse attention (2.0, spec §7): which keys a query attends to is chosen by an indexer of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IndexerConfig {
+    /// Query heads of the indexer; it has one key head.
+    pub num_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Keys that a query attends to.
+    pub topk: usize,
+    /// Frequencies that turn by time, row and column; they sum to `head_dim / 2`.
+    pub mrope_section: [usize; 3],
+}
+
 /// The decoder's dimensions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TextConfig {
@@ -36,6 +62,10 @@ pub struct TextConfig {
     pub attention_bias: bool,
     /// `lm_head` is `embed_tokens`.
     pub tie_word_embeddings: bool,
+    /// Experts in place of the dense feed-forward block.
+    pub experts: Option<ExpertsConfig>,
+    /// Sparse attention; `None` is dense. Clearing it runs the same weights densely.
+    pub indexer: Option<IndexerConfig>,
 }
 
 /// The vision tower's dimensions.
@@ -96,6 +126,7 @@ const MAX_FEED_FORWARD: usize = 1 << 19;
 const MAX_LAYERS: usize = 1024;
 const MAX_HEADS: usize = 1024;
 const MAX_HEAD_DIM: usize = 1024;
+const MAX_EXPERTS: usize = 4096;
 const MAX_VOCAB: usize = 1 << 22;
 const MAX_POSITIONS: usize = 1 << 24;
 const MAX_IMAGE_SIDE: usize = 1 << 14;
@@ -114,7 +145,7 @@ impl ModelConfig {
         let top = Fields::of(path, value)?;
         let (variant, architecture) = variant(&top)?;
         let text_fields = top.object("text_config")?.unwrap_or_else(|| top.clone());
-        let text = text_config(&top, &text_fields)?;
+        let text = text_config(&top, &text_fields, variant, &architecture)?;
         let vision_fields = top.object("vision_config")?.ok_or_else(|| top.error("vision_config", "missing"))?;
         let vision = vision_config(&vision_fields)?;
 
@@ -152,8 +183,8 @@ impl ModelConfig {
     }
 }
 
-const SUPPORTED: &str =
-    "KeyeForConditionalGeneration (Keye-VL-8B-Preview), KeyeVL1_5ForConditionalGeneration (Keye-VL-1.5-8B)";
+const SUPPORTED: &str = "KeyeForConditionalGeneration (Keye-VL-8B-Preview), KeyeVL1_5ForConditionalGeneration (Keye-VL-1.5-8B), \
+     KeyeVL2MoeForConditionalGeneration and KeyeVL2ForConditionalGeneration (Keye-VL-2.0)";
 
 fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
     let architecture = match top.list("architectures")?.and_then(|list| list.first()) {
@@ -166,6 +197,8 @@ fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
         (Some("KeyeForConditionalGeneration"), _) => Variant::Preview,
         (Some(name), _) if name.starts_with("KeyeVL1_5") => Variant::V1_5,
         (None, Some(name)) if name.contains("KeyeVL1_5") => Variant::V1_5,
+        (Some("KeyeVL2MoeForConditionalGeneration" | "KeyeVL2ForConditionalGeneration"), _) => Variant::V2,
+        (None, Some("KeyeVL2")) => Variant::V2,
         (None, Some("Keye")) => Variant::Preview,
         (None, None) => return Err(top.error("architectures", format_args!("missing; supported are {SUPPORTED}"))),
         (architecture, model_type) => {
@@ -173,7 +206,7 @@ fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
                 Some(name) => ("architectures[0]", name),
                 None => ("model_type", model_type.unwrap_or_default()),
             };
-            let planned = ["KeyeVL2", "KeyeVL671", "671B"].iter().any(|part| name.contains(part));
+            let planned = ["KeyeVL671", "671B"].iter().any(|part| name.contains(part));
             let found = if planned { "which is not supported yet" } else { "which is unknown" };
             return Err(top.error(field, format_args!("found {name:?}, {found}; supported are {SUPPORTED}")));
         }
@@ -181,7 +214,12 @@ fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
     Ok((variant, architecture.or(model_type).unwrap_or_default().to_owned()))
 }
 
-fn text_config(top: &Fields, text: &Fields) -> Result<TextConfig, ProcessorError> {
+fn text_config(
+    top: &Fields,
+    text: &Fields,
+    variant: Variant,
+    architecture: &str,
+) -> Result<TextConfig, ProcessorError> {
     let hidden_size = text.size("hidden_size", MAX_WIDTH, None)?;
     let num_attention_heads = text.size("num_attention_heads", MAX_HEADS, None)?;
     let num_key_value_heads = text.size("num_key_value_heads", MAX_HEADS, Some(num_attention_heads))?;
@@ -200,7 +238,9 @@ fn text_config(top: &Fields, text: &Fields) -> Result<TextConfig, ProcessorError
     if text.bool("use_sliding_window")? == Some(true) && text.get("sliding_window").is_some() {
         return Err(text.error("use_sliding_window", "expected false: sliding windows are not supported"));
     }
-    let (rope_theta, mrope_section) = rope(text, head_dim)?;
+    let second = variant == Variant::V2;
+    let (rope_theta, mrope_section) = rope(text, head_dim, if second { 1e7 } else { 1e6 })?;
+    let moe = second && (architecture.contains("Moe") || text.get("num_experts").is_some());
     Ok(TextConfig {
         hidden_size,
         intermediate_size: text.size("intermediate_size", MAX_FEED_FORWARD, None)?,
@@ -208,21 +248,60 @@ fn text_config(top: &Fields, text: &Fields) -> Result<TextConfig, ProcessorError
         num_attention_heads,
         num_key_value_heads,
         head_dim,
-        rms_norm_eps: epsilon(text, "rms_norm_eps", 1e-5)?,
+        rms_norm_eps: epsilon(text, "rms_norm_eps", if second { 1e-6 } else { 1e-5 })?,
         rope_theta,
         mrope_section,
-        max_position_embeddings: text.size("max_position_embeddings", MAX_POSITIONS, Some(32_768))?,
+        max_position_embeddings: text.size(
+            "max_position_embeddings",
+            MAX_POSITIONS,
+            Some(if second { 262_144 } else { 32_768 }),
+        )?,
         vocab_size: text.size("vocab_size", MAX_VOCAB, None)?,
         attention_bias: text.bool("attention_bias")?.unwrap_or(false),
         tie_word_embeddings: match top.bool("tie_word_embeddings")? {
             Some(tied) => tied,
             None => text.bool("tie_word_embeddings")?.unwrap_or(false),
         },
+        experts: if moe { Some(experts(text)?) } else { None },
+        indexer: if second { indexer(text, head_dim, mrope_section)? } else { None },
     })
 }
 
+fn experts(text: &Fields) -> Result<ExpertsConfig, ProcessorError> {
+    let num_experts = text.size("num_experts", MAX_EXPERTS, None)?;
+    Ok(ExpertsConfig {
+        num_experts,
+        num_experts_per_tok: text.size("num_experts_per_tok", num_experts, None)?,
+        moe_intermediate_size: text.size("moe_intermediate_size", MAX_FEED_FORWARD, None)?,
+        norm_topk_prob: text.bool("norm_topk_prob")?.unwrap_or(true),
+    })
+}
+
+/// `sa_config` (spec of 2.0, §2.1); without it attention is dense.
+fn indexer(text: &Fields, head_dim: usize, mrope_section: [usize; 3]) -> Result<Option<IndexerConfig>, ProcessorError> {
+    let Some(fields) = text.object("sa_config")? else { return Ok(None) };
+    let num_heads = fields.size("indexer_num_heads", 128, Some(4))?;
+    if !128usize.is_multiple_of(num_heads) {
+        return Err(fields.error("indexer_num_heads", format_args!("expected a divisor of 128, found {num_heads}")));
+    }
+    let width = fields.size("indexer_head_dim", 128, Some(128))?;
+    if ![32, 64, 128].contains(&width) {
+        return Err(fields.error("indexer_head_dim", format_args!("expected 32, 64 or 128, found {width}")));
+    }
+    if fields.size("indexer_num_kv_heads", MAX_HEADS, Some(1))? != 1 {
+        return Err(fields.error("indexer_num_kv_heads", "expected 1: the indexer has one key head"));
+    }
+    let section = mrope_section.map(|n| n * width / head_dim);
+    if 2 * section.iter().sum::<usize>() != width {
+        let reason = format!("mrope_section {mrope_section:?} of heads {head_dim} wide gives {section:?} for {width}");
+        return Err(fields.error("indexer_head_dim", reason));
+    }
+    let topk = fields.size("topk", MAX_POSITIONS, Some(2048))?;
+    Ok(Some(IndexerConfig { num_heads, head_dim: width, topk, mrope_section: section }))
+}
+
 /// `rope_theta` and `mrope_section`, from `rope_scaling` + `rope_theta` or from the newer `rope_parameters`.
-fn rope(text: &Fields, head_dim: usize) -> Result<(f64, [usize; 3]), ProcessorError> {
+fn rope(text: &Fields, head_dim: usize, default_theta: f64) -> Result<(f64, [usize; 3]), ProcessorError> {
     let (name, fields) = match text.object("rope_parameters")? {
         Some(fields) => ("rope_parameters", Some(fields)),
         None => ("rope_scaling", text.object("rope_scaling")?),
@@ -234,6 +313,9 @@ fn rope(text: &Fields, head_dim: usize) -> Result<(f64, [usize; 3]), ProcessorEr
             if let Some(kind) = fields.str(key)?.filter(|kind| !["mrope", "default"].contains(kind)) {
                 return Err(fields.error(key, format_args!("expected \"mrope\" or \"default\", found {kind:?}")));
             }
+        }
+        if fields.bool("mrope_interleaved")? == Some(true) {
+            return Err(fields.error("mrope_interleaved", "expected false: sections are contiguous"));
         }
         theta = fields.number("rope_theta", 1.0..=1e12)?.or(theta);
         section = fields.list("mrope_section")?;
@@ -255,7 +337,7 @@ fn rope(text: &Fields, head_dim: usize) -> Result<(f64, [usize; 3]), ProcessorEr
             }
         }
     };
-    Ok((theta.unwrap_or(1e6), section))
+    Ok((theta.unwrap_or(default_theta), section))
 }
 
 fn vision_config(vision: &Fields) -> Result<VisionConfig, ProcessorError> {
@@ -414,7 +496,8 @@ mod tests {
         assert_eq!(name(json!(["KeyeVL1_5ForConditionalGeneration"]), "x").unwrap().variant, Variant::V1_5);
         assert_eq!(name(Value::Null, "my-KeyeVL1_5").unwrap().variant, Variant::V1_5);
         assert_eq!(name(Value::Null, "Keye").unwrap().variant, Variant::Preview);
-        let error = name(json!(["KeyeVL2ForConditionalGeneration"]), "KeyeVL2").unwrap_err().to_string();
+        assert_eq!(name(json!(["KeyeVL2ForConditionalGeneration"]), "KeyeVL2").unwrap().variant, Variant::V2);
+        let error = name(json!(["KeyeVL671BForConditionalGeneration"]), "x").unwrap_err().to_string();
         assert!(error.contains("not supported yet") && error.contains("KeyeVL1_5ForConditionalGeneration"), "{error}");
         let error = name(json!(["LlamaForCausalLM"]), "llama").unwrap_err().to_string();
         assert!(error.contains("LlamaForCausalLM") && error.contains("unknown"), "{error}");

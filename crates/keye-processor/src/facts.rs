@@ -9,6 +9,8 @@ pub enum Variant {
     Preview,
     /// Keye-VL-1.5-8B.
     V1_5,
+    /// Keye-VL-2.0, with experts (30B-A3B) or dense.
+    V2,
 }
 
 /// Where the projector's LayerNorm sits.
@@ -63,7 +65,8 @@ impl Variant {
                 markers: FrameMarkers::None,
                 media: MediaConfig::preview(),
             },
-            Self::V1_5 => Facts {
+            // 2.0 has the tower and the projector of 1.5; every frame of a clip is a slow one.
+            Self::V1_5 | Self::V2 => Facts {
                 projector_norm: ProjectorNorm::AfterMerge,
                 vision_span: VisionSpan::Frame,
                 markers: FrameMarkers::SlowFast,

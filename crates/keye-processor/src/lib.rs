@@ -35,7 +35,7 @@ mod tool_calls;
 mod writer;
 
 pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
-pub use config::{ModelConfig, TextConfig, VisionConfig};
+pub use config::{ExpertsConfig, IndexerConfig, ModelConfig, TextConfig, VisionConfig};
 pub use conversation::Conversation;
 pub use dtype::Dtype;
 pub use error::ProcessorError;
@@ -44,6 +44,7 @@ pub use facts::{Facts, FrameMarkers, ProjectorNorm, Variant, VisionSpan};
 pub use generation_config::GenerationConfig;
 pub use output::{Answer, Part, ThinkMode, ThinkSplitter, parse_answer};
 pub use packed::{PACKED_ALIGNMENT, PackedFormat, PackedTag};
+pub use positions::prompt_positions;
 pub use processor::{Overrides, Processor, Prompt};
 pub use template::{ChatTemplate, TemplateOptions};
 pub use tokenizer::{StreamDecoder, Tokenizer};

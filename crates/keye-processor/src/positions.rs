@@ -37,6 +37,49 @@ pub(crate) fn positions(
     Ok((out, i64::from(next) - tokens as i64))
 }
 
+/// Positions and `rope_delta` of ids whose media are runs of the pads `image` and `video`: a run takes the next rows of its
+/// kind's grids `(t, h, w)` in patches, `merge` by `merge` of which are a token. Time steps count one each, so rows with
+/// `t > 1` are told as frames of one row each (spec of 2.0, §4.4).
+///
+/// # Errors
+///
+/// A run whose length its grids do not make up; grids left over.
+pub fn prompt_positions(
+    ids: &[u32],
+    image: (u32, &[[u32; 3]]),
+    video: (u32, &[[u32; 3]]),
+    merge: u32,
+) -> Result<(Vec<[u32; 3]>, i64), ProcessorError> {
+    let frames = |grids: &[[u32; 3]]| -> Vec<[u32; 3]> {
+        let tokens =
+            |[t, h, w]: &[u32; 3]| std::iter::repeat_n([1, h / merge, w / merge], (*t as usize).min(ids.len() + 1));
+        grids.iter().flat_map(tokens).collect()
+    };
+    let mut kinds = [(image.0, frames(image.1).into_iter()), (video.0, frames(video.1).into_iter())];
+    let (mut blocks, mut start) = (Vec::new(), 0);
+    while start < ids.len() {
+        let Some((_, grids)) = kinds.iter_mut().find(|(pad, _)| *pad == ids[start]) else {
+            start += 1;
+            continue;
+        };
+        let error = |reason: String| ProcessorError::Prompt(format!("pads of media at token {start}: {reason}"));
+        let grid = grids.next().ok_or_else(|| error("no grid is left for them".into()))?;
+        let len = grid.iter().try_fold(1u32, |n, side| n.checked_mul(*side)).unwrap_or(u32::MAX) as usize;
+        if len == 0
+            || ids.get(start..start.saturating_add(len)).is_none_or(|run| run.iter().any(|id| *id != ids[start]))
+        {
+            return Err(error(format!("expected {len} for a grid of {grid:?} tokens")));
+        }
+        let span = crate::FeatureSpan { media: 0, start, len, row: 0 };
+        blocks.push(Block { span, grid, seconds_per_step: 0.0 });
+        start += len;
+    }
+    if kinds.iter_mut().any(|(_, grids)| grids.next().is_some()) {
+        return Err(ProcessorError::Prompt("there are more grids than runs of pads".into()));
+    }
+    positions(ids.len(), &blocks, 0.0)
+}
+
 /// Counts up to token `end`; returns the next free position.
 fn text(out: &mut Vec<[u32; 3]>, next: u32, end: usize) -> Result<u32, ProcessorError> {
     let count = end.checked_sub(out.len()).ok_or_else(|| ProcessorError::Prompt("blocks of media overlap".into()))?;

@@ -18,7 +18,14 @@ pub struct CacheFit {
 /// What is cached of a token.
 pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
     let text = &config.text;
-    CacheSpec { layers: text.num_hidden_layers, kv_heads: text.num_key_value_heads, head_dim: text.head_dim, dtype }
+    let index_dim = text.indexer.map_or(0, |indexer| indexer.head_dim);
+    CacheSpec {
+        layers: text.num_hidden_layers,
+        kv_heads: text.num_key_value_heads,
+        head_dim: text.head_dim,
+        dtype,
+        index_dim,
+    }
 }
 
 /// Tokens of the cache: `wanted`, or the model's longest sequence cut to half of the memory that is free.

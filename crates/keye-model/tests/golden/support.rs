@@ -26,12 +26,12 @@ pub fn load_dir<B: Backend>(dir: &Path, backend: B) -> KeyeModel<B> {
     KeyeModel::load(backend, &config, &media.processor, &checkpoint, options).unwrap()
 }
 
-fn f32s(tensor: &StoredTensor) -> Vec<f32> {
+pub fn f32s(tensor: &StoredTensor) -> Vec<f32> {
     assert_eq!(tensor.dtype, Dtype::F32, "{}", tensor.name);
     tensor.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
-fn i64s(tensor: &StoredTensor) -> Vec<i64> {
+pub fn i64s(tensor: &StoredTensor) -> Vec<i64> {
     assert_eq!(tensor.dtype, Dtype::I64, "{}", tensor.name);
     tensor.bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
 }

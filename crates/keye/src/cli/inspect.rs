@@ -75,6 +75,7 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
         "variant": match config.variant {
             Variant::Preview => "Keye-VL-8B-Preview",
             Variant::V1_5 => "Keye-VL-1.5",
+            Variant::V2 => "Keye-VL-2.0",
         },
         "text": {
             "layers": text.num_hidden_layers,

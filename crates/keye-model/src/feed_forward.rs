@@ -1,0 +1,146 @@
+//! The feed-forward block of a decoder layer: dense, or a mixture of experts (spec of 2.0, §2.2 and §6).
+
+use keye_backend::{Backend, BackendError, Dtype, Expert, WeightSource};
+use keye_processor::{ExpertsConfig, TextConfig};
+
+use crate::weights::Weights;
+use crate::{ModelError, Tap};
+
+pub(crate) enum FeedForward<B: Backend> {
+    Dense(Expert<B::Weight>),
+    Experts {
+        config: ExpertsConfig,
+        /// `[E, H]`
+        router: B::Weight,
+        experts: Vec<Expert<B::Weight>>,
+    },
+}
+
+impl<B: Backend> FeedForward<B> {
+    pub(crate) fn load(mlp: &Weights<'_, B>, text: &TextConfig) -> Result<Self, ModelError> {
+        let h = text.hidden_size;
+        let Some(config) = text.experts else { return Ok(Self::Dense(expert(mlp, text.intermediate_size, h)?)) };
+        let router = mlp.matrix("gate.weight", config.num_experts, h)?;
+        let stored = mlp.at("experts");
+        let experts = match stored.has("gate_up_proj") {
+            true => fused(&stored, &config, h)?,
+            false => (0..config.num_experts)
+                .map(|e| expert(&stored.at(e), config.moe_intermediate_size, h))
+                .collect::<Result<_, _>>()?,
+        };
+        Ok(Self::Experts { config, router, experts })
+    }
+
+    /// `x += ffn(h)` for the rows `h [n, H]`.
+    pub(crate) fn add(
+        &self,
+        backend: &B,
+        h: &B::Tensor,
+        x: &mut B::Tensor,
+        layer: usize,
+        tap: &mut dyn Tap,
+    ) -> Result<(), BackendError> {
+        match self {
+            Self::Dense(dense) => {
+                let h = backend.gated(h, &dense.gate, &dense.up)?;
+                backend.linear_add(&h, &dense.down, None, x)
+            }
+            Self::Experts { config, router, experts } => {
+                let count = config.num_experts_per_tok;
+                let (chosen, weights) = backend.route(h, router, count, config.norm_topk_prob)?;
+                let name = format!("router_index.{layer}");
+                if tap.wants(&name) {
+                    let values: Vec<f32> = backend.download_index(&chosen)?.into_iter().map(|e| e as f32).collect();
+                    tap.record(&name, count, &values);
+                }
+                crate::indexer::record(backend, tap, format_args!("router_weight.{layer}"), &weights)?;
+                let name = format!("moe_out.{layer}");
+                if tap.wants(&name) {
+                    let mut out = backend.zeros(backend.rows(h), backend.cols(x))?;
+                    backend.add_experts(h, experts, &chosen, &weights, &mut out)?;
+                    tap.record(&name, backend.cols(x), &backend.download(&out)?);
+                }
+                backend.add_experts(h, experts, &chosen, &weights, x)
+            }
+        }
+    }
+}
+
+/// `gate_proj`, `up_proj` `[width, H]` and `down_proj` `[H, width]`.
+fn expert<B: Backend>(at: &Weights<'_, B>, width: usize, h: usize) -> Result<Expert<B::Weight>, ModelError> {
+    Ok(Expert {
+        gate: at.matrix("gate_proj.weight", width, h)?,
+        up: at.matrix("up_proj.weight", width, h)?,
+        down: at.matrix("down_proj.weight", h, width)?,
+    })
+}
+
+/// All experts of a layer in two tensors: input-major `[E, H, 2F]` and `[E, F, H]`, or output-major `[E, 2F, H]` and
+/// `[E, H, F]`; gates before ups. Where both readings fit, input-major it is. Output-major experts are used in place;
+/// input-major ones are transposed into memory of their own.
+fn fused<B: Backend>(
+    stored: &Weights<'_, B>,
+    config: &ExpertsConfig,
+    h: usize,
+) -> Result<Vec<Expert<B::Weight>>, ModelError> {
+    let (e, f) = (config.num_experts, config.moe_intermediate_size);
+    let input_major = stored.shape("gate_up_proj").as_deref() == Some(&[e, h, 2 * f]);
+    let (gate_up_shape, down_shape) = if input_major { ([e, h, 2 * f], [e, f, h]) } else { ([e, 2 * f, h], [e, h, f]) };
+    let gate_up = stored.source("gate_up_proj", &gate_up_shape)?;
+    let down = stored.source("down_proj", &down_shape)?;
+    let backend = stored.backend();
+    (0..e)
+        .map(|e| {
+            let [gate, up, down] = match input_major {
+                true => [
+                    transposed(&gate_up, e * h, h, 0..f, 2 * f)?,
+                    transposed(&gate_up, e * h, h, f..2 * f, 2 * f)?,
+                    transposed(&down, e * f, f, 0..h, h)?,
+                ],
+                false => {
+                    [rows(&gate_up, e * 2 * f, f, h)?, rows(&gate_up, e * 2 * f + f, f, h)?, rows(&down, e * h, h, f)?]
+                }
+            };
+            Ok(Expert { gate: backend.load(&gate)?, up: backend.load(&up)?, down: backend.load(&down)? })
+        })
+        .collect()
+}
+
+fn element_bytes(source: &WeightSource) -> Result<usize, ModelError> {
+    match source.dtype {
+        Dtype::F32 => Ok(4),
+        Dtype::Bf16 | Dtype::F16 => Ok(2),
+        _ => Err(BackendError::Weight {
+            name: source.name.clone(),
+            reason: "packed experts have to be stored one by one".into(),
+        }
+        .into()),
+    }
+}
+
+/// Rows `first..first + count`, `cols` wide, of a tensor, in place.
+fn rows(source: &WeightSource, first: usize, count: usize, cols: usize) -> Result<WeightSource, ModelError> {
+    let row = cols * element_bytes(source)?;
+    let bytes = source.bytes.slice(first * row..(first + count) * row);
+    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows: count, cols, bytes })
+}
+
+/// Columns `columns` of the rows `first..first + count`, `width` wide, transposed: `[columns, count]`.
+fn transposed(
+    source: &WeightSource,
+    first: usize,
+    count: usize,
+    columns: std::ops::Range<usize>,
+    width: usize,
+) -> Result<WeightSource, ModelError> {
+    let size = element_bytes(source)?;
+    let mut bytes = Vec::with_capacity(columns.len() * count * size);
+    for column in columns.clone() {
+        for row in first..first + count {
+            let at = (row * width + column) * size;
+            bytes.extend_from_slice(&source.bytes[at..at + size]);
+        }
+    }
+    let (rows, cols) = (columns.len(), count);
+    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows, cols, bytes: bytes.into() })
+}

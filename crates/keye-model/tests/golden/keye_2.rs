@@ -1,0 +1,259 @@
+//! Keye-VL-2.0: experts, sparse attention and pictures against the golden data, on every backend of this machine.
+
+use keye_backend::{Backend, Cpu, CpuOptions, Isa, KvDtype, Reference};
+use keye_media::{MediaKind, Patches, Pixels};
+use keye_model::{Batch, Chunk, FeatureRows, KeyeModel, LoadOptions, LogitRows, NoTap, Runner, Tap};
+use keye_processor::{Checkpoint, ModelConfig, prompt_positions};
+
+use crate::support::{Recorder, argmax, f32s, fixture, i64s};
+
+const FIXTURE: &str = "keye-2-tiny";
+const VOCAB: usize = 320;
+
+fn load<B: Backend>(backend: B, sparse: bool) -> KeyeModel<B> {
+    let dir = fixture(FIXTURE).join("model");
+    let mut config = ModelConfig::load(&dir).unwrap();
+    assert!(config.text.experts.is_some() && config.text.indexer.is_some());
+    if !sparse {
+        config.text.indexer = None;
+    }
+    let media = config.facts().media;
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let options = LoadOptions { cache_tokens: 512, kv_dtype: KvDtype::F32 };
+    KeyeModel::load(backend, &config, &media.processor, &checkpoint, options).unwrap()
+}
+
+struct Golden(Checkpoint);
+
+impl Golden {
+    fn open(name: &str) -> Self {
+        Self(Checkpoint::open_file(&fixture(FIXTURE).join(format!("golden_{name}.safetensors"))).unwrap())
+    }
+
+    fn ids(&self) -> Vec<u32> {
+        i64s(&self.0.get("input_ids").unwrap()).into_iter().map(|id| id as u32).collect()
+    }
+
+    fn grids(&self, name: &str) -> Vec<[u32; 3]> {
+        let values = self.0.get(name).map(|t| i64s(&t)).unwrap_or_default();
+        values.chunks_exact(3).map(|r| [r[0] as u32, r[1] as u32, r[2] as u32]).collect()
+    }
+
+    /// Whole numbers have to be equal, others within 1e-4 absolute and relative.
+    fn compare(&self, name: &str, found: &[f32]) {
+        let golden = self.0.get(name).unwrap_or_else(|| panic!("no {name}"));
+        let cols: usize = golden.shape[1..].iter().product();
+        if golden.dtype == keye_processor::Dtype::I32 {
+            let whole = golden.bytes.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap()) as f32);
+            assert!(whole.eq(found.iter().copied()), "{name}");
+            return;
+        }
+        let rows = match self.0.get(&format!("{name}.rows")) {
+            Some(rows) => i64s(&rows),
+            None => {
+                assert_eq!(found.len(), golden.shape[0] * cols, "{name}");
+                (0..golden.shape[0] as i64).collect()
+            }
+        };
+        for (row, values) in rows.into_iter().zip(f32s(&golden).chunks_exact(cols)) {
+            for (a, b) in found[row as usize * cols..].iter().zip(values) {
+                assert!((a - b).abs() <= 1e-4 + 1e-4 * b.abs(), "{name} row {row}: {a} for {b}");
+            }
+        }
+    }
+}
+
+/// A prompt that grows chunk by chunk.
+struct Sequence {
+    tokens: Vec<u32>,
+    positions: Vec<[u32; 3]>,
+    features: Vec<FeatureRows>,
+}
+
+impl Sequence {
+    /// Logits of the tokens `range`.
+    fn step(&self, model: &mut dyn Runner, range: std::ops::Range<usize>, tap: &mut dyn Tap) -> Vec<f32> {
+        let inside = |rows: &&FeatureRows| range.contains(&rows.at);
+        let chunk = Chunk {
+            tokens: self.tokens[range.clone()].to_vec(),
+            start: range.start,
+            positions: self.positions[range.clone()].to_vec(),
+            features: self
+                .features
+                .iter()
+                .filter(inside)
+                .map(|rows| FeatureRows { at: rows.at - range.start, ..*rows })
+                .collect(),
+            block_table: vec![3, 1],
+            logits: LogitRows::Range(0..range.len()),
+        };
+        // Beside it another sequence, which must not be seen.
+        let other = Chunk {
+            tokens: vec![7; 20 + range.start % 3],
+            start: 0,
+            positions: (0..20 + range.start as u32 % 3).map(|i| [i; 3]).collect(),
+            features: vec![],
+            block_table: vec![0],
+            logits: LogitRows::Last,
+        };
+        let chunks = if range.len() == self.tokens.len() { vec![chunk] } else { vec![chunk, other] };
+        model.step(&Batch { chunks }, tap).unwrap().logits.remove(0)
+    }
+}
+
+fn text(golden: &Golden) -> Sequence {
+    let tokens = golden.ids();
+    let positions = (0..tokens.len() as u32).map(|i| [i; 3]).collect();
+    Sequence { tokens, positions, features: vec![] }
+}
+
+fn check_recorded(golden: &Golden, tap: &Recorder) {
+    let mut compared = 0;
+    for (name, values) in tap.0.iter().filter(|(name, _)| name.contains('.')) {
+        golden.compare(name, values);
+        compared += 1;
+    }
+    assert_eq!(compared, 4 + 3 * 8, "tensors of three layers");
+}
+
+/// Greedy tokens after the prompt, all of them fed back.
+fn continue_greedily(model: &mut dyn Runner, golden: &Golden, sequence: &mut Sequence, delta: i64, tap: &mut dyn Tap) {
+    let n = sequence.tokens.len();
+    let expected = i64s(&golden.0.get("generated").unwrap());
+    let mut logits = sequence.step(model, 0..n, tap);
+    let mut steps = Vec::new();
+    for expected in expected {
+        let last = &logits[logits.len() - VOCAB..];
+        steps.extend_from_slice(last);
+        let token = argmax(last);
+        assert_eq!(i64::from(token), expected);
+        let index = sequence.tokens.len();
+        sequence.tokens.push(token);
+        sequence.positions.push([(index as i64 + delta) as u32; 3]);
+        logits = sequence.step(model, index..index + 1, &mut Only(tap));
+    }
+    golden.compare("step_logits", &steps);
+}
+
+/// Lets selections through: with another sequence beside it the first one's rows come first.
+struct Only<'a>(&'a mut dyn Tap);
+
+impl Tap for Only<'_> {
+    fn wants(&self, name: &str) -> bool {
+        name.starts_with("selected.")
+    }
+    fn record(&mut self, name: &str, cols: usize, rows: &[f32]) {
+        self.0.record(name, cols, &rows[..cols]);
+    }
+}
+
+fn check<B: Backend>(make: impl Fn() -> B) {
+    let mut model = load(make(), true);
+    for name in ["text", "short"] {
+        let golden = Golden::open(name);
+        let sequence = text(&golden);
+        let mut tap = Recorder::default();
+        let logits = sequence.step(&mut model, 0..sequence.tokens.len(), &mut tap);
+        golden.compare("logits", &logits);
+        golden.compare("final_hidden", &tap.0["lm_final_norm"]);
+        check_recorded(&golden, &tap);
+    }
+
+    let golden = Golden::open("text_dense");
+    let sequence = text(&golden);
+    let logits = sequence.step(&mut load(make(), false), 0..sequence.tokens.len(), &mut NoTap);
+    golden.compare("logits", &logits);
+
+    let golden = Golden::open("decode");
+    let mut tap = Recorder::default();
+    continue_greedily(&mut model, &golden, &mut text(&golden), 0, &mut tap);
+    for layer in 0..3 {
+        golden.compare(&format!("selected.{layer}"), &tap.0[&format!("selected.{layer}")]);
+    }
+}
+
+/// An image and three frames between text.
+fn pictures<B: Backend>(mut model: KeyeModel<B>) {
+    let golden = Golden::open("multimodal");
+    let (images, frames) = (golden.grids("image_grid_thw"), golden.grids("video_grid_thw"));
+    let config = ModelConfig::load(&fixture(FIXTURE).join("model")).unwrap();
+    let pads = [config.image_token_id, config.video_token_id];
+    let tokens = golden.ids();
+    let (positions, delta) = prompt_positions(&tokens, (pads[0], &images), (pads[1], &frames), 2).unwrap();
+    let axes: Vec<i64> = (0..3).flat_map(|axis| positions.iter().map(move |p| i64::from(p[axis]))).collect();
+    assert_eq!(axes, i64s(&golden.0.get("position_ids").unwrap()));
+    assert_eq!(delta, i64s(&golden.0.get("rope_delta").unwrap())[0]);
+    // Frames said as one grid of several time steps stand at the same positions.
+    let [_, h, w] = frames[0];
+    let merged = prompt_positions(&tokens, (pads[0], &images), (pads[1], &[[3, h, w]]), 2).unwrap();
+    assert_eq!(merged.0, positions);
+
+    let mut features = Vec::new();
+    for (kind, pixels, grid_thw, pad, embeds) in [
+        (MediaKind::Image, "pixel_values", images, pads[0], "image_embeds"),
+        (MediaKind::Video, "pixel_values_videos", frames, pads[1], "video_embeds"),
+    ] {
+        let pixels = Pixels::F32(f32s(&golden.0.get(pixels).unwrap()));
+        let mut tap = Recorder::default();
+        let patches = Patches { pixels, grid_thw, hash: [0; 32] };
+        let feature = model.encode(kind, &patches, &mut tap, &mut |_, _| true).unwrap();
+        golden.compare(embeds, &tap.0[&format!("{}_projector", &embeds[..5])]);
+        let places = tokens.iter().enumerate().filter(|(_, token)| **token == pad);
+        features.extend(places.enumerate().map(|(row, (at, _))| FeatureRows { at, feature, row, len: 1 }));
+    }
+    let mut sequence = Sequence { tokens, positions, features };
+    let mut tap = Recorder::default();
+    let logits = sequence.step(&mut model, 0..sequence.tokens.len(), &mut tap);
+    golden.compare("logits", &logits);
+    check_recorded(&golden, &tap);
+    continue_greedily(&mut model, &golden, &mut sequence, delta, &mut NoTap);
+}
+
+#[test]
+fn second_generation_on_the_reference() {
+    check(|| Reference);
+    pictures(load(Reference, true));
+}
+
+#[test]
+fn second_generation_on_every_instruction_set() {
+    for isa in Isa::available() {
+        let make = || Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap();
+        check(make);
+        pictures(load(make(), true));
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Bit for bit: in chunks beside another sequence, token by token, and at once.
+#[test]
+fn sparse_prompts_in_chunks_equal_the_whole_prompt() {
+    let golden = Golden::open("text");
+    let sequence = text(&golden);
+    let n = sequence.tokens.len();
+    fn all<B: Backend>(sequence: &Sequence, n: usize, make: impl Fn() -> B) {
+        let mut model = load(make(), true);
+        let whole = sequence.step(&mut model, 0..n, &mut NoTap);
+        for cuts in [vec![n - 1], vec![3, 15, 16, 17, 40], (1..n).collect()] {
+            let (mut logits, mut start) = (Vec::new(), 0);
+            for end in cuts.into_iter().chain([n]) {
+                logits.extend(sequence.step(&mut model, start..end, &mut NoTap));
+                start = end;
+            }
+            assert_eq!(bits(&logits), bits(&whole));
+        }
+        // As many tokens as are selected: dense attention, to the bit.
+        let dense = sequence.step(&mut load(make(), false), 0..n, &mut NoTap);
+        assert_eq!(bits(&dense[..16 * VOCAB]), bits(&whole[..16 * VOCAB]));
+        assert_ne!(bits(&dense[16 * VOCAB..]), bits(&whole[16 * VOCAB..]));
+    }
+    all(&sequence, n, || Reference);
+    for isa in Isa::available() {
+        for threads in [1, 3] {
+            all(&sequence, n, || Cpu::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).unwrap());
+        }
+    }
+}
