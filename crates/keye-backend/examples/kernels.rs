@@ -5,6 +5,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use keye_backend::packed::pack_rows;
 use keye_backend::{
     Activation, AttentionShape, Backend, BackendError, Cpu, CpuOptions, Dtype, Isa, Span, WeightSource,
 };
@@ -79,12 +80,52 @@ fn bf16(rows: usize, cols: usize) -> WeightSource {
     WeightSource { name: "random".into(), dtype: Dtype::Bf16, rows, cols, bytes }
 }
 
+/// Random codes with plausible scales.
+fn packed(dtype: Dtype, rows: usize, cols: usize) -> WeightSource {
+    let values: Vec<f32> = (0..16 * cols).map(|i| ((i * 7919) % 2003) as f32 * 1e-5 - 0.01).collect();
+    let mut tile = vec![0; dtype.stored_bytes(16, cols).expect("small")];
+    pack_rows(dtype, 16, cols, &values, &mut tile).expect("finite");
+    WeightSource { name: "random".into(), dtype, rows, cols, bytes: tile.repeat(rows / 16).into() }
+}
+
+/// Independent int8 dot products in registers: operations per second.
+#[cfg(target_arch = "x86_64")]
+fn dot_limit(threads: usize) -> Option<f64> {
+    use std::arch::x86_64::*;
+    const ROUNDS: usize = 20_000_000;
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn chains() {
+        let (mut acc, x) = ([_mm512_set1_epi32(1); 12], _mm512_set1_epi32(0x0102_0304));
+        for _ in 0..ROUNDS {
+            for acc in &mut acc {
+                *acc = _mm512_dpbusd_epi32(*acc, x, x);
+            }
+        }
+        black_box(acc);
+    }
+    if !is_x86_feature_detected!("avx512vnni") {
+        return None;
+    }
+    // SAFETY: the features are there.
+    let seconds = best(2, || on_threads(threads, || unsafe { chains() }));
+    Some((threads * ROUNDS * 12 * 128) as f64 / seconds)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn dot_limit(_threads: usize) -> Option<f64> {
+    None
+}
+
 fn main() -> Result<(), BackendError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(cores);
     let read = read_limit(threads);
+    let dots = dot_limit(threads);
+    println!("limit: {:.0} GOP/s in int8", dots.unwrap_or(f64::NAN) / 1e9);
     println!("limit: reads {:.1} GB/s, {threads} threads", read / 1e9);
-    for isa in Isa::available() {
+    // The portable kernels are there for machines without the others; `KEYE_ISA=portable` measures them.
+    let fast: Vec<Isa> = Isa::available().into_iter().filter(|isa| *isa != Isa::Portable).collect();
+    for isa in if std::env::var_os("KEYE_ISA").is_some() { vec![Isa::from_env()?] } else { fast } {
         let cpu = Cpu::new(CpuOptions { threads: Some(threads), isa: Some(isa) })?;
         let limit = fma_limit(isa, threads);
         let part =
@@ -100,6 +141,22 @@ fn main() -> Result<(), BackendError> {
             let seconds = best(2, || drop(black_box(cpu.linear(&x, &weight, None, Activation::None))));
             let rate = (2 * m * k * n) as f64 / seconds;
             println!("  {what:13} {m} x {k} x {n}: {:6.1} GFLOP/s{}", rate / 1e9, part(rate, limit));
+        }
+        for (dtype, m) in [Dtype::Int4, Dtype::Int8].into_iter().flat_map(|dtype| [512, 32, 8, 4].map(|m| (dtype, m))) {
+            for (k, n) in [(1152, 4304), (4304, 1152), (4096, 4096), (4096, 12288), (12288, 4096)] {
+                let (weight, x) = (cpu.load(&packed(dtype, n, k))?, cpu.upload(m, k, &vec![0.5; m * k])?);
+                let seconds = best(2, || drop(black_box(cpu.linear(&x, &weight, None, Activation::None))));
+                let rate = (2 * m * k * n) as f64 / seconds;
+                println!("  {dtype:?} {m} x {k} x {n}: {:6.1} GOP/s{}", rate / 1e9, part(rate, dots));
+            }
+        }
+        for dtype in [Dtype::Int4, Dtype::Int8] {
+            let weights = (0..16).map(|_| cpu.load(&packed(dtype, 12288, 4096))).collect::<Result<Vec<_>, _>>()?;
+            let x = cpu.upload(1, 4096, &vec![0.5; 4096])?;
+            let seconds =
+                best(2, || weights.iter().for_each(|w| drop(black_box(cpu.linear(&x, w, None, Activation::None)))));
+            let rate = (16 * dtype.stored_bytes(12288, 4096).unwrap_or(0)) as f64 / seconds;
+            println!("  {dtype:?} one token 1 x 4096 x 12288: {:5.1} GB/s{}", rate / 1e9, part(rate, Some(read)));
         }
         let weights = (0..8).map(|_| cpu.load(&bf16(12288, 4096))).collect::<Result<Vec<_>, _>>()?;
         let x = cpu.upload(1, 4096, &vec![0.5; 4096])?;
