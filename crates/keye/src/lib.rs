@@ -30,7 +30,9 @@ mod disk;
 pub mod hub;
 mod media_argument;
 mod memory;
+mod new_dir;
 pub mod presets;
+pub mod quantize;
 pub mod random_checkpoint;
 
 pub use api::{AskError, Events, Keye, LoadError, LoadOptions, LoadProgress, default_sampling, resolve_model};

@@ -342,6 +342,13 @@ impl Preset {
         })
     }
 
+    /// The tensors that inference uses, in the order of a forward pass.
+    pub fn used_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
+        let config = ModelConfig::from_value(Path::new("config.json"), &self.config(dtype))?;
+        let layout = keye_model::weight_layout(&config);
+        Ok(layout.into_iter().map(|tensor| NewTensor { name: tensor.name, dtype, shape: tensor.shape }).collect())
+    }
+
     /// Every tensor of the checkpoint, those that inference does not use included (spec §3).
     pub fn tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
         let config = ModelConfig::from_value(Path::new("config.json"), &self.config(dtype))?;

@@ -1,25 +1,28 @@
 //! Checkpoints with random weights: the layout, size and speed of the real ones without their knowledge.
 
-use std::fs;
+use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use keye_processor::{Dtype, NewTensor, write_checkpoint};
+use anyhow::{Result, bail};
+use keye_backend::packed::{TILE_ROWS, pack_rows, tile_bytes};
+use keye_processor::{Dtype, NewTensor, PackedFormat, PackedTag, PackedTags, write_packed_checkpoint};
 
-use crate::disk::free_bytes;
+use crate::new_dir::NewDir;
 use crate::presets::Preset;
+use crate::quantize::{packed_dtype, packed_layout, quantization_config, write_json};
 
 /// Elements of a shard, as transformers saves them.
 const SHARD_BYTES: u64 = 5_000_000_000;
-/// What json files and headers need, generously.
-const EXTRA_BYTES: u64 = 4 << 20;
 /// Standard deviation of weights (`initializer_range`), and of biases.
 const WEIGHT_STD: f32 = 0.02;
 const BIAS_STD: f32 = 0.002;
 /// Entries of the table that random numbers choose from.
 const TABLE: usize = 1 << TABLE_BITS;
 const TABLE_BITS: usize = 12;
+
+/// Distinct tiles of 16 rows that random packed tensors are put together from.
+const TILES: usize = 32;
 
 /// Writes the files and random weights of `preset` as the new directory `dir`.
 ///
@@ -36,32 +39,46 @@ pub fn write(
     if !matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
         bail!("random weights are written as bf16, f16 or f32, not as {dtype}");
     }
-    let is_empty = |dir: &Path| fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
-    if dir.exists() && !is_empty(dir) {
-        bail!("{} is there already and not an empty directory; choose another name or remove it", dir.display());
-    }
-    let tensors = preset.tensors(dtype)?;
+    write_layout(dir, preset, dtype, (preset.tensors(dtype)?, PackedTags::new()), None, seed, progress)
+}
+
+/// As [`write`], quantised to `to` as [`quantize`](crate::quantize::quantize) does it, tensors that inference does not use
+/// left out; what is not packed is bf16.
+///
+/// Packed matrices are put together from a few random tiles, so that they are written as fast as the disk takes them: of
+/// any more than 512 rows some are the same.
+pub fn write_packed(
+    dir: &Path,
+    preset: Preset,
+    to: PackedFormat,
+    seed: u64,
+    progress: &mut dyn FnMut(u64, u64) -> bool,
+) -> Result<()> {
+    let layout = packed_layout(preset.used_tensors(Dtype::Bf16)?, to)?;
+    write_layout(dir, preset, Dtype::Bf16, layout, Some(to), seed, progress)
+}
+
+fn write_layout(
+    dir: &Path,
+    preset: Preset,
+    dtype: Dtype,
+    (tensors, tags): (Vec<NewTensor>, PackedTags),
+    packed: Option<PackedFormat>,
+    seed: u64,
+    progress: &mut dyn FnMut(u64, u64) -> bool,
+) -> Result<()> {
     let total: u64 = tensors.iter().filter_map(NewTensor::bytes).sum();
-    let free = free_bytes(dir).with_context(|| format!("cannot tell how much room there is for {}", dir.display()))?;
-    if total + EXTRA_BYTES > free {
-        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-        bail!(
-            "{} needs {:.1} GB, {} has room for {:.1} GB",
-            preset.name(),
-            gigabytes(total),
-            dir.display(),
-            gigabytes(free)
-        );
-    }
-    let partial = PartialDir::create(dir)?;
-    for (name, content) in preset.files(dtype) {
-        let path = partial.path.join(name);
-        fs::write(&path, format!("{content:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
+    let new = NewDir::create(dir, preset.name(), total)?;
+    for (name, mut content) in preset.files(dtype) {
+        if let (Some(to), "config.json") = (packed, name) {
+            content["quantization_config"] = quantization_config(to);
+        }
+        write_json(&new.path.join(name), &content)?;
     }
     let mut done = 0;
     let mut generator = Generator::new(dtype, seed);
-    write_checkpoint(&partial.path, &tensors, SHARD_BYTES, &mut |tensor, out| {
-        generator.fill(tensor, &mut |bytes| {
+    write_packed_checkpoint(&new.path, &tensors, &tags, SHARD_BYTES, &mut |tensor, out| {
+        generator.fill(tensor, tags.get(&tensor.name).copied(), &mut |bytes| {
             out.write_all(bytes)?;
             done += bytes.len() as u64;
             match progress(done, total) {
@@ -70,52 +87,7 @@ pub fn write(
             }
         })
     })?;
-    partial.keep(dir)
-}
-
-/// `DIR.partial`, removed when dropped before it is kept.
-struct PartialDir {
-    path: PathBuf,
-}
-
-impl PartialDir {
-    fn create(dir: &Path) -> Result<Self> {
-        let name = dir.file_name().with_context(|| format!("{}: expected the name of a directory", dir.display()))?;
-        let mut name = name.to_owned();
-        name.push(".partial");
-        let partial = Self { path: dir.with_file_name(name) };
-        partial.remove();
-        fs::create_dir_all(&partial.path).with_context(|| format!("cannot create {}", partial.path.display()))?;
-        if fs::read_dir(&partial.path)?.next().is_some() {
-            let path = partial.path.clone();
-            bail!("{} holds files that this program did not write; remove it", path.display());
-        }
-        Ok(partial)
-    }
-
-    /// Removes what a run writes, and the directory if nothing else is in it.
-    fn remove(&self) {
-        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let ours = name.ends_with(".json") || name.ends_with(".safetensors") || name.ends_with(".partial");
-            if ours && entry.file_type().is_ok_and(|kind| kind.is_file()) {
-                // What cannot be removed makes the next step fail with a message.
-                let _ = fs::remove_file(entry.path());
-            }
-        }
-        let _ = fs::remove_dir(&self.path);
-    }
-
-    fn keep(self, dir: &Path) -> Result<()> {
-        fs::rename(&self.path, dir)
-            .with_context(|| format!("cannot rename {} to {}", self.path.display(), dir.display()))
-    }
-}
-
-impl Drop for PartialDir {
-    fn drop(&mut self) {
-        self.remove();
-    }
+    new.keep()
 }
 
 /// Fills tensors by drawing from a table of normal numbers.
@@ -125,6 +97,8 @@ struct Generator {
     weights: Vec<[u8; 4]>,
     biases: Vec<[u8; 4]>,
     buffer: Vec<u8>,
+    /// Random tiles by format and columns.
+    tiles: BTreeMap<(PackedFormat, usize), Vec<u8>>,
 }
 
 impl Generator {
@@ -132,11 +106,23 @@ impl Generator {
 
     fn new(dtype: Dtype, seed: u64) -> Self {
         let table = |std: f32| normal_table().map(|x| encode(dtype, x * std)).collect();
-        Self { dtype, seed, weights: table(WEIGHT_STD), biases: table(BIAS_STD), buffer: vec![0; Self::BUFFER] }
+        Self {
+            dtype,
+            seed,
+            weights: table(WEIGHT_STD),
+            biases: table(BIAS_STD),
+            buffer: vec![0; Self::BUFFER],
+            tiles: BTreeMap::new(),
+        }
     }
 
     /// Hands out the bytes of `tensor` in pieces. They depend on seed, name and shape only.
-    fn fill(&mut self, tensor: &NewTensor, write: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    fn fill(
+        &mut self,
+        tensor: &NewTensor,
+        tag: Option<PackedTag>,
+        write: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
         let size = self.dtype.size();
         let is_norm = tensor.name.contains("norm") && tensor.name.ends_with(".weight");
         let one = [encode(self.dtype, 1.0)];
@@ -151,6 +137,15 @@ impl Generator {
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         let mut random = SplitMix(hash ^ self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        if let Some(tag) = tag {
+            let tiles = self.tiles.entry((tag.format, tag.cols)).or_insert_with(|| random_tiles(tag, self.seed));
+            let tile = tiles.len() / TILES;
+            for _ in 0..tag.rows.div_ceil(TILE_ROWS) {
+                let at = (random.next() as usize % TILES) * tile;
+                write(&tiles[at..at + tile])?;
+            }
+            return Ok(());
+        }
         let mut left = tensor.bytes().unwrap_or(0);
         while left > 0 {
             let piece = left.min(Self::BUFFER as u64) as usize;
@@ -164,6 +159,18 @@ impl Generator {
         }
         Ok(())
     }
+}
+
+/// [`TILES`] tiles of normal weights.
+fn random_tiles(tag: PackedTag, seed: u64) -> Vec<u8> {
+    let table: Vec<f32> = normal_table().map(|x| x * WEIGHT_STD).collect();
+    let mut random = SplitMix(seed ^ tag.cols as u64);
+    let rows = TILES * TILE_ROWS;
+    let values: Vec<f32> = (0..rows * tag.cols).map(|_| table[random.next() as usize % TABLE]).collect();
+    let dtype = packed_dtype(tag.format);
+    let mut tiles = vec![0; tile_bytes(dtype, tag.cols).unwrap_or(0) * TILES];
+    pack_rows(dtype, rows, tag.cols, &values, &mut tiles).expect("the table has finite numbers");
+    tiles
 }
 
 /// Fills `out` with entries of `N` bytes; one random number gives four of them.

@@ -9,6 +9,7 @@ mod failure;
 mod generate;
 mod golden;
 mod inspect;
+mod quantize;
 #[cfg(feature = "serve")]
 mod serve;
 mod signals;
@@ -53,6 +54,7 @@ enum Command {
     Serve(Box<serve::Args>),
     Trace(trace::Args),
     Inspect(inspect::Args),
+    Quantize(quantize::Args),
     Bench(bench::Args),
     Completions(completions::Args),
 }
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(*args),
         Command::Trace(args) => trace::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Completions(args) => completions::run(args),
     };
