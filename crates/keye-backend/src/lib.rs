@@ -28,7 +28,8 @@ mod select;
 mod weight;
 
 pub use backend::{
-    Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, Expert, IndexShape, KvDtype, QkNorm, SequenceRows, Span,
+    Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, Expert, IndexShape, KvDtype, QkNorm, SequenceRows,
+    Span,
 };
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::BackendError;

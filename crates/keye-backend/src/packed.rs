@@ -231,8 +231,8 @@ crate::cpu::isa::dispatch! {
 fn sum(term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; 8];
     for c in 0..GROUP / 8 {
-        for l in 0..8 {
-            lanes[l] += term(8 * c + l);
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            *lane += term(8 * c + l);
         }
     }
     ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
@@ -240,6 +240,7 @@ fn sum(term: impl Fn(usize) -> f32) -> f32 {
 
 /// Starts from ranges of 12 to 19 steps, some of which cut the ends off, and fits line and codes to each other.
 #[allow(clippy::needless_range_loop, reason = "lanes")]
+#[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled once for each instruction set")]
 #[inline(always)]
 unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
     let mut lo = 0.0f32;
@@ -296,6 +297,7 @@ unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
 }
 
 #[allow(clippy::needless_range_loop, reason = "lanes")]
+#[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled once for each instruction set")]
 #[inline(always)]
 unsafe fn search_int8_in<S>(x: &Group) -> (u16, [i8; GROUP]) {
     let mut largest = 0.0f32;

@@ -40,7 +40,13 @@ impl QuantizedRows {
 }
 
 /// One row; `codes`, `scales` and `negated_sums` are a row's of [`QuantizedRows`], zeros behind the last column.
-pub(crate) fn quantize_row(isa: crate::cpu::Isa, x: &[f32], codes: &mut [i8], scales: &mut [f32], negated_sums: &mut [i32]) {
+pub(crate) fn quantize_row(
+    isa: crate::cpu::Isa,
+    x: &[f32],
+    codes: &mut [i8],
+    scales: &mut [f32],
+    negated_sums: &mut [i32],
+) {
     quantize(isa, x, codes, scales, negated_sums);
 }
 
@@ -49,6 +55,7 @@ crate::cpu::isa::dispatch! {
 }
 
 #[allow(clippy::needless_range_loop, reason = "lanes")]
+#[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled once for each instruction set")]
 #[inline(always)]
 unsafe fn quantize_in<S>(x: &[f32], codes: &mut [i8], scales: &mut [f32], negated_sums: &mut [i32]) {
     for (group, x) in x.chunks(GROUP).enumerate() {

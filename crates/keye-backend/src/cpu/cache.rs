@@ -54,7 +54,7 @@ impl CpuCache {
             };
             (0..spec.layers).map(layer).collect::<Result<Vec<_>, BackendError>>()
         };
-        let index = (BLOCK_TOKENS * spec.index_dim).checked_mul(blocks).unwrap_or(usize::MAX);
+        let index = (BLOCK_TOKENS * spec.index_dim).saturating_mul(blocks);
         Ok(Self { spec, layers: layers(elements)?, index: layers(index)? })
     }
 

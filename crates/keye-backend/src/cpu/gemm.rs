@@ -65,10 +65,11 @@ pub(crate) fn product(
         let n = width.min(weight.rows - n0);
         let x = &x.data[m0 * x.cols..(m0 + m) * x.cols];
         let (sums, rest) = scratch.split(m * width, if matches!(finish, Finish::Gate(_)) { m * width } else { 0 });
-        let multiply = |weight: &HostWeight, sums: &mut [f32], widened: &mut Vec<f32>| match (&quantized, weight.elements()) {
-            (Some(x), Elements::Packed(dtype, bytes)) => quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums),
-            _ => panel(isa, x, m, weight, n0, n, sums, widened),
-        };
+        let multiply =
+            |weight: &HostWeight, sums: &mut [f32], widened: &mut Vec<f32>| match (&quantized, weight.elements()) {
+                (Some(x), Elements::Packed(dtype, bytes)) => quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums),
+                _ => panel(isa, x, m, weight, n0, n, sums, widened),
+            };
         multiply(weight, sums, rest.1);
         if let Finish::Gate(up) = finish {
             multiply(up, rest.0, rest.1);

@@ -24,11 +24,8 @@ pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> QuantizedRows {
     const ROWS: usize = 8;
     let mut rows = QuantizedRows::new(x.rows, x.cols);
     let (cols, groups) = (rows.cols, rows.groups());
-    let targets = (
-        SyncPtr(rows.codes.as_mut_ptr()),
-        SyncPtr(rows.scales.as_mut_ptr()),
-        SyncPtr(rows.negated_sums.as_mut_ptr()),
-    );
+    let targets =
+        (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()), SyncPtr(rows.negated_sums.as_mut_ptr()));
     pool.run(x.rows.div_ceil(ROWS), 2 * x.rows * x.cols, |task, _| {
         for row in task * ROWS..x.rows.min((task + 1) * ROWS) {
             // SAFETY: each row belongs to one task.

@@ -105,10 +105,8 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, 
                 let group = 2 * b + half;
                 let at = 16 * half + 8 * half_tile;
                 let s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(at).cast()));
-                let scale = _mm256_castsi256_ps(_mm256_add_epi32(
-                    _mm256_slli_epi32::<18>(s),
-                    _mm256_set1_epi32(120 << 23),
-                ));
+                let scale =
+                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<18>(s), _mm256_set1_epi32(120 << 23)));
                 let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(32 + at).cast()));
                 // Eight pairs of products of at most 15 * 127 stay below 2^15.
                 let mut t = [_mm256_setzero_si256(); M];

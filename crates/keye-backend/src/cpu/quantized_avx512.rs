@@ -99,10 +99,8 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
             for half in 0..2 {
                 let group = 2 * b + half;
                 let s = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(16 * half).cast()));
-                let scale = _mm512_castsi512_ps(_mm512_add_epi32(
-                    _mm512_slli_epi32::<18>(s),
-                    _mm512_set1_epi32(120 << 23),
-                ));
+                let scale =
+                    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<18>(s), _mm512_set1_epi32(120 << 23)));
                 let z = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(32 + 16 * half).cast()));
                 let mut t = [_mm512_setzero_si512(); M];
                 for m in 0..M {

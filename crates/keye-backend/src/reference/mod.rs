@@ -48,12 +48,7 @@ impl Backend for Reference {
 
     fn load(&self, source: &WeightSource) -> Result<ReferenceWeight, BackendError> {
         let weight = HostWeight::load(source)?;
-        Ok(ReferenceWeight {
-            rows: weight.rows,
-            cols: weight.cols,
-            data: weight.widen(),
-            packed: weight.is_packed(),
-        })
+        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: weight.is_packed() })
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
