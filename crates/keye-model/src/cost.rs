@@ -26,10 +26,24 @@ pub(crate) fn vision(config: &VisionConfig, hidden_size: usize, patches: usize, 
 
 /// The decoder over a prompt of `tokens` tokens, logits of one row.
 pub(crate) fn prefill(config: &TextConfig, tokens: usize) -> f64 {
-    let (h, f) = (config.hidden_size as f64, config.intermediate_size as f64);
+    let h = config.hidden_size as f64;
+    // Width of the feed-forward block that a token goes through.
+    let f = match &config.experts {
+        Some(experts) => (experts.num_experts_per_tok * experts.moe_intermediate_size) as f64,
+        None => config.intermediate_size as f64,
+    };
     let (q, kv) =
         ((config.num_attention_heads * config.head_dim) as f64, (config.num_key_value_heads * config.head_dim) as f64);
     let n = tokens as f64;
-    let layer = n * 2.0 * (2.0 * h * q + 2.0 * h * kv + 3.0 * h * f) + n * n * 2.0 * q;
+    let attention = match &config.indexer {
+        None => n * n * 2.0 * q,
+        // Half of the square is scored by the index heads; beyond the first topk a query attends to topk keys.
+        Some(indexer) => {
+            let (width, topk) = ((indexer.num_heads * indexer.head_dim) as f64, n.min(indexer.topk as f64));
+            let scored = if n > topk { n * n * width } else { 0.0 };
+            scored + (topk * topk + 2.0 * (n - topk) * topk) * 2.0 * q
+        }
+    };
+    let layer = n * 2.0 * (2.0 * h * q + 2.0 * h * kv + 3.0 * h * f) + attention;
     config.num_hidden_layers as f64 * layer + 2.0 * h * config.vocab_size as f64
 }

@@ -68,9 +68,27 @@ pub fn weight_layout(config: &ModelConfig) -> Vec<TensorShape> {
         add(format!("{layer}.self_attn.q_norm.weight"), &[text.head_dim]);
         add(format!("{layer}.self_attn.k_norm.weight"), &[text.head_dim]);
         add(format!("{layer}.post_attention_layernorm.weight"), &[h]);
-        add(format!("{layer}.mlp.gate_proj.weight"), &[text.intermediate_size, h]);
-        add(format!("{layer}.mlp.up_proj.weight"), &[text.intermediate_size, h]);
-        add(format!("{layer}.mlp.down_proj.weight"), &[h, text.intermediate_size]);
+        if let Some(indexer) = &text.indexer {
+            let (at, width) = (format!("{layer}.self_attn.sa_indexer"), indexer.head_dim);
+            add(format!("{at}.q_proj.weight"), &[indexer.num_heads * (width + 1), h]);
+            add(format!("{at}.k_proj.weight"), &[width, h]);
+            for name in ["q_norm.weight", "k_norm.weight", "k_norm.bias"] {
+                add(format!("{at}.{name}"), &[width]);
+            }
+        }
+        match &text.experts {
+            Some(experts) => {
+                let (count, width) = (experts.num_experts, experts.moe_intermediate_size);
+                add(format!("{layer}.mlp.gate.weight"), &[count, h]);
+                add(format!("{layer}.mlp.experts.gate_up_proj"), &[count, h, 2 * width]);
+                add(format!("{layer}.mlp.experts.down_proj"), &[count, width, h]);
+            }
+            None => {
+                add(format!("{layer}.mlp.gate_proj.weight"), &[text.intermediate_size, h]);
+                add(format!("{layer}.mlp.up_proj.weight"), &[text.intermediate_size, h]);
+                add(format!("{layer}.mlp.down_proj.weight"), &[h, text.intermediate_size]);
+            }
+        }
     }
     add("model.norm.weight".into(), &[h]);
     if !text.tie_word_embeddings {

@@ -224,6 +224,19 @@ fn second_generation_on_every_instruction_set() {
     }
 }
 
+/// What a config asks for is what the checkpoint has, but for the table that no inference uses.
+#[test]
+fn layout_is_that_of_the_checkpoint() {
+    let dir = fixture(FIXTURE).join("model");
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let layout = keye_model::weight_layout(&ModelConfig::load(&dir).unwrap());
+    for tensor in &layout {
+        assert_eq!(checkpoint.get(&tensor.name).map(|t| t.shape).as_ref(), Some(&tensor.shape), "{}", tensor.name);
+    }
+    let unused: Vec<&str> = checkpoint.names().filter(|name| layout.iter().all(|t| t.name != *name)).collect();
+    assert_eq!(unused, ["visual.vision_model.embeddings.packing_position_embedding.weight"]);
+}
+
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
