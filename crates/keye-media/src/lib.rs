@@ -25,6 +25,7 @@ mod frames;
 mod hsv;
 mod item;
 mod loader;
+mod measure;
 mod media;
 mod options;
 mod patches;
@@ -33,9 +34,12 @@ mod probe;
 mod remote;
 mod remote_policy;
 mod resample;
+#[cfg(target_arch = "x86_64")]
+mod resample_avx2;
 mod sampling;
 mod similarity;
 mod sizes;
+mod slow_fast;
 mod smart_resize;
 mod sniff;
 mod source;
@@ -47,6 +51,7 @@ pub use config::{Alpha, ImageConfig, MediaConfig, ProcessorConfig, Resample, Vid
 pub use error::MediaError;
 pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
 pub use loader::{Access, Limits, Loader, Progress, TimestampRule};
+pub use measure::{MediaCost, media_cost, write_sample_clip, write_sample_photo};
 pub use media::{Frame, FrameKind, Media, Patches, Pixels};
 pub use remote_policy::{RemotePolicy, is_global};
 

@@ -1,5 +1,8 @@
 //! Pillow's and torch's antialiased resampling of interleaved RGB (spec §10.6).
 
+#[cfg(target_arch = "x86_64")]
+use crate::resample_avx2::Packed;
+
 /// The interpolating function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kernel {
@@ -27,6 +30,8 @@ pub(crate) struct Scratch {
     bytes: Vec<u8>,
     floats: Vec<f32>,
     row: Vec<f32>,
+    #[cfg(target_arch = "x86_64")]
+    tail: crate::resample_avx2::Tail,
 }
 
 /// Resizes pictures of one size to another. The horizontal pass comes first; a pass that changes nothing is skipped.
@@ -37,6 +42,9 @@ pub(crate) struct Resizer {
     out_h: usize,
     out_w: usize,
     passes: Passes,
+    /// The integer passes for wide registers, across and down, if the processor has them.
+    #[cfg(target_arch = "x86_64")]
+    packed: Option<[Option<Packed>; 2]>,
 }
 
 #[derive(Debug)]
@@ -68,14 +76,35 @@ impl Resizer {
                 down: (in_h != out_h).then(|| integer_axis(in_h, out_h, kernel, mode)),
             },
         };
+        #[cfg(target_arch = "x86_64")]
+        let packed = match &passes {
+            // The vertical pass takes 32 bytes at once.
+            Passes::Integer { across, down } if is_x86_feature_detected!("avx2") && out_w >= 11 => {
+                Some([across, down].map(|axis| axis.as_ref().map(|axis| Packed::new(axis.outputs(), axis.bits))))
+            }
+            _ => None,
+        };
         let [in_h, in_w, out_h, out_w] = [in_h, in_w, out_h, out_w].map(|side| side as usize);
-        Self { in_h, in_w, out_h, out_w, passes }
+        Self {
+            in_h,
+            in_w,
+            out_h,
+            out_w,
+            passes,
+            #[cfg(target_arch = "x86_64")]
+            packed,
+        }
     }
 
     /// Replaces `out` by the resized picture. `rgb` is `[in_h, in_w, 3]`, `out` becomes `[out_h, out_w, 3]`. The result
     /// does not depend on the processor: wider registers change no order of sums, and fused products are asked for by
     /// name (without the instruction they are slow, but the same).
     pub(crate) fn run(&self, rgb: &[u8], out: &mut Vec<u8>, scratch: &mut Scratch) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some([across, down]) = &self.packed {
+            // SAFETY: there are packed weights only if the processor has AVX2.
+            return unsafe { self.run_packed(across.as_ref(), down.as_ref(), rgb, out, scratch) };
+        }
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             // SAFETY: the processor has AVX2 and FMA, all that the function asks for.
@@ -90,9 +119,47 @@ impl Resizer {
         self.run_here(rgb, out, scratch);
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn run_packed(
+        &self,
+        across: Option<&Packed>,
+        down: Option<&Packed>,
+        rgb: &[u8],
+        out: &mut Vec<u8>,
+        scratch: &mut Scratch,
+    ) {
+        self.check(rgb);
+        let resize = |buffer: &mut Vec<u8>, rows: usize| buffer.resize(rows * self.out_w * 3, 0);
+        match (across, down) {
+            (None, None) => {
+                out.clear();
+                out.extend_from_slice(rgb);
+            }
+            (Some(across), None) => {
+                resize(out, self.in_h);
+                across.across(rgb, self.in_w, out, &mut scratch.tail);
+            }
+            (None, Some(down)) => {
+                resize(out, self.out_h);
+                down.down(rgb, out, self.out_w * 3);
+            }
+            (Some(across), Some(down)) => {
+                resize(&mut scratch.bytes, self.in_h);
+                resize(out, self.out_h);
+                across.across(rgb, self.in_w, &mut scratch.bytes, &mut scratch.tail);
+                down.down(&scratch.bytes, out, self.out_w * 3);
+            }
+        }
+    }
+
+    fn check(&self, rgb: &[u8]) {
+        assert_eq!(rgb.len(), self.in_h * self.in_w * 3, "a frame of another size than the resizer's");
+    }
+
     #[inline(always)]
     fn run_here(&self, rgb: &[u8], out: &mut Vec<u8>, scratch: &mut Scratch) {
-        assert_eq!(rgb.len(), self.in_h * self.in_w * 3, "a frame of another size than the resizer's");
+        self.check(rgb);
         out.clear();
         match &self.passes {
             Passes::Integer { across, down } => {
@@ -143,6 +210,12 @@ fn round(value: f32) -> u8 {
 }
 
 impl Axis<i32> {
+    /// First input index and weights of every output.
+    #[cfg(target_arch = "x86_64")]
+    fn outputs(&self) -> impl Iterator<Item = (usize, &[i32])> + Clone {
+        self.taps.iter().map(|(first, range)| (*first, &self.weights[range.clone()]))
+    }
+
     #[inline(always)]
     fn finish(&self, sum: i32) -> u8 {
         (sum >> self.bits).clamp(0, 255) as u8
@@ -352,6 +425,28 @@ mod tests {
                 assert!(reused == plain && plain.len() == (h * w * 3) as usize, "{kernel:?} {mode:?} {h}x{w}");
                 assert!((h, w) != (97, 131) || plain == rgb, "the same size is the identity");
             }
+        }
+    }
+
+    /// The same over random sizes, pictures of noise and of the extreme values that overflow first.
+    #[test]
+    fn wide_registers_give_the_same_bytes_at_any_size() {
+        let mut state = 1u64;
+        let mut below = |n: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % n
+        };
+        let picture = noise(80 * 80 * 3);
+        let extremes: Vec<u8> = picture.iter().map(|v| if *v < 128 { 0 } else { 255 }).collect();
+        let (mut out, mut plain, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
+        for round in 0..4000 {
+            let [in_h, in_w, out_h, out_w] = [0; 4].map(|_| 1 + below(80) as u32);
+            let (kernel, mode) = ALL[round % ALL.len()];
+            let rgb = &[&picture, &extremes][below(2) as usize][..(in_h * in_w * 3) as usize];
+            let resizer = Resizer::new(in_h, in_w, out_h, out_w, kernel, mode);
+            resizer.run_here(rgb, &mut plain, &mut Scratch::default());
+            resizer.run(rgb, &mut out, &mut scratch);
+            assert!(out == plain, "{kernel:?} {mode:?} {in_h}x{in_w} to {out_h}x{out_w}");
         }
     }
 

@@ -36,20 +36,13 @@ pub(crate) fn whole_clip_size(
     smart_resize_real(h, w, IMAGE_FACTOR, min, max)
 }
 
-/// 1.5: sizes of a clip of `h` x `w` with so many slow and fast frames.
+/// 1.5: the most pixels of a slow frame that the budget allows a clip with so many slow and fast frames.
 ///
 /// The search for the number of tokens ends on the first one that does *not* fit, so that the budget may be exceeded a
 /// little; that is the reference's behaviour.
-pub(crate) fn slow_fast_sizes(
-    h: u32,
-    w: u32,
-    slow: u64,
-    fast: u64,
-    options: &ItemOptions,
-    config: &VideoConfig,
-) -> Result<SlowFastSizes, String> {
+pub(crate) fn most_slow_pixels(slow: u64, fast: u64, options: &ItemOptions, config: &VideoConfig) -> f64 {
     let side = f64::from(IMAGE_FACTOR);
-    let min = options.min_pixels.unwrap_or(config.min_pixels).max(config.min_pixels);
+    let min = least_pixels(options, config);
     let budget = options.video_total_pixels.unwrap_or(config.total_pixels);
     let min_tokens = (min as f64 / side / side) as u64;
     let estimate = |tokens: u64| {
@@ -68,7 +61,25 @@ pub(crate) fn slow_fast_sizes(
             left = (middle + 1) as f64;
         }
     }
-    let slow_max = left * side * side;
+    left * side * side
+}
+
+fn least_pixels(options: &ItemOptions, config: &VideoConfig) -> u64 {
+    options.min_pixels.unwrap_or(config.min_pixels).max(config.min_pixels)
+}
+
+/// 1.5: sizes of a clip of `h` x `w` with so many slow and fast frames.
+pub(crate) fn slow_fast_sizes(
+    h: u32,
+    w: u32,
+    slow: u64,
+    fast: u64,
+    options: &ItemOptions,
+    config: &VideoConfig,
+) -> Result<SlowFastSizes, String> {
+    let side = f64::from(IMAGE_FACTOR);
+    let min = least_pixels(options, config);
+    let slow_max = most_slow_pixels(slow, fast, options, config);
 
     let min = min as f64;
     let slow_size = smart_resize_real(h, w, IMAGE_FACTOR, min, slow_max)?;

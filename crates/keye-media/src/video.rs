@@ -1,9 +1,8 @@
 //! Clips: from a file to patches (spec §10.2 and §10.3), one frame at a time.
 //!
 //! [`probe`](crate::probe) tells what there is, [`sampling`](crate::sampling) which frames are wanted,
-//! [`decode`](crate::decode) streams them. A `WholeClip` frame is resized and cut as it comes. The frame sizes of a
-//! `SlowFast` clip depend on how many frames turn out slow, so its frames are classified as they come, put aside on disk
-//! ([`Spill`]) and resized in a second pass.
+//! [`decode`](crate::decode) streams them. A `WholeClip` frame is resized and cut as it comes; the frames of a `SlowFast`
+//! clip go through [`slow_fast`](crate::slow_fast).
 //!
 //! **Frames that do not come.** The packets promise a number of frames. When the decoder gives fewer of the wanted ones
 //! (a cut or damaged file, fields in packets of their own), the decodable frames are counted by decoding once, and the
@@ -19,11 +18,10 @@ use crate::patches;
 use crate::probe::{Clip, probe};
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
 use crate::sampling::{SamplePlan, reference_timestamp, slow_fast_plan, whole_clip_plan};
-use crate::similarity::Classifier;
-use crate::sizes::{slow_fast_sizes, whole_clip_size};
+use crate::sizes::whole_clip_size;
+use crate::slow_fast::{SlowFast, SlowFastClip};
 use crate::smart_resize::smart_resize_hub;
 use crate::sniff;
-use crate::spill::Spill;
 use crate::{
     Frame, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Progress, Resample, TimestampRule, VideoRule,
 };
@@ -163,9 +161,9 @@ impl Work<'_, '_> {
             }
             false => (height, width, None),
         };
-        let mut pixels = self.patch_memory(n, &[(height, width)])?;
+        let mut pixels = self.patch_memory(n, (height, width))?;
         let (mut resized, mut again, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
-        let came = self.stream(plan, &mut |rgb| {
+        let came = self.stream(plan, |rgb, _| {
             first.run(rgb, &mut resized, &mut scratch);
             let frame = match &second {
                 Some(second) => {
@@ -182,42 +180,17 @@ impl Work<'_, '_> {
     }
 
     fn slow_fast(&mut self, plan: &SamplePlan, accept_short: bool) -> Result<Option<Media>, MediaError> {
-        let config = &self.loader.config;
-        let (h, w) = (self.clip.height, self.clip.width);
-        let similarity = self.options.min_frame_similarity.unwrap_or(config.video.min_frame_similarity);
-        let classifier = Classifier::new(h, w, similarity);
-        let mut classifier = classifier.map_err(|reason| self.watch.unreadable(reason))?;
-        let mut spill = Spill::new()?;
-        let mut kinds = Vec::with_capacity(plan.indices.len());
-        let came = self.stream(plan, &mut |rgb| {
-            kinds.push(classifier.push(rgb));
-            spill.write(rgb)
-        })?;
-        if came == 0 || (came < plan.indices.len() && !accept_short) {
+        let (size, wanted) = ((self.clip.height, self.clip.width), plan.indices.len());
+        let mut frames = SlowFast::new(self.loader, self.options, size, wanted, &self.watch)?;
+        let came = self.stream(plan, |rgb, watch| frames.push(rgb, watch))?;
+        if came < wanted && !accept_short {
             return Ok(None);
         }
-
-        let slow = kinds.iter().filter(|kind| **kind == FrameKind::Slow).count();
-        let sizes = slow_fast_sizes(h, w, slow as u64, (came - slow) as u64, self.options, &config.video);
-        let sizes = sizes.map_err(|reason| self.watch.unreadable(reason))?;
+        let Some(SlowFastClip { kinds, sizes, pixels }) = frames.finish(&mut self.watch)? else { return Ok(None) };
         let size = |kind| match kind {
             FrameKind::Slow => sizes.slow,
             FrameKind::Fast => sizes.fast,
         };
-        let mut pixels = self.patch_memory(1, &kinds.iter().map(|kind| size(*kind)).collect::<Vec<_>>())?;
-        let resizer = |(to_h, to_w)| Resizer::new(h, w, to_h, to_w, Kernel::Bilinear, Mode::Int16);
-        let (slow, fast) = (resizer(sizes.slow), resizer(sizes.fast));
-        let mut frame = vec![0; decode::frame_bytes(&self.clip).unwrap_or(0)];
-        let (mut resized, mut scratch) = (Vec::new(), Scratch::default());
-        spill.rewind()?;
-        for kind in &kinds {
-            self.watch.check()?;
-            spill.read(&mut frame)?;
-            let resizer = if *kind == FrameKind::Slow { &slow } else { &fast };
-            resizer.run(&frame, &mut resized, &mut scratch);
-            let (height, width) = size(*kind);
-            patches::cut(&resized, height, width, config.processor.patch_size, &mut pixels);
-        }
         let frames = kinds.iter().enumerate().map(|(i, kind)| self.frame(plan, i, *kind, size(*kind))).collect();
         Ok(Some(self.media(plan, frames, pixels)))
     }
@@ -226,7 +199,7 @@ impl Work<'_, '_> {
     fn stream(
         &mut self,
         plan: &SamplePlan,
-        take: &mut dyn FnMut(&[u8]) -> Result<(), MediaError>,
+        mut take: impl FnMut(&[u8], &mut Watch) -> Result<(), MediaError>,
     ) -> Result<usize, MediaError> {
         let Self { programs, loader, file, clip, watch, .. } = self;
         let mut frames = Frames::start(programs, file, clip, &plan.indices, &loader.limits, watch)?;
@@ -245,7 +218,7 @@ impl Work<'_, '_> {
                 }
             }
             if let Some((_, frame)) = &current {
-                take(frame)?;
+                take(frame, watch)?;
             }
             watch.done = i as u32 + 1;
             watch.check()?;
@@ -253,12 +226,10 @@ impl Work<'_, '_> {
         Ok(plan.indices.len())
     }
 
-    /// Memory for the patches of `times` frames of each of these sizes, if the limit allows it.
-    fn patch_memory(&self, times: usize, sizes: &[(u32, u32)]) -> Result<Vec<u8>, MediaError> {
+    /// Memory for the patches of `n` frames of this size, if the limit allows it.
+    fn patch_memory(&self, n: usize, (h, w): (u32, u32)) -> Result<Vec<u8>, MediaError> {
         let patch = u64::from(self.loader.config.processor.patch_size);
-        let patches = |(h, w): &(u32, u32)| (u64::from(*h) / patch) * (u64::from(*w) / patch);
-        let total = sizes.iter().fold(0u64, |sum, size| sum.saturating_add(patches(size)));
-        let total = total.saturating_mul(times as u64);
+        let total = ((u64::from(h) / patch) * (u64::from(w) / patch)).saturating_mul(n as u64);
         self.watch.limit("patches", total, self.loader.limits.patches)?;
         let bytes = usize::try_from(total.saturating_mul(3 * patch * patch)).unwrap_or(usize::MAX);
         let mut pixels = Vec::new();
