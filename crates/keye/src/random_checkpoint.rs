@@ -58,6 +58,15 @@ pub fn write_packed(
     write_layout(dir, preset, Dtype::Bf16, layout, Some(to), seed, progress)
 }
 
+/// Bytes of the tensors that [`write`] (as bf16) or [`write_packed`] writes.
+pub fn total_bytes(preset: Preset, packed: Option<PackedFormat>) -> Result<u64> {
+    let tensors = match packed {
+        Some(to) => packed_layout(preset.used_tensors(Dtype::Bf16)?, to)?.0,
+        None => preset.tensors(Dtype::Bf16)?,
+    };
+    Ok(tensors.iter().filter_map(NewTensor::bytes).sum())
+}
+
 fn write_layout(
     dir: &Path,
     preset: Preset,

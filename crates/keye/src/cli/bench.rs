@@ -1,62 +1,202 @@
-//! `keye bench`: measuring without a download.
+//! `keye bench`: how fast this machine runs a model, without a download.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
+use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
+use keye::KvDtype;
 use keye::presets::Preset;
 use keye::random_checkpoint;
-use keye_processor::Dtype;
+use keye_processor::{Dtype, PackedFormat};
 
+use super::args::KvCache;
+use super::bench_model::{Model, measure};
 use super::failure::{Interrupted, Usage};
 use super::signals;
 use super::ui::{self, Status};
 
 const AFTER_HELP: &str = "\
 Examples:
-  keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b
+  keye bench --preset keye-vl-1.5-8b --quant int4
+  keye bench --preset keye-vl-8b --quant int8 --only prefill,decode --json
+  keye bench --model ./model --only start,decode
+  keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b --quant int4
   keye bench --write-checkpoint /tmp/tiny --preset keye-tiny --dtype f32
-  keye ask -m /tmp/tiny photo.jpg \"What is this?\" --max-tokens 32
-  keye inspect /tmp/keye-8b";
 
-/// Write checkpoints with random weights, of the size and speed of the real ones
+Fractions: decode's is of the memory reads measured in the same run (weights and cache that a token reads), the others'
+of the int8 multiply-adds (f32 on a machine without).";
+
+/// Measure speed beside the machine's limits, on random weights of the real sizes; or write such weights
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// The new directory
-    #[arg(long, value_name = "DIR", required = true)]
-    write_checkpoint: PathBuf,
-    /// Which model
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)))]
-    preset: String,
-    /// Type of the weights
-    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = ["bf16", "f16", "f32"])]
-    dtype: String,
+    /// Which model's sizes
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)), required_unless_present = "model")]
+    preset: Option<String>,
+    /// Measure this checkpoint instead of random weights
+    #[arg(short, long, value_name = "DIR", conflicts_with_all = ["preset", "quant", "dtype", "write_checkpoint"])]
+    model: Option<PathBuf>,
+    /// Format of the weights, as `keye quantize` writes them [default: int4 to measure]
+    #[arg(long, value_name = "FORMAT", value_parser = ["int4", "int8", "bf16"])]
+    quant: Option<String>,
+    /// What to measure [default: everything]
+    #[arg(long, value_name = "PARTS", value_delimiter = ',', conflicts_with = "write_checkpoint")]
+    only: Vec<Part>,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// The best of this many runs counts
+    #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(1..))]
+    repeat: u16,
+    /// Element type of the KV cache
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    kv_cache: KvCache,
+    /// Where the random weights are for as long as they are loaded [default: memory (/dev/shm) if they fit, else $TMPDIR]
+    #[arg(long, value_name = "DIR", conflicts_with = "write_checkpoint")]
+    dir: Option<PathBuf>,
+    /// Print the figures as json
+    #[arg(long, conflicts_with = "write_checkpoint")]
+    json: bool,
+    /// Only write the random weights, as this new directory
+    #[arg(long, value_name = "DIR")]
+    write_checkpoint: Option<PathBuf>,
+    /// Type of the weights that are written
+    #[arg(long, value_name = "TYPE", value_parser = ["bf16", "f16", "f32"], requires = "write_checkpoint", conflicts_with = "quant")]
+    dtype: Option<String>,
     /// Same seed, same weights
     #[arg(long, default_value = "0")]
     seed: u64,
 }
 
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// Loading, and the first token of a prompt of 16.
+    Start,
+    /// 512 and 2048 tokens.
+    Prefill,
+    /// Single tokens behind 128 and 4096.
+    Decode,
+    /// 1024 and 4096 patches.
+    Vision,
+    /// A clip to patches, beside ffmpeg alone.
+    Media,
+}
+
+impl Part {
+    const ALL: [Self; 5] = [Self::Start, Self::Prefill, Self::Decode, Self::Vision, Self::Media];
+}
+
+/// What to measure, and how.
+pub struct Plan {
+    pub parts: Vec<Part>,
+    pub threads: usize,
+    pub repeat: usize,
+    pub kv_dtype: KvDtype,
+}
+
+/// How weights are stored.
+#[derive(Clone, Copy)]
+enum Weights {
+    Plain(Dtype),
+    Packed(PackedFormat),
+}
+
 pub fn run(args: Args) -> Result<()> {
-    let preset = Preset::from_name(&args.preset).ok_or_else(|| Usage(format!("{} is no preset", args.preset)))?;
-    let dtype = match args.dtype.as_str() {
-        "f32" => Dtype::F32,
-        "f16" => Dtype::F16,
-        _ => Dtype::Bf16,
+    let preset = match &args.preset {
+        Some(name) => Some(Preset::from_name(name).ok_or_else(|| Usage(format!("{name} is no preset")))?),
+        None => None,
+    };
+    let weights = match (args.quant.as_deref(), args.dtype.as_deref(), &args.write_checkpoint) {
+        (Some("int8"), ..) => Weights::Packed(PackedFormat::Int8),
+        (Some("int4"), ..) | (None, None, None) => Weights::Packed(PackedFormat::Int4),
+        (_, Some("f32"), _) => Weights::Plain(Dtype::F32),
+        (_, Some("f16"), _) => Weights::Plain(Dtype::F16),
+        _ => Weights::Plain(Dtype::Bf16),
     };
     let mut status = Status::new(false);
-    let dir = &args.write_checkpoint;
     let guard = signals::guard();
-    let written = random_checkpoint::write(dir, preset, dtype, args.seed, &mut |done, total| {
+    let result = match (&args.write_checkpoint, preset) {
+        (Some(dir), Some(preset)) => {
+            let written = write(dir, preset, weights, args.seed, &guard, &mut status);
+            written.map(|()| {
+                status.line(&format!("{} with random weights (seed {}): {}", preset.name(), args.seed, dir.display()))
+            })
+        }
+        _ => bench(&args, preset, weights, &guard, &mut status),
+    };
+    match result {
+        Err(_) if guard.interrupted() => Err(Interrupted.into()),
+        result => result,
+    }
+}
+
+fn write(
+    dir: &std::path::Path,
+    preset: Preset,
+    weights: Weights,
+    seed: u64,
+    guard: &signals::Guard,
+    status: &mut Status,
+) -> Result<()> {
+    let progress = &mut |done: u64, total: u64| {
         let percent = 100.0 * done as f64 / total.max(1) as f64;
         let (done, total) = (ui::bytes(done), ui::bytes(total));
         status.progress(&format!("writing {}: {done} of {total} ({percent:.0}%)", dir.display()));
         !guard.interrupted()
-    });
-    if guard.interrupted() && written.is_err() {
-        return Err(Interrupted.into());
+    };
+    match weights {
+        Weights::Plain(dtype) => random_checkpoint::write(dir, preset, dtype, seed, progress),
+        Weights::Packed(to) => random_checkpoint::write_packed(dir, preset, to, seed, progress),
     }
-    written?;
-    status.line(&format!("{} with random {} weights (seed {}): {}", args.preset, args.dtype, args.seed, dir.display()));
-    Ok(())
+}
+
+fn bench(
+    args: &Args,
+    preset: Option<Preset>,
+    weights: Weights,
+    guard: &signals::Guard,
+    status: &mut Status,
+) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let plan = Plan {
+        parts: if args.only.is_empty() { Part::ALL.to_vec() } else { args.only.clone() },
+        threads: args.threads.map_or(cores, usize::from),
+        repeat: usize::from(args.repeat),
+        kv_dtype: match args.kv_cache {
+            KvCache::F32 => KvDtype::F32,
+            KvCache::Bf16 => KvDtype::Bf16,
+        },
+    };
+    let mut model = match (preset, &args.model) {
+        (Some(preset), _) => {
+            let bytes = random_checkpoint::total_bytes(preset, packed(weights))?;
+            let model = Model::temporary(preset.name(), &format_name(weights), args.dir.as_deref(), bytes)?;
+            write(model.dir(), preset, weights, args.seed, guard, status)?;
+            model
+        }
+        (None, Some(dir)) => Model::stored(dir),
+        (None, None) => return Err(Usage("--preset or --model says what to measure".into()).into()),
+    };
+    let report = measure(&mut model, &plan, &|| guard.interrupted(), status)?;
+    status.clear();
+    match args.json {
+        true => ui::out(&format!("{:#}\n", report.json())),
+        false => ui::out(&report.text()),
+    }
+}
+
+fn packed(weights: Weights) -> Option<PackedFormat> {
+    match weights {
+        Weights::Packed(format) => Some(format),
+        Weights::Plain(_) => None,
+    }
+}
+
+fn format_name(weights: Weights) -> String {
+    match weights {
+        Weights::Packed(format) => format.name().to_owned(),
+        Weights::Plain(dtype) => dtype.name().to_lowercase(),
+    }
 }

@@ -3,6 +3,8 @@
 mod args;
 mod ask;
 mod bench;
+mod bench_model;
+mod bench_report;
 mod chat;
 mod completions;
 mod failure;

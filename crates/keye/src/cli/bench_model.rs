@@ -1,0 +1,324 @@
+//! The measurements of `keye bench`.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use keye::{ItemOptions, MediaItem, Overrides, Source, cache_spec};
+use keye_backend::{BLOCK_TOKENS, Cpu, CpuOptions};
+use keye_limits::Limits;
+use keye_media::{Loader, MediaCost, MediaKind, Patches, Pixels, media_cost, write_sample_clip};
+use keye_model::{Batch, Chunk, KeyeModel, LoadOptions, LogitRows, NoTap, Runner};
+use keye_processor::{Checkpoint, ModelConfig, Processor};
+
+use super::bench::{Part, Plan};
+use super::bench_report::{Decode, Prefill, Report, Vision};
+use super::ui::Status;
+
+const PROMPTS: [usize; 2] = [512, 2048];
+const CONTEXTS: [usize; 2] = [128, 4096];
+/// Tokens of a decode run.
+const DECODED: usize = 8;
+/// Patches and the blocks that they attend in: one of 1024; eight frames of 512.
+const VISION: [(usize, [u32; 3]); 2] = [(1, [1, 32, 32]), (8, [1, 16, 32])];
+/// As the engine cuts prompts.
+const CHUNK: usize = 512;
+/// Memory that is left to others when random weights go to /dev/shm.
+const SPARE: u64 = 4 << 30;
+
+/// The checkpoint that is measured; a temporary one is gone when this is dropped, and from the disk once it is loaded.
+pub struct Model {
+    name: String,
+    quant: String,
+    dir: PathBuf,
+    temporary: bool,
+}
+
+impl Model {
+    /// A directory, not yet written, for `bytes` of weights.
+    pub fn temporary(name: &str, quant: &str, dir: Option<&Path>, bytes: u64) -> Result<Self> {
+        let memory = Path::new("/dev/shm");
+        let root = match dir {
+            Some(dir) => dir.to_owned(),
+            None if room(memory).is_some_and(|room| room > bytes.saturating_add(SPARE)) => memory.to_owned(),
+            None => std::env::temp_dir(),
+        };
+        if !root.is_dir() {
+            bail!("--dir: there is no directory {}", root.display());
+        }
+        let dir = root.join(format!("keye-bench-{}", std::process::id()));
+        Ok(Self { name: name.to_owned(), quant: quant.to_owned(), dir, temporary: true })
+    }
+
+    /// A checkpoint that is there.
+    pub fn stored(dir: &Path) -> Self {
+        Self { name: dir.display().to_string(), quant: "as stored".into(), dir: dir.to_owned(), temporary: false }
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Takes a temporary directory's names away; maps of its files stay.
+    fn unlink(&self) {
+        if self.temporary {
+            // What was never written is not there.
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        self.unlink();
+    }
+}
+
+/// Bytes that may go to a file system in memory: its own room, and the machine's.
+fn room(memory: &Path) -> Option<u64> {
+    let free = keye::free_bytes(memory).ok().filter(|_| memory.is_dir())?;
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    Some(free.min(kilobytes(&text, "MemAvailable:")?))
+}
+
+/// The field `name` of a file in /proc, in bytes.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.saturating_mul(1024))
+}
+
+/// Measures what the plan says.
+pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: &mut Status) -> Result<Report> {
+    let wants = |part: Part| plan.parts.contains(&part);
+    let step = |status: &mut Status, text: &str| {
+        status.line(text);
+        if stop() { bail!("given up") } else { Ok(()) }
+    };
+    step(status, "the machine's limits")?;
+    let before = keye_limits::measure(plan.threads);
+    let processor = Processor::load(model.dir(), &Overrides::default())?;
+    let mut media = Vec::new();
+    if wants(Part::Media) {
+        step(status, "media: a clip to patches")?;
+        media.push(media_run(&processor, plan.repeat)?);
+    }
+    // From here on the peak is the model's.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    step(status, "start: loading, and a first token")?;
+    let tokens = CONTEXTS[1].max(PROMPTS[1]) + CHUNK;
+    let start = Instant::now();
+    let mut bench = Bench::load(model.dir(), plan, tokens)?;
+    bench.prefill(16, 0, 16)?;
+    let first_token = start.elapsed().as_secs_f64();
+    model.unlink();
+
+    let mut report = Report {
+        model: model.name.clone(),
+        quant: model.quant.clone(),
+        device: bench.runner.describe(),
+        threads: plan.threads,
+        limits: before,
+        first_token: wants(Part::Start).then_some(first_token),
+        prefill: Vec::new(),
+        decode: Vec::new(),
+        vision: Vec::new(),
+        media,
+        rss: 0,
+    };
+    for tokens in PROMPTS.into_iter().filter(|_| wants(Part::Prefill)) {
+        step(status, &format!("prefill: {tokens} tokens"))?;
+        // Each run in blocks of its own: together they fill the cache for decoding.
+        let seconds = best(plan.repeat, |run| {
+            let first_block = bench.blocks_from(run * tokens, tokens);
+            bench.prefill(tokens, first_block, CHUNK)
+        })?;
+        let operations = bench.runner.cost(MediaKind::Image, &[], tokens).prefill;
+        report.prefill.push(Prefill { tokens, seconds, operations });
+    }
+    for context in CONTEXTS.into_iter().filter(|_| wants(Part::Decode)) {
+        step(status, &format!("decode: behind {context} tokens"))?;
+        bench.fill(context, &mut |done| {
+            status.progress(&format!("filling the cache: {done} of {context} tokens"));
+            !stop()
+        })?;
+        let seconds = best(plan.repeat, |_| bench.decode(context))? / DECODED as f64;
+        report.decode.push(Decode { context, seconds, bytes: bench.bytes_per_token(context) });
+    }
+    for (frames, grid) in VISION.into_iter().filter(|_| wants(Part::Vision)) {
+        let grids = vec![grid; frames];
+        let patches = grids.iter().map(|[t, h, w]| (t * h * w) as usize).sum();
+        step(status, &format!("vision: {patches} patches"))?;
+        let seconds = best(plan.repeat, |_| bench.encode(&grids, patches))?;
+        let operations = bench.runner.cost(MediaKind::Image, &grids, 0).vision;
+        report.vision.push(Vision { patches, seconds, operations });
+    }
+    let status_file = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    report.rss = kilobytes(&status_file, "VmHWM:").unwrap_or(0);
+    step(status, "the machine's limits again")?;
+    report.limits = better(before, keye_limits::measure(plan.threads));
+    Ok(report)
+}
+
+/// Of two measurements of a limit the higher one: what disturbs makes it lower only.
+fn better(a: Limits, b: Limits) -> Limits {
+    let max = |a: Option<f64>, b: Option<f64>| Some(a?.max(b?));
+    Limits { read: a.read.max(b.read), int8: max(a.int8, b.int8), f16: max(a.f16, b.f16), f32: max(a.f32, b.f32) }
+}
+
+/// The shortest of several runs, in seconds.
+fn best(runs: usize, mut work: impl FnMut(usize) -> Result<()>) -> Result<f64> {
+    let mut shortest = f64::INFINITY;
+    for run in 0..runs.max(1) {
+        let start = Instant::now();
+        work(run)?;
+        shortest = shortest.min(start.elapsed().as_secs_f64());
+    }
+    Ok(shortest)
+}
+
+fn media_run(processor: &Processor, repeat: usize) -> Result<MediaCost> {
+    let path = std::env::temp_dir().join(format!("keye-bench-{}.mp4", std::process::id()));
+    let run = || -> Result<MediaCost> {
+        write_sample_clip(&path).context("media need an ffmpeg with libx264; --only leaves them out")?;
+        let item =
+            MediaItem { kind: MediaKind::Video, source: Source::Path(path.clone()), options: ItemOptions::default() };
+        let mut cost = media_cost(&Loader::new(processor.media.clone()), &item, &path, repeat as u32)?;
+        cost.clip = "60 s of 720p H.264".into();
+        Ok(cost)
+    };
+    let cost = run();
+    let _ = std::fs::remove_file(&path);
+    cost
+}
+
+/// A loaded model with its cache.
+struct Bench {
+    runner: KeyeModel<Cpu>,
+    config: ModelConfig,
+    /// Stored bytes of the weights that a token reads.
+    weight_bytes: f64,
+    cache_bytes_per_token: f64,
+    /// Tokens of the cache that have been written, from the first block on.
+    filled: usize,
+}
+
+impl Bench {
+    fn load(dir: &Path, plan: &Plan, tokens: usize) -> Result<Self> {
+        let processor = Processor::load(dir, &Overrides::default())?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let backend = Cpu::new(CpuOptions { threads: Some(plan.threads), isa: None })?;
+        let options = LoadOptions { cache_tokens: tokens, kv_dtype: plan.kv_dtype };
+        let config = processor.config.clone();
+        let runner = KeyeModel::load(backend, &config, &processor.media.processor, &checkpoint, options)?;
+        let cache_bytes = cache_spec(&config, plan.kv_dtype).block_bytes() / BLOCK_TOKENS;
+        Ok(Self {
+            runner,
+            weight_bytes: weight_bytes(&config, &checkpoint),
+            cache_bytes_per_token: cache_bytes as f64,
+            config,
+            filled: 0,
+        })
+    }
+
+    /// The first block of a run's own part of the cache, or the start when it is used up.
+    fn blocks_from(&self, token: usize, tokens: usize) -> usize {
+        let fits = token + tokens <= self.runner.info().num_blocks * BLOCK_TOKENS;
+        if fits { token / BLOCK_TOKENS } else { 0 }
+    }
+
+    /// A prompt of `tokens` tokens into the blocks from `first_block` on, `chunk` at a time.
+    fn prefill(&mut self, tokens: usize, first_block: usize, chunk: usize) -> Result<()> {
+        for start in (0..tokens).step_by(chunk) {
+            let end = tokens.min(start + chunk);
+            let logits = if end == tokens { LogitRows::Last } else { LogitRows::None };
+            self.step(start, end - start, first_block, logits)?;
+        }
+        if first_block * BLOCK_TOKENS <= self.filled {
+            self.filled = self.filled.max(first_block * BLOCK_TOKENS + tokens);
+        }
+        Ok(())
+    }
+
+    /// Writes the cache up to `tokens`, with prompts of a chunk each: their content does not matter, only that the memory
+    /// is there.
+    fn fill(&mut self, tokens: usize, progress: &mut dyn FnMut(usize) -> bool) -> Result<()> {
+        while self.filled < tokens {
+            let block = self.filled / BLOCK_TOKENS;
+            let n = CHUNK.min(tokens.next_multiple_of(BLOCK_TOKENS) - block * BLOCK_TOKENS);
+            self.prefill(n, block, CHUNK)?;
+            if !progress(self.filled) {
+                bail!("given up");
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&mut self, context: usize) -> Result<()> {
+        (0..DECODED).try_for_each(|i| self.step(context + i, 1, 0, LogitRows::Last))
+    }
+
+    fn step(&mut self, start: usize, tokens: usize, first_block: usize, logits: LogitRows) -> Result<()> {
+        let blocks = (start + tokens).div_ceil(BLOCK_TOKENS);
+        let vocab = self.config.text.vocab_size;
+        let chunk = Chunk {
+            tokens: (start..start + tokens).map(|i| (i * 7919 % vocab) as u32).collect(),
+            start,
+            positions: (start..start + tokens).map(|i| [i as u32; 3]).collect(),
+            features: Vec::new(),
+            block_table: (first_block..first_block + blocks).map(|block| block as u32).collect(),
+            logits,
+        };
+        self.runner.step(&Batch { chunks: vec![chunk] }, &mut NoTap)?;
+        Ok(())
+    }
+
+    fn encode(&mut self, grids: &[[u32; 3]], patches: usize) -> Result<()> {
+        let vision = &self.config.vision;
+        let patch = vision.num_channels * vision.patch_size * vision.patch_size;
+        let pixels = Pixels::U8((0..patches * patch).map(|i| (i * 31 % 251) as u8).collect());
+        let patches = Patches { pixels, grid_thw: grids.to_vec(), hash: [0; 32] };
+        let feature = self.runner.encode(MediaKind::Image, &patches, &mut NoTap, &mut |_, _| true)?;
+        self.runner.release(feature);
+        Ok(())
+    }
+
+    /// Weights with their scales, the embedding table left out, and keys and values.
+    fn bytes_per_token(&self, context: usize) -> f64 {
+        self.weight_bytes + self.cache_bytes_per_token * context as f64
+    }
+}
+
+/// Stored bytes of the decoder's weights that one token reads: of experts those that it is sent to.
+fn weight_bytes(config: &ModelConfig, checkpoint: &Checkpoint) -> f64 {
+    let text = &config.text;
+    let tied = text.tie_word_embeddings && checkpoint.get("lm_head.weight").is_none();
+    let expert_part = text.experts.as_ref().map_or(1.0, |e| e.num_experts_per_tok as f64 / e.num_experts as f64);
+    let read = |name: &str| match name {
+        "model.embed_tokens.weight" => f64::from(u8::from(tied)),
+        "lm_head.weight" | "model.norm.weight" => 1.0,
+        _ if name.contains(".mlp.experts.") => expert_part,
+        _ if name.starts_with("model.layers.") => 1.0,
+        _ => 0.0,
+    };
+    let layout = keye_model::weight_layout(config);
+    let bytes = |name: &str| checkpoint.get(name).map_or(0, |tensor| tensor.bytes.len()) as f64;
+    layout.iter().map(|tensor| read(&tensor.name) * bytes(&tensor.name)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_higher_limit_counts() {
+        let a = Limits { read: 1.0, int8: Some(5.0), f16: None, f32: Some(2.0) };
+        let b = Limits { read: 3.0, int8: Some(4.0), f16: None, f32: Some(2.5) };
+        assert_eq!(better(a, b), Limits { read: 3.0, int8: Some(5.0), f16: None, f32: Some(2.5) });
+    }
+
+    #[test]
+    fn fields_of_proc_are_bytes() {
+        assert_eq!(kilobytes("VmPeak:\t 9 kB\nVmHWM:\t   12 kB\n", "VmHWM:"), Some(12 * 1024));
+        assert_eq!(kilobytes("VmHWM: 12", "VmHWM:"), None);
+    }
+}
