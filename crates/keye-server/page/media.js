@@ -70,7 +70,7 @@ export const forget = (ids) =>
 
 // The viewer: one clip or picture at a time, with its filmstrip.
 
-const HEIGHT = { slow: 76, fast: 46 };
+const HEIGHT = { slow: 64, fast: 40 };
 const $ = (id) => document.getElementById(id);
 
 export class Viewer {

@@ -34,7 +34,8 @@ fn the_page_is_one_version_and_loads_nothing_from_elsewhere() {
     let policy = page.header("content-security-policy").unwrap();
     assert!(policy.starts_with("default-src 'none'; script-src 'self';") && !policy.contains("unsafe"), "{policy}");
     let tag = page.header("etag").unwrap().to_owned();
-    for (path, kind) in [("/page/page.js", "text/javascript; charset=utf-8"), ("/page/page.css", "text/css; charset=utf-8")]
+    for (path, kind) in
+        [("/page/page.js", "text/javascript; charset=utf-8"), ("/page/page.css", "text/css; charset=utf-8")]
     {
         let file = server.get(path);
         assert_eq!((file.status, file.header("content-type"), file.header("etag")), (200, Some(kind), Some(&*tag)));
@@ -64,7 +65,7 @@ fn chunks(server: &TestServer, body: &Value) -> Vec<Value> {
 #[test]
 fn progress_is_told_when_asked_for_with_the_frames_that_the_model_sees() {
     let server = TestServer::start(config());
-    let clip = json!([{"type": "video_url", "video_url": {"url": data_url("video/mp4", "clip.mp4")}}]);
+    let clip = json!([{"type": "video_url", "video_url": {"url": data_url("video/mp4", "inputs/clip.mp4")}}]);
     let mut body = question(clip, "What happens?");
     body["stream"] = json!(true);
     body["n"] = json!(2);
