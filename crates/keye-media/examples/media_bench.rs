@@ -1,4 +1,4 @@
-//! What clips and photos cost to load, beside `ffmpeg` that only decodes them, in one run.
+//! What clips and photos cost to load, beside `ffmpeg` or `djpeg` that only decode them, in one run.
 //!
 //! ```text
 //! cargo run --release -p keye-media --example media_bench -- [--json] [--rounds N] [--preview] [FILE...]
@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn print(cost: &MediaCost) {
     println!("{}: {} frames, {} patches", cost.clip, cost.frames, cost.patches);
-    println!("  decoding alone  {:7.3} CPU-s {:7.3} s", cost.decode_cpu_s, cost.decode_wall_s);
+    println!("  {:15} {:7.3} CPU-s {:7.3} s", format!("{} alone", cost.decoder), cost.decode_cpu_s, cost.decode_wall_s);
     println!(
         "  to patches      {:7.3} CPU-s {:7.3} s; resident {:.0} + {:.0} MB",
         cost.cpu_s, cost.wall_s, cost.rss_mb, cost.child_rss_mb

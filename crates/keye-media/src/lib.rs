@@ -23,6 +23,7 @@ mod error;
 mod ffmpeg;
 mod frames;
 mod hsv;
+mod huge_pages;
 mod item;
 mod loader;
 mod measure;

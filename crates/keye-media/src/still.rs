@@ -7,12 +7,12 @@
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
 
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
 use crate::smart_resize::{IMAGE_FACTOR, smart_resize_hub, smart_resize_utils};
 use crate::source::Opened;
-use crate::{Alpha, ImageConfig, ItemOptions, Limits, MediaError, ProcessorConfig, Resample, sniff};
+use crate::{Alpha, ImageConfig, ItemOptions, Limits, MediaError, ProcessorConfig, Resample, huge_pages, sniff};
 
 /// A decoded picture.
 #[derive(Debug, Clone, PartialEq)]
@@ -110,7 +110,15 @@ fn decode_bytes(
     }
     // A broken tag is as good as none.
     let orientation = upright.then(|| decoder.orientation().ok()).flatten();
-    let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
+    let mut image = match decoder.color_type() {
+        ColorType::Rgb8 => {
+            let mut rgb = huge_pages::zeroed(width as usize * height as usize * 3);
+            decoder.read_image(&mut rgb).map_err(broken)?;
+            let image = image::RgbImage::from_raw(width, height, rgb);
+            DynamicImage::ImageRgb8(image.expect("an RGB8 decoder's bytes are width x height x 3"))
+        }
+        _ => DynamicImage::from_decoder(decoder).map_err(broken)?,
+    };
     if let Some(orientation) = orientation {
         image.apply_orientation(orientation);
     }
