@@ -8,7 +8,7 @@ import { TurnView } from "./turn.js";
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer();
 
-// What survives a reload: turns, media without their bytes (the database has those), the draft.
+// What survives a reload; the bytes of media are in the database.
 let turns = [];
 let items = [];
 let pending = [];
@@ -50,6 +50,7 @@ async function restore() {
   const chat = read(sessionStorage, "keye.chat", {});
   const { draft = "" } = chat;
   ({ turns = [], items = [], pending = [] } = chat);
+  await forget([]);
   for (const one of items) {
     one.blob = await recall(one.id);
     if (one.blob) one.url = URL.createObjectURL(one.blob);

@@ -60,7 +60,7 @@ export function clock(seconds) {
   return h ? `${h}:${two(m)}:${rest}` : `${m}:${rest}`;
 }
 
-const INLINE = /(`+)(.+?)\1|\*\*(\S(?:.*?\S)?)\*\*|__(\S(?:.*?\S)?)__|(?<![\w*])\*(\S(?:[^*]*?\S)?)\*(?![\w*])|(?<!\w)_(\S(?:[^_]*?\S)?)_(?!\w)|!?\[([^\]\n]*)\]\((https?:\/\/[^\s)]+)\)|\\([\\`*_{}[\]()#+\-.!|<>~])/su;
+const INLINE = /(`+)(.+?)\1|\*\*(\S(?:.*?\S)?)\*\*|__(\S(?:.*?\S)?)__|(?<![\w*])\*(\S(?:[^*]*?\S)?)\*(?![\w*])|(?<!\w)_(\S(?:[^_]*?\S)?)_(?!\w)|!?\[([^\]\n]{0,200})\]\((https?:\/\/[^\s)]+)\)|\\([\\`*_{}[\]()#+\-.!|<>~])/su;
 
 /** Emphasis, code, links and times inside a block. Nesting is bounded. */
 function inline(parent, text, longest, depth = 0) {
