@@ -67,21 +67,36 @@ pub(crate) struct Pool {
     pub pooling: Pooling,
     /// The sum so far.
     sum: Vec<f64>,
+    /// Rows in it.
+    rows: usize,
     /// Where the result goes.
     pub values: Arc<Mutex<Vec<f32>>>,
 }
 
 impl Pool {
     pub fn new(pooling: Pooling, values: Arc<Mutex<Vec<f32>>>) -> Self {
-        Self { pooling, sum: Vec::new(), values }
+        Self { pooling, sum: Vec::new(), rows: 0, values }
     }
 
-    /// Takes rows of `width` values, those that the pooling wants.
-    pub fn add(&mut self, rows: &[f32], width: usize) {
+    /// Takes the rows of a step after which `computed` of `total` tokens are done.
+    pub fn add(&mut self, hidden: &[f32], computed: usize, total: usize) {
+        let rows = match self.pooling {
+            Pooling::Last if computed < total => return,
+            Pooling::Last => 1,
+            Pooling::Mean => computed - self.rows.min(computed),
+        };
+        self.rows += rows;
+        let width = hidden.len() / rows.max(1);
         self.sum.resize(width, 0.0);
-        for row in rows.chunks_exact(width.max(1)) {
+        for row in hidden.chunks_exact(width.max(1)) {
             self.sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
         }
+    }
+
+    /// Begins again.
+    pub fn clear(&mut self) {
+        self.rows = 0;
+        self.sum.clear();
     }
 
     /// Hands the result over, scaled to length 1: so a mean needs no division.

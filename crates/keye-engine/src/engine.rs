@@ -1,6 +1,6 @@
-//! The engine's handle and its two threads: one prepares requests, one runs the model.
+//! The engine's handle and its threads: some prepare requests, one runs the model.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -14,7 +14,7 @@ use crate::prepare::Preparer;
 use crate::queue::Queue;
 use crate::sequence::{Clock, Place, PreparedRequest};
 use crate::worker::Worker;
-use crate::{EmbeddingStream, EngineError, EventStream, Pooling, Request, Stage};
+use crate::{EmbeddingStream, EngineError, EventStream, MAX_LOGPROBS, Pooling, Request, Stage};
 
 /// Limits of an engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,19 +107,31 @@ pub(crate) struct Inner {
 
 /// A request that nothing was done for yet.
 pub(crate) struct Submission {
+    /// Number of its arrival.
+    pub order: u64,
     pub request: Request,
-    pub events: EventSender,
+    /// One for every answer wanted.
+    pub branches: Vec<Branch>,
     pub clock: Clock,
+    pub pool: Option<Pool>,
+}
+
+/// One of the answers to a request.
+pub(crate) struct Branch {
+    pub seed: u64,
+    pub events: EventSender,
     pub place: Place,
 }
 
 /// What the handle and the threads share.
 pub(crate) struct Shared {
-    pub submissions: Queue<Submission>,
+    /// Requests without media and with.
+    pub submissions: [Queue<Submission>; 2],
     pub prepared: Queue<PreparedRequest>,
     pub max_model_len: usize,
     pub stopping: AtomicBool,
     places: Arc<AtomicUsize>,
+    arrivals: AtomicU64,
     stats: Mutex<EngineStats>,
 }
 
@@ -127,11 +139,12 @@ impl Shared {
     pub fn new(info: &RunnerInfo, options: &EngineOptions) -> Self {
         let longest = info.max_positions.min(info.num_blocks.saturating_mul(info.block_tokens));
         Self {
-            submissions: Queue::new(),
+            submissions: [Queue::new(), Queue::new()],
             prepared: Queue::new(),
             max_model_len: options.max_model_len.map_or(longest, |wanted| wanted.min(longest)),
             stopping: AtomicBool::new(false),
             places: Arc::new(AtomicUsize::new(0)),
+            arrivals: AtomicU64::new(0),
             stats: Mutex::new(EngineStats::default()),
         }
     }
@@ -140,12 +153,14 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// Ends both threads; what is queued is dropped and so ends with [`EngineError::Stopped`].
+    /// Ends all threads; what is queued is dropped and so ends with [`EngineError::Stopped`].
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.submissions.close();
+        for submissions in &self.submissions {
+            submissions.close();
+            submissions.retain(|_| false);
+        }
         self.prepared.close();
-        self.submissions.retain(|_| false);
         self.prepared.retain(|_| false);
     }
 
@@ -175,29 +190,22 @@ impl Engine {
         let info = runner.info().clone();
         let shared = Arc::new(Shared::new(&info, &options));
         let worker = Worker::new(runner, Arc::clone(&shared), &options);
-        let preparer = Preparer::new(processor, loader, Arc::clone(&shared), options.media_cache_bytes);
-        let threads = vec![spawn("keye-engine", move || worker.run()), spawn("keye-prepare", move || preparer.run())];
+        let preparer = Arc::new(Preparer::new(processor, loader, Arc::clone(&shared), options.media_cache_bytes));
+        let mut threads = vec![spawn("keye-engine", move || worker.run())];
+        for (queue, count) in [(0, 1), (1, options.media_threads.max(1))] {
+            for _ in 0..count {
+                let (preparer, shared) = (Arc::clone(&preparer), Arc::clone(&shared));
+                threads.push(spawn("keye-prepare", move || preparer.run(&shared.submissions[queue])));
+            }
+        }
         Self { inner: Arc::new(Inner { shared, info, max_queue: options.max_queue, threads }) }
     }
 
     /// Queues a request. Errors that need no work (wrong parameters, no room in the queue) are returned, all others are
     /// streamed.
     pub fn submit(&self, request: Request) -> Result<EventStream, EngineError> {
-        let shared = &self.inner.shared;
-        request.sampling.validate().map_err(EngineError::Refused)?;
-        let max_queue = self.inner.max_queue;
-        let place = Place::take(&shared.places, max_queue).or_else(|| {
-            // Requests that were given up while they waited may still be in the queue.
-            shared.submissions.retain(|submission| !submission.events.cancelled());
-            shared.prepared.retain(|prepared| !prepared.events.cancelled());
-            Place::take(&shared.places, max_queue)
-        });
-        let place = place.ok_or(EngineError::QueueFull(max_queue))?;
-        let (events, stream) = event_channel();
-        events.stage(Stage::Queued);
-        let submission = Submission { request, events, clock: Clock::start(), place };
-        shared.submissions.push(submission).map_err(|_| EngineError::Stopped)?;
-        Ok(stream)
+        let seed = request.sampling.seed;
+        self.queue(request, &[seed], None)?.pop().ok_or(EngineError::Stopped)
     }
 
     /// Queues a request once for every seed; the streams come in the seeds' order. Its media are loaded once and its prompt
@@ -206,14 +214,7 @@ impl Engine {
     /// # Errors
     /// Those of [`Engine::submit`]; [`EngineError::QueueFull`] when there is not room for all, and then none is queued.
     pub fn submit_many(&self, request: Request, seeds: &[u64]) -> Result<Vec<EventStream>, EngineError> {
-        seeds
-            .iter()
-            .map(|seed| {
-                let mut request = request.clone();
-                request.sampling.seed = *seed;
-                self.submit(request)
-            })
-            .collect()
+        self.queue(request, seeds, None)
     }
 
     /// Queues a prompt to be made one vector; nothing is generated.
@@ -222,8 +223,43 @@ impl Engine {
     /// Those of [`Engine::submit`].
     pub fn embed(&self, request: Request, pooling: Pooling) -> Result<EmbeddingStream, EngineError> {
         let values = Arc::new(Mutex::new(Vec::new()));
-        let _pool = Pool::new(pooling, Arc::clone(&values));
-        Ok(EmbeddingStream::new(self.submit(request)?, values))
+        let pool = Pool::new(pooling, Arc::clone(&values));
+        let stream = self.queue(request, &[0], Some(pool))?.pop().ok_or(EngineError::Stopped)?;
+        Ok(EmbeddingStream::new(stream, values))
+    }
+
+    fn queue(&self, request: Request, seeds: &[u64], pool: Option<Pool>) -> Result<Vec<EventStream>, EngineError> {
+        let shared = &self.inner.shared;
+        request.sampling.validate().map_err(EngineError::Refused)?;
+        if request.logprobs.is_some_and(|k| k > MAX_LOGPROBS) {
+            return Err(EngineError::Refused(format!("logprobs of at most {MAX_LOGPROBS} tokens can be given")));
+        }
+        let max_queue = self.inner.max_queue;
+        let take = || Place::take_many(&shared.places, seeds.len(), max_queue);
+        let places = take().or_else(|| {
+            // Requests that were given up while they waited may still be in the queue.
+            for submissions in &shared.submissions {
+                submissions.retain(|submission| {
+                    submission.branches.retain(|branch| !branch.events.cancelled());
+                    !submission.branches.is_empty()
+                });
+            }
+            shared.prepared.retain(|prepared| !prepared.cancelled());
+            take()
+        });
+        let places = places.ok_or(EngineError::QueueFull(max_queue))?;
+        let (mut branches, mut streams) = (Vec::new(), Vec::new());
+        for (seed, place) in seeds.iter().copied().zip(places) {
+            let (events, stream) = event_channel();
+            events.stage(Stage::Queued);
+            branches.push(Branch { seed, events, place });
+            streams.push(stream);
+        }
+        let queue = &shared.submissions[usize::from(!request.conversation.media().is_empty())];
+        let order = shared.arrivals.fetch_add(1, Ordering::Relaxed);
+        let submission = Submission { order, request, branches, clock: Clock::start(), pool };
+        queue.push(submission).map_err(|_| EngineError::Stopped)?;
+        Ok(streams)
     }
 
     /// Sizes of the model.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use keye_media::{Frame, FrameKind, Media, MediaKind, Patches, Pixels};
-use keye_model::{Batch, Cost, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap};
+use keye_model::{Batch, Cost, EncodeProgress, FeatureId, LogitRows, ModelError, Outputs, Runner, RunnerInfo, Tap};
 use keye_processor::{FeatureSpan, Prompt};
 
 use crate::random::philox;
@@ -44,6 +44,8 @@ pub(crate) struct FakeRunner {
     info: RunnerInfo,
     cache: HashMap<(u32, usize), u64>,
     features: HashMap<FeatureId, Vec<u64>>,
+    /// What the features will be made of, and parts done.
+    encodings: HashMap<FeatureId, (u64, u64)>,
     next_feature: u64,
     pub step_time: Duration,
     pub log: Arc<Log>,
@@ -62,6 +64,7 @@ impl FakeRunner {
             },
             cache: HashMap::new(),
             features: HashMap::new(),
+            encodings: HashMap::new(),
             next_feature: 0,
             step_time: Duration::ZERO,
             log: Arc::default(),
@@ -79,39 +82,48 @@ impl Runner for FakeRunner {
         &self.info
     }
 
-    fn encode(
-        &mut self,
-        kind: MediaKind,
-        patches: &Patches,
-        _tap: &mut dyn Tap,
-        progress: &mut dyn FnMut(u64, u64) -> bool,
-    ) -> Result<FeatureId, ModelError> {
+    fn begin_encode(&mut self, kind: MediaKind, patches: &Patches) -> Result<FeatureId, ModelError> {
         self.log.encodes.fetch_add(1, Ordering::SeqCst);
-        let seed = patches.hash[0];
+        let id = FeatureId(self.next_feature);
+        self.next_feature += 1;
+        let kind = (kind == MediaKind::Video) as u64;
+        self.encodings.insert(id, (mix(u64::from(patches.hash[0]), kind), 0));
+        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        Ok(id)
+    }
+
+    fn encode_step(
+        &mut self,
+        feature: FeatureId,
+        patches: &Patches,
+        flops: f64,
+        _tap: &mut dyn Tap,
+    ) -> Result<EncodeProgress, ModelError> {
+        // Taken out, so that it is gone after an error.
+        let (state, mut done) = self.encodings.remove(&feature).ok_or(ModelError::Media("not begun".into()))?;
+        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
         // Real media have hashes of unequal bytes and are never special.
+        let seed = patches.hash[0];
         let special = patches.hash == [seed; 32];
         let slow = special && seed == SLOW_MEDIA;
-        let parts = if slow { 100_000 } else { 4 };
-        for part in 0..parts {
-            if !progress(part, parts) {
-                return Err(ModelError::Cancelled);
-            }
-            if slow {
-                std::thread::sleep(Duration::from_millis(1));
-            }
+        let total = if slow { 100_000 } else { 4 };
+        if slow {
+            std::thread::sleep(Duration::from_millis(1));
         }
         match seed {
             BAD_MEDIA if special => return Err(ModelError::Media("bad".into())),
             PANIC_MEDIA if special => panic!("the encoder panicked on purpose"),
             _ => {}
         }
-        let rows = patches.len() as u64 / 4;
-        let id = FeatureId(self.next_feature);
-        self.next_feature += 1;
-        let kind = (kind == MediaKind::Video) as u64;
-        self.features.insert(id, (0..rows).map(|row| mix(mix(u64::from(seed), kind), row)).collect());
-        self.log.features.store(self.features.len(), Ordering::SeqCst);
-        Ok(id)
+        done += 1 + (flops as u64).min(total - done - 1);
+        if done == total {
+            let rows = patches.len() as u64 / 4;
+            self.features.insert(feature, (0..rows).map(|row| mix(state, row)).collect());
+        } else {
+            self.encodings.insert(feature, (state, done));
+        }
+        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        Ok(EncodeProgress { done, total, flops: 1.0 })
     }
 
     fn feature_rows(&self, feature: FeatureId) -> usize {
@@ -119,8 +131,9 @@ impl Runner for FakeRunner {
     }
 
     fn release(&mut self, feature: FeatureId) {
-        assert!(self.features.remove(&feature).is_some(), "released twice");
-        self.log.features.store(self.features.len(), Ordering::SeqCst);
+        let held = self.features.remove(&feature).is_some() | self.encodings.remove(&feature).is_some();
+        assert!(held, "released twice");
+        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
     }
 
     fn step(&mut self, batch: &Batch, _tap: &mut dyn Tap) -> Result<Outputs, ModelError> {
@@ -140,7 +153,7 @@ impl Runner for FakeRunner {
                 inputs[rows.at..rows.at + rows.len].copy_from_slice(&feature[rows.row..rows.row + rows.len]);
             }
             let at = |index: usize| (chunk.block_table[index / size], index % size);
-            let mut logits = Vec::new();
+            let (mut logits, mut hidden) = (Vec::new(), Vec::new());
             for (offset, input) in inputs.iter().enumerate() {
                 let index = chunk.start + offset;
                 let [t, h, w] = chunk.positions[offset].map(u64::from);
@@ -149,8 +162,13 @@ impl Runner for FakeRunner {
                     seen = mix(seen, *self.cache.get(&at(earlier)).ok_or(ModelError::Batch("never written".into()))?);
                 }
                 self.cache.insert(at(index), seen);
+                if let LogitRows::Hidden(range) = &chunk.logits
+                    && range.contains(&offset)
+                {
+                    hidden.extend((0..4).map(|at| (mix(seen, at) % 1000) as f32 - 500.0));
+                }
                 let wanted = match &chunk.logits {
-                    LogitRows::None => false,
+                    LogitRows::None | LogitRows::Hidden(_) => false,
                     LogitRows::Last => offset + 1 == inputs.len(),
                     LogitRows::Range(range) => range.contains(&offset),
                 };
@@ -163,6 +181,7 @@ impl Runner for FakeRunner {
                 }
             }
             outputs.logits.push(logits);
+            outputs.hidden.push(hidden);
         }
         Ok(outputs)
     }

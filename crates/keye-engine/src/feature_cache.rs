@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use keye_media::{Media, MediaKind};
 use keye_model::{FeatureId, Runner};
 
-use crate::EngineError;
-
 /// The same patches as a picture and as a clip give different features.
 pub(crate) type FeatureKey = (MediaKind, [u8; 32]);
 
@@ -45,21 +43,18 @@ impl FeatureCache {
         self.entries.values().map(|entry| entry.bytes).sum()
     }
 
-    /// Features for `key`, with `encode` if there are none. In use until [`FeatureCache::release`].
-    pub fn acquire(
-        &mut self,
-        key: FeatureKey,
-        runner: &mut dyn Runner,
-        encode: impl FnOnce(&mut dyn Runner) -> Result<FeatureId, EngineError>,
-    ) -> Result<FeatureId, EngineError> {
-        if let Some(entry) = self.entries.get_mut(&key) {
-            entry.users += 1;
-            return Ok(entry.feature);
-        }
-        let feature = encode(runner)?;
+    /// Features for `key`, if they are here. In use until [`FeatureCache::release`].
+    pub fn acquire(&mut self, key: &FeatureKey) -> Option<FeatureId> {
+        let entry = self.entries.get_mut(key)?;
+        entry.users += 1;
+        Some(entry.feature)
+    }
+
+    /// Keeps new features, which are in use by nobody yet.
+    pub fn insert(&mut self, key: FeatureKey, feature: FeatureId, runner: &dyn Runner) {
         let bytes = runner.feature_rows(feature).saturating_mul(runner.info().feature_row_bytes);
-        self.entries.insert(key, Entry { feature, bytes, users: 1, left: 0 });
-        Ok(feature)
+        self.clock += 1;
+        self.entries.insert(key, Entry { feature, bytes, users: 0, left: self.clock });
     }
 
     /// One user less.

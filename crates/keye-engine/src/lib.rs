@@ -14,13 +14,18 @@
 //! No tensor types, no HTTP, no files of requests. Scheduler and block manager know nothing of models.
 
 mod block_manager;
+mod constraint;
 mod embedding;
+mod encoder;
 mod engine;
 mod event;
 #[cfg(test)]
 mod fake;
 mod feature_cache;
+mod grammar;
+mod guesser;
 mod media_cache;
+mod pace;
 mod prepare;
 mod queue;
 mod random;

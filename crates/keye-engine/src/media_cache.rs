@@ -1,7 +1,8 @@
 //! Decoded media of recent requests. A chat sends all of its media again with every turn.
 
+use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use keye_media::{Loader, Media, MediaError, MediaItem, Pixels, Progress, Source};
@@ -18,52 +19,92 @@ struct Entry {
     media: Arc<Media>,
 }
 
-/// Media by what they were loaded from and with which options, up to a number of bytes; the longest unused go first.
+/// Media by what they were loaded from and with which options, up to a number of bytes; the longest unused go first. Who
+/// asks for what another thread is loading waits for it.
 pub(crate) struct MediaCache {
+    state: Mutex<State>,
+    changed: Condvar,
+    max_bytes: usize,
+}
+
+#[derive(Default)]
+struct State {
     /// The last used last.
     entries: Vec<Entry>,
-    max_bytes: usize,
+    loading: HashSet<Identity>,
+}
+
+/// Ends the loading of an item, however it ends.
+struct Loading<'a> {
+    cache: &'a MediaCache,
+    identity: Identity,
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.cache.lock().loading.remove(&self.identity);
+        self.cache.changed.notify_all();
+    }
 }
 
 impl MediaCache {
     pub fn new(max_bytes: usize) -> Self {
-        Self { entries: Vec::new(), max_bytes }
+        Self { state: Mutex::default(), changed: Condvar::new(), max_bytes }
     }
 
-    /// [`Loader::load`], unless the item is here.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`Loader::load`], unless the item is here; and whether it was. While another thread loads it, `give_up` is asked
+    /// from time to time.
     pub fn load(
-        &mut self,
+        &self,
         loader: &Loader,
         item: &MediaItem,
         progress: &mut dyn FnMut(Progress) -> bool,
-    ) -> Result<Arc<Media>, MediaError> {
-        self.entries.retain(|entry| entry.loaded.elapsed() < URL_AGE);
+        give_up: &dyn Fn() -> bool,
+    ) -> Result<(Arc<Media>, bool), MediaError> {
+        const ASK: Duration = Duration::from_millis(20);
         // Taken before loading: a file that changes meanwhile must not be found under its new state.
-        let identity = identity(item, loader.access.root.as_deref());
-        if let Some(identity) = identity
-            && let Some(media) = self.find(&identity)
-        {
-            return Ok(media);
+        let Some(identity) = identity(item, loader.access.root.as_deref()) else {
+            return Ok((Arc::new(loader.load(item, progress)?), false));
+        };
+        let mut state = self.lock();
+        loop {
+            state.entries.retain(|entry| entry.loaded.elapsed() < URL_AGE);
+            if let Some(media) = state.find(&identity) {
+                return Ok((media, true));
+            }
+            if give_up() {
+                return Err(MediaError::Cancelled);
+            }
+            if state.loading.insert(identity) {
+                break;
+            }
+            state = self.changed.wait_timeout(state, ASK).unwrap_or_else(PoisonError::into_inner).0;
         }
+        drop(state);
+        let _loading = Loading { cache: self, identity };
         let media = Arc::new(loader.load(item, progress)?);
-        if let Some(identity) = identity {
-            self.keep(identity, Arc::clone(&media));
-        }
-        Ok(media)
+        self.lock().keep(identity, Arc::clone(&media), self.max_bytes);
+        Ok((media, false))
     }
+}
 
+impl State {
     fn find(&mut self, identity: &Identity) -> Option<Arc<Media>> {
         let index = self.entries.iter().position(|entry| entry.identity == *identity)?;
         self.entries[index..].rotate_left(1);
         self.entries.last().map(|entry| Arc::clone(&entry.media))
     }
 
-    fn keep(&mut self, identity: Identity, media: Arc<Media>) {
+    fn keep(&mut self, identity: Identity, media: Arc<Media>, max_bytes: usize) {
         self.entries.push(Entry { identity, loaded: Instant::now(), media });
         let mut bytes = 0;
         let fit = self.entries.iter().rev().take_while(|entry| {
             bytes += size(&entry.media);
-            bytes <= self.max_bytes
+            bytes <= max_bytes
         });
         let drop = self.entries.len() - fit.count();
         self.entries.drain(..drop);
@@ -152,37 +193,52 @@ mod tests {
         MediaItem { kind: MediaKind::Image, source, options: ItemOptions::default() }
     }
 
-    fn load(cache: &mut MediaCache, item: &MediaItem) -> Arc<Media> {
-        cache.load(&loader(), item, &mut |_| true).expect("a fixture")
+    fn load(cache: &MediaCache, item: &MediaItem) -> Arc<Media> {
+        cache.load(&loader(), item, &mut |_| true, &|| false).expect("a fixture").0
     }
 
     #[test]
     fn the_same_source_with_the_same_options_is_loaded_once() {
-        let mut cache = MediaCache::new(1 << 30);
+        let cache = MediaCache::new(1 << 30);
         let bytes = std::fs::read(loader().access.root.expect("set").join("one.png")).expect("a fixture");
         let sources = [Source::Path("one.png".into()), Source::Path("tall.png".into()), Source::Bytes(bytes.into())];
         let items: Vec<MediaItem> = sources.into_iter().map(picture).collect();
-        let first: Vec<_> = items.iter().map(|item| load(&mut cache, item)).collect();
+        let first: Vec<_> = items.iter().map(|item| load(&cache, item)).collect();
         for (item, first) in items.iter().zip(&first) {
-            assert!(Arc::ptr_eq(&load(&mut cache, item), first));
+            assert!(Arc::ptr_eq(&load(&cache, item), first));
         }
         let options = ItemOptions { max_pixels: Some(50_000), ..ItemOptions::default() };
-        let other = load(&mut cache, &MediaItem { options, ..items[0].clone() });
+        let other = load(&cache, &MediaItem { options, ..items[0].clone() });
         assert!(first.iter().all(|first| !Arc::ptr_eq(first, &other)));
         assert!(!Arc::ptr_eq(&first[0], &first[2]), "a file is not known by its content");
+    }
+
+    #[test]
+    fn what_several_want_at_once_is_loaded_once() {
+        let cache = MediaCache::new(1 << 30);
+        let clip = MediaItem { kind: MediaKind::Video, ..picture(Source::Path("clip.mp4".into())) };
+        let loaded: Vec<(Arc<Media>, bool)> = std::thread::scope(|scope| {
+            let load = || cache.load(&loader(), &clip, &mut |_| true, &|| false).expect("a fixture");
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        assert_eq!(loaded.iter().filter(|(_, hit)| !hit).count(), 1);
+        assert!(loaded.iter().all(|(media, _)| Arc::ptr_eq(media, &loaded[0].0)));
+        let refused = cache.load(&loader(), &picture(Source::Path("none.png".into())), &mut |_| true, &|| false);
+        assert!(refused.is_err() && cache.lock().loading.is_empty());
     }
 
     #[test]
     fn the_longest_unused_goes_when_there_are_too_many_bytes() {
         let (a, b) = (picture(Source::Path("one.png".into())), picture(Source::Path("tall.png".into())));
         let mut cache = MediaCache::new(usize::MAX);
-        let (first, second) = (load(&mut cache, &a), load(&mut cache, &b));
-        assert!(Arc::ptr_eq(&load(&mut cache, &a), &first));
+        let (first, second) = (load(&cache, &a), load(&cache, &b));
+        assert!(Arc::ptr_eq(&load(&cache, &a), &first));
         cache.max_bytes = size(&first) + size(&second);
-        load(&mut cache, &picture(Source::Path("wide.png".into())));
-        assert!(!Arc::ptr_eq(&load(&mut cache, &b), &second), "unused for longer than the other");
-        let mut nothing = MediaCache::new(0);
-        assert!(!Arc::ptr_eq(&load(&mut nothing, &a), &load(&mut nothing, &a)));
-        assert!(nothing.entries.is_empty());
+        load(&cache, &picture(Source::Path("wide.png".into())));
+        assert!(!Arc::ptr_eq(&load(&cache, &b), &second), "unused for longer than the other");
+        let nothing = MediaCache::new(0);
+        assert!(!Arc::ptr_eq(&load(&nothing, &a), &load(&nothing, &a)));
+        assert!(nothing.lock().entries.is_empty());
     }
 }

@@ -1,19 +1,24 @@
-//! The thread that turns requests into prompts: media are fetched and decoded here, so that generation never waits for
-//! them.
+//! The threads that turn requests into prompts: media are fetched and decoded here, so that generation never waits for
+//! them. One thread serves requests without media, which never wait behind others' media.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keye_media::{Loader, Media};
 use keye_processor::{Processor, Prompt};
 
-use crate::engine::{Shared, Submission};
+use crate::constraint::Constraint;
+use crate::engine::{Branch, Shared, Submission};
 use crate::event::EventSender;
+use crate::grammar::GrammarCompiler;
 use crate::media_cache::MediaCache;
+use crate::queue::Queue;
 use crate::sequence::{Clock, Detokenizer, PreparedRequest};
 use crate::worker::guarded;
-use crate::{EngineError, Event, Request, Stage};
+use crate::{EngineError, Request, Stage};
 
-/// Requests prepared ahead of the model; more would only hold decoded media in memory.
+/// Requests with media prepared ahead of the model, beside one in each thread's hands; more would only hold decoded media
+/// in memory.
 const AHEAD: usize = 1;
 
 pub(crate) struct Preparer {
@@ -21,59 +26,103 @@ pub(crate) struct Preparer {
     loader: Loader,
     shared: Arc<Shared>,
     media: MediaCache,
+    grammars: GrammarCompiler,
     end_tokens: Arc<[u32]>,
+}
+
+/// What the branches of a request share.
+struct Prepared {
+    prompt: Arc<Prompt>,
+    media: Vec<Arc<Media>>,
+    constraint: Option<Constraint>,
 }
 
 impl Preparer {
     pub fn new(processor: Arc<Processor>, loader: Loader, shared: Arc<Shared>, media_cache_bytes: usize) -> Self {
         // generation_config.json has the tokens to stop at and config.json the one of the model; each knows some.
-        let end_tokens =
+        let end_tokens: Arc<[u32]> =
             processor.generation.eos_token_id.iter().chain(&processor.config.eos_token_id).copied().collect();
-        Self { processor, loader, shared, media: MediaCache::new(media_cache_bytes), end_tokens }
+        let grammars = GrammarCompiler::new(processor.tokenizer.clone(), Arc::clone(&end_tokens));
+        Self { processor, loader, shared, media: MediaCache::new(media_cache_bytes), grammars, end_tokens }
     }
 
-    /// Works until the engine stops.
-    pub fn run(mut self) {
-        while let Some(Submission { request, events, mut clock, place }) = self.shared.submissions.pop() {
+    /// Works on one of the queues until the engine stops.
+    pub fn run(&self, submissions: &Queue<Submission>) {
+        while let Some(Submission { order, request, branches, mut clock, pool }) = submissions.pop() {
             clock.lap(|timings| &mut timings.queued);
-            match guarded(|| self.prepare(&request, &events, &mut clock)) {
-                Ok((prompt, media, detokenize)) => {
-                    let sampling = request.sampling;
-                    let end_tokens = Arc::clone(&self.end_tokens);
-                    let place = Some(place);
-                    let prepared =
-                        PreparedRequest { prompt, media, sampling, end_tokens, detokenize, events, clock, place };
-                    let given_up = |prepared: &PreparedRequest| prepared.events.cancelled();
-                    if let Err(prepared) = self.shared.prepared.push_when(AHEAD, prepared, given_up) {
-                        let error = self.shared.why(&prepared.events, EngineError::Stopped);
-                        prepared.fail(error);
-                    }
-                }
+            let prepared = guarded(|| self.prepare(&request, &branches, &mut clock));
+            let prepared = match prepared {
+                Ok(prepared) => prepared,
                 Err(error) => {
-                    drop(place);
-                    let error = self.shared.why(&events, error);
-                    events.end(Event::Failed(error));
+                    self.fail(branches, error);
+                    continue;
                 }
+            };
+            let mut requests = branches.into_iter().map(|Branch { seed, events, place }| PreparedRequest {
+                order,
+                prompt: Arc::clone(&prepared.prompt),
+                media: prepared.media.clone(),
+                sampling: crate::SamplingParams { seed, ..request.sampling.clone() },
+                end_tokens: Arc::clone(&self.end_tokens),
+                detokenize: self.detokenizer(&request),
+                events,
+                clock: clock.clone(),
+                place: Some(place),
+                logprobs: request.logprobs,
+                constraint: prepared.constraint.clone(),
+                pool: None,
+                siblings: Vec::new(),
+            });
+            let Some(mut first) = requests.next() else { continue };
+            first.siblings = requests.collect();
+            first.pool = pool;
+            self.hand_on(first);
+        }
+    }
+
+    /// Puts a request into the model's queue, in order of arrival.
+    fn hand_on(&self, request: PreparedRequest) {
+        let has_media = !request.media.is_empty();
+        let with_media = |items: &VecDeque<PreparedRequest>| items.iter().filter(|r| !r.media.is_empty()).count();
+        let room = |items: &VecDeque<PreparedRequest>| !has_media || with_media(items) < AHEAD;
+        let after = |other: &PreparedRequest, this: &PreparedRequest| other.order > this.order;
+        if let Err(mut request) = self.shared.prepared.insert_when(request, room, after, PreparedRequest::cancelled) {
+            for request in std::mem::take(&mut request.siblings).into_iter().chain([request]) {
+                let error = self.shared.why(&request.events, EngineError::Stopped);
+                request.fail(error);
             }
         }
     }
 
-    fn prepare(
-        &mut self,
-        request: &Request,
-        events: &EventSender,
-        clock: &mut Clock,
-    ) -> Result<(Prompt, Vec<Arc<Media>>, Detokenizer), EngineError> {
+    /// Tells all branches; errors are told once, the others get their text.
+    fn fail(&self, branches: Vec<Branch>, error: EngineError) {
+        let mut error = Some(error);
+        let text = error.as_ref().map(ToString::to_string).unwrap_or_default();
+        for Branch { events, place, .. } in branches {
+            drop(place);
+            let error = error.take().unwrap_or_else(|| EngineError::Refused(text.clone()));
+            let error = self.shared.why(&events, error);
+            events.end(crate::Event::Failed(error));
+        }
+    }
+
+    fn prepare(&self, request: &Request, branches: &[Branch], clock: &mut Clock) -> Result<Prepared, EngineError> {
+        let shared = &self.shared;
+        let give_up = || shared.stopping() || branches.iter().all(|branch| branch.events.cancelled());
+        let matcher = request.grammar.as_ref().map(|grammar| self.grammars.compile(grammar)).transpose()?;
         let mut media = Vec::new();
         for (index, item) in request.conversation.media().iter().enumerate() {
-            let shared = &self.shared;
-            let mut progress = |progress| {
-                events.stage(Stage::Media { index, progress });
-                !events.cancelled() && !shared.stopping()
+            let mut progress = |progress: keye_media::Progress| {
+                let tell = |events: &EventSender| events.stage(Stage::Media { index, progress: progress.clone() });
+                branches.iter().for_each(|branch| tell(&branch.events));
+                !give_up()
             };
-            media.push(self.media.load(&self.loader, item, &mut progress)?);
+            let (loaded, hit) = self.media.load(&self.loader, item, &mut progress, &give_up)?;
+            let mut stats = shared.stats();
+            *(if hit { &mut stats.media_hits } else { &mut stats.media_misses }) += 1;
+            media.push(loaded);
         }
-        if events.cancelled() {
+        if give_up() {
             return Err(EngineError::Cancelled);
         }
         let borrowed: Vec<&Media> = media.iter().map(Arc::as_ref).collect();
@@ -85,11 +134,19 @@ impl Preparer {
             }
         };
         clock.lap(|timings| &mut timings.media);
+        let constraint = (matcher.is_some() || request.max_reasoning_tokens.is_some()).then(|| {
+            let (tokenizer, end_tokens) = (self.processor.tokenizer.clone(), Arc::clone(&self.end_tokens));
+            let (think, budget) = (request.think, request.max_reasoning_tokens);
+            Constraint::new(tokenizer, matcher, end_tokens, think, &prompt.text, budget)
+        });
+        Ok(Prepared { prompt: Arc::new(prompt), media, constraint })
+    }
+
+    fn detokenizer(&self, request: &Request) -> Detokenizer {
         let mut decoder = self.processor.tokenizer.stream(request.sampling.skip_special_tokens);
-        let detokenize: Detokenizer = Box::new(move |token| match token {
+        Box::new(move |token| match token {
             Some(id) => decoder.push(id),
             None => Ok(decoder.finish()),
-        });
-        Ok((prompt, media, detokenize))
+        })
     }
 }

@@ -10,7 +10,7 @@ struct State<T> {
     closed: bool,
 }
 
-/// First in, first out. Whoever pushes decides what may be in it; see [`Queue::push_when`].
+/// First in, first out. Whoever pushes decides what may be in it; see [`Queue::insert_when`].
 #[derive(Debug)]
 pub(crate) struct Queue<T> {
     state: Mutex<State<T>>,
@@ -50,14 +50,21 @@ impl<T> Queue<T> {
         self.changed.notify_all();
     }
 
-    /// Waits until fewer than `room` items are in the queue, then appends. Gives the item back when the queue is closed or
-    /// when `give_up` says so, which is asked from time to time.
-    pub fn push_when(&self, room: usize, item: T, give_up: impl Fn(&T) -> bool) -> Result<(), T> {
+    /// Waits until `room` says that the queue has some, then puts the item before the first that `after` says comes after
+    /// it. Gives the item back when the queue is closed or when `give_up` says so, which is asked from time to time.
+    pub fn insert_when(
+        &self,
+        item: T,
+        room: impl Fn(&VecDeque<T>) -> bool,
+        after: impl Fn(&T, &T) -> bool,
+        give_up: impl Fn(&T) -> bool,
+    ) -> Result<(), T> {
         const ASK: Duration = Duration::from_millis(20);
         let mut state = self.lock();
         while !state.closed && !give_up(&item) {
-            if state.items.len() < room {
-                state.items.push_back(item);
+            if room(&state.items) {
+                let at = state.items.iter().position(|other| after(other, &item)).unwrap_or(state.items.len());
+                state.items.insert(at, item);
                 self.changed.notify_all();
                 return Ok(());
             }
@@ -109,8 +116,8 @@ impl<T> Queue<T> {
     }
 
     /// Drops the items that `keep` does not want.
-    pub fn retain(&self, keep: impl FnMut(&T) -> bool) {
-        self.lock().items.retain(keep);
+    pub fn retain(&self, keep: impl FnMut(&mut T) -> bool) {
+        self.lock().items.retain_mut(keep);
         self.changed.notify_all();
     }
 
@@ -145,14 +152,21 @@ mod tests {
     fn waits_for_room_until_told_otherwise() {
         let queue = Arc::new(Queue::new());
         queue.push(1).expect("open");
-        assert_eq!(queue.push_when(1, 2, |_| true), Err(2));
+        let fewer = |room: usize| move |items: &VecDeque<i32>| items.len() < room;
+        let after = |a: &i32, b: &i32| a > b;
+        assert_eq!(queue.insert_when(2, fewer(1), after, |_| true), Err(2));
         let reader = Arc::clone(&queue);
         let thread = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(30));
             (reader.pop(), reader.pop())
         });
-        assert_eq!(queue.push_when(1, 3, |_| false), Ok(()));
+        assert_eq!(queue.insert_when(3, fewer(1), after, |_| false), Ok(()));
         assert_eq!(thread.join().expect("no panic"), (Some(1), Some(3)));
         assert_eq!(queue.pop_timeout(Duration::from_millis(1)), Err(Timeout));
+        for item in [5, 9, 7, 7, 2] {
+            queue.insert_when(item, |_| true, after, |_| false).expect("open");
+        }
+        let sorted: Vec<i32> = std::iter::from_fn(|| queue.try_pop()).collect();
+        assert_eq!(sorted, [2, 5, 7, 7, 9]);
     }
 }

@@ -3,6 +3,7 @@
 //! The order is that of transformers: repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p,
 //! then a draw with a counter-based generator.
 
+use crate::TokenLogprob;
 use crate::random::uniform;
 
 /// Sampling parameters; the names are those of vLLM and transformers.
@@ -115,6 +116,25 @@ pub fn sample(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], gener
     }
     // Rounding: the probabilities sum to a little less than 1.
     candidates.last().map_or(0, |(id, _)| *id)
+}
+
+/// The log-softmax of logits at `token` and at the `k` most likely tokens. Give it the model's own logits, before any
+/// penalty.
+pub(crate) fn logprobs(logits: &[f32], token: u32, k: usize) -> TokenLogprob {
+    let max = logits.iter().copied().filter(|logit| !logit.is_nan()).fold(f32::NEG_INFINITY, f32::max);
+    let weight = |logit: &f32| if logit.is_nan() { 0.0 } else { (f64::from(*logit) - f64::from(max)).exp() };
+    let total = f64::from(max) + logits.iter().map(weight).sum::<f64>().ln();
+    let logprob = |logit: f32| (f64::from(logit) - total) as f32;
+    let mut top: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
+    for (id, logit) in (0..).zip(logits) {
+        if top.len() < k || top.last().is_some_and(|(_, least)| logit > least) {
+            let at = top.partition_point(|(_, better)| better >= logit);
+            top.insert(at, (id, *logit));
+            top.truncate(k);
+        }
+    }
+    let top = top.into_iter().filter(|(_, logit)| logit.is_finite()).map(|(id, logit)| (id, logprob(logit))).collect();
+    TokenLogprob { logprob: logits.get(token as usize).map_or(f32::NEG_INFINITY, |logit| logprob(*logit)), top }
 }
 
 /// Tokens and probabilities after temperature, top-k, top-p and min-p, in the order and with the ties of transformers'
@@ -310,6 +330,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_softmax() {
+        let logits = noise(5000);
+        let exact: f64 = logits.iter().map(|logit| f64::from(*logit).exp()).sum::<f64>().ln();
+        let got = logprobs(&logits, 17, 20);
+        assert!((f64::from(got.logprob) - (f64::from(logits[17]) - exact)).abs() < 1e-5);
+        let mut ids: Vec<u32> = (0..5000).collect();
+        ids.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+        assert_eq!(got.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ids[..20]);
+        assert!(got.top.iter().all(|(id, p)| (f64::from(*p) - (f64::from(logits[*id as usize]) - exact)).abs() < 1e-5));
+        let ties = logprobs(&[1.0, 2.0, 1.0, f32::NAN, 2.0], 4, 3).top;
+        assert_eq!(ties.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 4, 0]);
+        assert!(logprobs(&[], 0, 5).top.is_empty());
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Which tokens of which sequences run in the next step.
 //!
 //! First come, first served. A step takes one token of every sequence that generates, then prompt tokens in order of
-//! arrival until `max_batch_tokens` are reached. When the blocks run out, the youngest running sequence gives its own back
+//! arrival until `max_batch_tokens` are reached, but half of them go to prompts that are much shorter than the first: so
+//! a long clip does not hold up short questions. Sequences that wait for media features hold their place. When the blocks run out, the youngest running sequence gives its own back
 //! and waits, first in line, to be computed again; much of it is usually still in the prefix cache.
 
 use std::collections::VecDeque;
@@ -23,13 +24,18 @@ pub(crate) struct Scheduled {
     pub computed: usize,
     /// Tokens that were in the cache when it was first admitted; `None` until then.
     pub cached: Option<usize>,
+    /// What stands behind its media tokens is there, or not needed.
+    pub ready: bool,
+    /// It computes all of its prompt itself.
+    pub private: bool,
     /// Keys of the full blocks so far.
     keys: Vec<Key>,
 }
 
 impl Scheduled {
     pub fn new(id: u64, tokens: Vec<u32>, content: Vec<ContentSpan>) -> Self {
-        Self { id, tokens, content, block_table: Vec::new(), computed: 0, cached: None, keys: Vec::new() }
+        let (ready, block_table, keys) = (content.is_empty(), Vec::new(), Vec::new());
+        Self { id, tokens, content, block_table, computed: 0, cached: None, ready, private: false, keys }
     }
 
     fn pending(&self) -> usize {
@@ -53,6 +59,8 @@ pub(crate) struct Scheduler {
     running: Vec<Scheduled>,
     max_batch_tokens: usize,
     max_running: usize,
+    /// Times that a sequence gave its blocks back.
+    pub preemptions: u64,
 }
 
 impl Scheduler {
@@ -60,7 +68,7 @@ impl Scheduler {
         let max_batch_tokens = max_batch_tokens.max(1);
         // More could not all generate in one step.
         let max_running = max_running.clamp(1, max_batch_tokens);
-        Self { blocks, waiting: VecDeque::new(), running: Vec::new(), max_batch_tokens, max_running }
+        Self { blocks, waiting: VecDeque::new(), running: Vec::new(), max_batch_tokens, max_running, preemptions: 0 }
     }
 
     pub fn num_waiting(&self) -> usize {
@@ -85,15 +93,44 @@ impl Scheduler {
         self.running.iter().find(|sequence| sequence.id == id)
     }
 
-    /// The next step. Empty only when there is no sequence.
-    pub fn schedule(&mut self) -> Vec<Planned> {
+    /// The running sequences, in order of admission.
+    pub fn running(&self) -> impl Iterator<Item = &Scheduled> {
+        self.running.iter()
+    }
+
+    /// The media that the sequence needs from here on are there.
+    pub fn set_ready(&mut self, id: u64) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.ready = true;
+        }
+    }
+
+    /// Tokens after the last one that the sequence's blocks have room for.
+    pub fn room(&self, id: u64) -> usize {
+        self.get(id).map_or(0, |s| (s.block_table.len() * self.blocks.block_tokens()).saturating_sub(s.tokens.len()))
+    }
+
+    /// The next step, with at most `max_prefill` prompt tokens beside those of sequences that generate. Empty only when
+    /// there is no sequence that is ready.
+    pub fn schedule(&mut self, max_prefill: usize) -> Vec<Planned> {
         let mut plan = Vec::new();
         let mut budget = self.max_batch_tokens;
         let before = self.running.len();
-        for generating in [true, false] {
-            let ids: Vec<u64> =
-                self.running.iter().filter(|s| (s.pending() == 1) == generating).map(|s| s.id).collect();
-            for id in ids {
+        let generating: Vec<u64> = self.running.iter().filter(|s| s.pending() == 1).map(|s| s.id).collect();
+        generating.into_iter().for_each(|id| self.plan(id, &mut plan, &mut budget));
+        budget = budget.min(max_prefill.max(1));
+        let prompts: Vec<(u64, usize)> =
+            self.running.iter().filter(|s| s.pending() > 1 && s.ready).map(|s| (s.id, s.pending())).collect();
+        if let Some((_, first)) = prompts.first() {
+            let mut half = budget / 2;
+            budget -= half;
+            for (id, _) in prompts.iter().filter(|(_, pending)| pending * 4 <= *first) {
+                self.plan(*id, &mut plan, &mut half);
+            }
+            budget += half;
+        }
+        for (id, _) in prompts {
+            if !plan.iter().any(|planned| planned.id == id) {
                 self.plan(id, &mut plan, &mut budget);
             }
         }
@@ -108,7 +145,10 @@ impl Scheduler {
     /// Admits the first in line if the pool holds all of its tokens, using what is cached of them.
     fn admit(&mut self) -> Option<u64> {
         let mut sequence = self.waiting.pop_front()?;
-        let (table, keys) = self.blocks.take_prefix(&sequence.tokens, &sequence.content);
+        let (table, keys) = match sequence.private {
+            true => (Vec::new(), Vec::new()),
+            false => self.blocks.take_prefix(&sequence.tokens, &sequence.content),
+        };
         sequence.block_table = table;
         let missing = self.blocks.blocks_for(sequence.tokens.len()) - sequence.block_table.len();
         if missing > self.blocks.num_free() {
@@ -129,7 +169,7 @@ impl Scheduler {
         while let Some(index) = self.running.iter().position(|sequence| sequence.id == id) {
             let sequence = &mut self.running[index];
             let range = sequence.computed..sequence.computed + sequence.pending().min(*budget);
-            if range.is_empty() {
+            if range.is_empty() || !sequence.ready {
                 return;
             }
             if self.blocks.extend(&mut sequence.block_table, range.end) {
@@ -142,6 +182,7 @@ impl Scheduler {
                 *budget += plan.remove(planned).range.len();
             }
             self.reset(&mut youngest);
+            self.preemptions += 1;
             self.waiting.push_front(youngest);
         }
     }
@@ -150,6 +191,7 @@ impl Scheduler {
         self.blocks.release(&mut sequence.block_table);
         sequence.keys.clear();
         sequence.computed = 0;
+        sequence.ready = sequence.content.is_empty();
     }
 
     /// The step ran: `tokens` more tokens of the sequence are in the cache.
@@ -206,7 +248,7 @@ mod tests {
     /// Runs one step of sequences that each want `lengths[id]` tokens in all; returns who got a token.
     fn step(scheduler: &mut Scheduler, lengths: &HashMap<u64, usize>) -> Vec<u64> {
         let mut generated = Vec::new();
-        for Planned { id, range } in scheduler.schedule() {
+        for Planned { id, range } in scheduler.schedule(usize::MAX) {
             let whole = scheduler.get(id).map(|s| s.tokens.len()) == Some(range.end);
             scheduler.commit(id, range.len());
             if whole {
@@ -225,11 +267,11 @@ mod tests {
         let mut s = scheduler(16, 4, 8, 4);
         s.add(Scheduled::new(1, vec![1; 5], vec![]));
         s.add(Scheduled::new(2, vec![2; 9], vec![]));
-        assert_eq!(s.schedule(), [Planned { id: 1, range: 0..5 }, Planned { id: 2, range: 0..3 }]);
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 0..5 }, Planned { id: 2, range: 0..3 }]);
         s.commit(1, 5);
         s.commit(2, 3);
         s.append(1, 9);
-        assert_eq!(s.schedule(), [Planned { id: 1, range: 5..6 }, Planned { id: 2, range: 3..9 }]);
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 5..6 }, Planned { id: 2, range: 3..9 }]);
     }
 
     #[test]
@@ -237,9 +279,9 @@ mod tests {
         let mut s = scheduler(16, 4, 8, 1);
         s.add(Scheduled::new(1, vec![1; 2], vec![]));
         s.add(Scheduled::new(2, vec![2; 2], vec![]));
-        assert_eq!(s.schedule(), [Planned { id: 1, range: 0..2 }]);
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 0..2 }]);
         s.remove(1);
-        assert_eq!(s.schedule(), [Planned { id: 2, range: 0..2 }]);
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 2, range: 0..2 }]);
     }
 
     #[test]
@@ -249,11 +291,11 @@ mod tests {
         s.add(Scheduled::new(2, vec![2; 4], vec![]));
         let lengths = HashMap::from([(1, 8), (2, 6)]);
         assert_eq!(step(&mut s, &lengths), [1, 2]);
-        assert_eq!(s.schedule(), [Planned { id: 1, range: 4..5 }], "2 lost its blocks to 1");
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 4..5 }], "2 lost its blocks to 1");
         s.commit(1, 1);
         s.append(1, 5);
         s.remove(1);
-        assert_eq!(s.schedule(), [Planned { id: 2, range: 2..5 }], "one of its blocks was still cached");
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 2, range: 2..5 }], "one of its blocks was still cached");
         assert_eq!(s.get(2).and_then(|s| s.cached), Some(0), "counts what was cached when it first came");
     }
 
@@ -285,7 +327,7 @@ mod tests {
                     s.remove(victim);
                     unfinished.remove(&victim);
                 }
-                let plan = s.schedule();
+                let plan = s.schedule(usize::MAX);
                 assert_eq!(plan.is_empty(), s.is_empty());
                 assert!(plan.iter().map(|p| p.range.len()).sum::<usize>() <= batch);
                 assert_eq!(plan.iter().map(|p| p.id).collect::<HashSet<_>>().len(), plan.len());

@@ -5,21 +5,27 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use keye_media::Media;
-use keye_model::{FeatureId, FeatureRows};
+use keye_model::{FeatureId, FeatureRows, LogitRows};
 use keye_processor::{FeatureSpan, ProcessorError, Prompt, parse_answer};
 
 use crate::block_manager::ContentSpan;
+use crate::constraint::{Constraint, forbid};
+use crate::embedding::Pool;
 use crate::event::EventSender;
 use crate::feature_cache::{FeatureKey, feature_key};
+use crate::guesser::Guesser;
+use crate::sampling::logprobs;
 use crate::stop::StopMatcher;
-use crate::{EngineError, Event, FinishReason, SamplingParams, Timings, Usage};
+use crate::{EngineError, Event, FinishReason, Pooling, SamplingParams, Timings, TokenLogprob, Usage};
 
 /// Ids to text as they come; `None` is the end and gives what was kept for an incomplete character.
 pub(crate) type Detokenizer = Box<dyn FnMut(Option<u32>) -> Result<String, ProcessorError> + Send>;
 
 /// Media decoded, prompt written: all that generation needs.
 pub(crate) struct PreparedRequest {
-    pub prompt: Prompt,
+    /// Number of its arrival.
+    pub order: u64,
+    pub prompt: Arc<Prompt>,
     /// What [`Prompt::features`] counts.
     pub media: Vec<Arc<Media>>,
     pub sampling: SamplingParams,
@@ -29,6 +35,14 @@ pub(crate) struct PreparedRequest {
     pub events: EventSender,
     pub clock: Clock,
     pub place: Option<Place>,
+    /// Most likely tokens to tell of with each token.
+    pub logprobs: Option<usize>,
+    /// What may be said.
+    pub constraint: Option<Constraint>,
+    /// The prompt is to become a vector; nothing is generated.
+    pub pool: Option<Pool>,
+    /// The same prompt with other seeds.
+    pub siblings: Vec<PreparedRequest>,
 }
 
 /// A place in the engine's queue, given up when dropped.
@@ -37,9 +51,14 @@ pub(crate) struct Place(Arc<AtomicUsize>);
 impl Place {
     /// A place, unless `max` are taken.
     pub fn take(taken: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
-        let more = |taken: usize| (taken < max).then_some(taken + 1);
+        Self::take_many(taken, 1, max)?.pop()
+    }
+
+    /// `n` places, unless fewer than that are left of `max`.
+    pub fn take_many(taken: &Arc<AtomicUsize>, n: usize, max: usize) -> Option<Vec<Self>> {
+        let more = |taken: usize| taken.checked_add(n).filter(|taken| *taken <= max);
         taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok()?;
-        Some(Self(Arc::clone(taken)))
+        Some((0..n).map(|_| Self(Arc::clone(taken))).collect())
     }
 }
 
@@ -50,6 +69,7 @@ impl Drop for Place {
 }
 
 /// Splits a request's time into its stages.
+#[derive(Clone)]
 pub(crate) struct Clock {
     submitted: Instant,
     lap: Instant,
@@ -79,14 +99,17 @@ pub(crate) struct Sequence {
     text: String,
     usage: Usage,
     started: bool,
+    guesser: Guesser,
     /// Features in use.
     pub pinned: Vec<(usize, FeatureKey, FeatureId)>,
 }
 
 impl Sequence {
     /// `None` when the request cannot be run within `max_model_len` tokens; its stream has been told.
-    pub fn new(request: PreparedRequest, max_model_len: usize) -> Option<Self> {
+    pub fn new(mut request: PreparedRequest, max_model_len: usize) -> Option<Self> {
         if let Err(error) = check(&request.prompt, request.media.len(), max_model_len) {
+            let siblings = std::mem::take(&mut request.siblings);
+            siblings.into_iter().for_each(|sibling| drop(Self::new(sibling, max_model_len)));
             request.fail(error);
             return None;
         }
@@ -98,6 +121,7 @@ impl Sequence {
         };
         Some(Self {
             limit: request.sampling.max_tokens.min(max_model_len - prompt_tokens),
+            guesser: Guesser::default(),
             generated: Vec::new(),
             stop: StopMatcher::new(&request.sampling.stop),
             text: String::new(),
@@ -120,17 +144,24 @@ impl Sequence {
         &self.request.events
     }
 
+    /// The requests with the same prompt, once.
+    pub fn take_siblings(&mut self) -> Vec<PreparedRequest> {
+        std::mem::take(&mut self.request.siblings)
+    }
+
     pub fn clock(&mut self) -> &mut Clock {
         &mut self.request.clock
     }
 
-    /// It leaves the queue; `cached` prompt tokens need not be computed.
-    pub fn admitted(&mut self, cached: usize) {
-        if !std::mem::replace(&mut self.started, true) {
-            self.request.place = None;
-            self.usage.cached_tokens = cached;
-            self.request.clock.lap(|timings| &mut timings.queued);
+    /// It leaves the queue; `cached` prompt tokens need not be computed. True the first time.
+    pub fn admitted(&mut self, cached: usize) -> bool {
+        if std::mem::replace(&mut self.started, true) {
+            return false;
         }
+        self.request.place = None;
+        self.usage.cached_tokens = cached;
+        self.request.clock.lap(|timings| &mut timings.queued);
+        true
     }
 
     /// What stands behind the media tokens.
@@ -178,14 +209,63 @@ impl Sequence {
         self.prompt().features.iter().filter_map(rows).collect()
     }
 
-    /// The next token.
-    pub fn sample(&self, logits: &mut [f32]) -> u32 {
-        let step = self.generated.len() as u64;
-        crate::sample(logits, &self.request.sampling, &self.request.prompt.input_ids, &self.generated, step)
+    /// Which rows of a step over tokens `start..end` it needs, `guessed` tokens after them included.
+    pub fn rows(&self, start: usize, end: usize, total: usize, guessed: usize) -> LogitRows {
+        let n = end - start;
+        match &self.request.pool {
+            Some(pool) if pool.pooling == Pooling::Mean => LogitRows::Hidden(0..n),
+            Some(_) if end == total => LogitRows::Hidden(n - 1..n),
+            None if guessed > 0 => LogitRows::Range(n - 1..n + guessed),
+            None if end == total => LogitRows::Last,
+            _ => LogitRows::None,
+        }
+    }
+
+    /// For a prompt that becomes a vector.
+    pub fn pool(&mut self) -> Option<&mut Pool> {
+        self.request.pool.as_mut()
+    }
+
+    /// Its prompt may not be taken from the cache: every token's hidden state is needed.
+    pub fn needs_all_rows(&self) -> bool {
+        self.request.pool.as_ref().is_some_and(|pool| pool.pooling == Pooling::Mean)
+    }
+
+    /// Tokens that may come next, at most `max`.
+    pub fn guess(&mut self, max: usize) -> Vec<u32> {
+        let max = max.min(self.limit.saturating_sub(self.generated.len() + 1));
+        self.guesser.guess(&self.request.prompt.input_ids, &self.generated, max)
+    }
+
+    /// How many of `proposed` guesses were right.
+    pub fn guessed(&mut self, proposed: usize, accepted: usize) {
+        self.guesser.learn(proposed, accepted);
+    }
+
+    /// The next token, and how likely it was if that is asked for. The logits are overwritten.
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<(u32, Option<TokenLogprob>), EngineError> {
+        let raw = self.request.logprobs.map(|_| logits.to_vec());
+        let token = match &mut self.request.constraint {
+            None => choose(logits, &self.request.sampling, &self.request.prompt, &self.generated),
+            Some(constraint) => {
+                constraint.restrict(logits)?;
+                loop {
+                    // Penalties overwrite the logits.
+                    let mut draft = logits.to_vec();
+                    let token = choose(&mut draft, &self.request.sampling, &self.request.prompt, &self.generated);
+                    if constraint.accepts(token) || logits[token as usize] == f32::NEG_INFINITY {
+                        break token;
+                    }
+                    forbid(logits, token);
+                }
+            }
+        };
+        let logprob = self.request.logprobs.zip(raw).map(|(k, raw)| logprobs(&raw, token, k));
+        Ok((token, logprob))
     }
 
     /// Takes a token; streams its text. Says why the answer ends with it, if it does.
-    pub fn push(&mut self, token: u32) -> Result<Option<FinishReason>, EngineError> {
+    pub fn push(&mut self, token: u32, logprob: Option<TokenLogprob>) -> Result<Option<FinishReason>, EngineError> {
         let clock = &mut self.request.clock;
         if self.generated.is_empty() {
             clock.lap(|timings| &mut timings.prefill);
@@ -195,20 +275,23 @@ impl Sequence {
         }
         self.generated.push(token);
         let sampling = &self.request.sampling;
-        let end = sampling.stop_token_ids.contains(&token)
-            || (!sampling.ignore_eos && self.request.end_tokens.contains(&token));
+        let over = self.request.constraint.as_mut().map_or(Ok(false), |constraint| constraint.push(token))?;
+        let end_token = self.request.end_tokens.contains(&token);
+        // With a grammar an end token comes where the grammar ends.
+        let end = sampling.stop_token_ids.contains(&token) || (end_token && (over || !sampling.ignore_eos));
+        let over = over && !end;
         let full = self.generated.len() >= self.limit;
         let mut text = if end { String::new() } else { (self.request.detokenize)(Some(token))? };
-        if end || full {
+        if end || over || full {
             text += &(self.request.detokenize)(None)?;
         }
         let (mut shown, stopped) = self.stop.push(&text);
-        if (end || full) && !stopped {
+        if (end || over || full) && !stopped {
             shown += &self.stop.finish();
         }
         self.text += &shown;
-        self.request.events.token(token, shown, None);
-        Ok(if end || stopped { Some(FinishReason::Stop) } else { full.then_some(FinishReason::Length) })
+        self.request.events.token(token, shown, logprob);
+        Ok(if end || over || stopped { Some(FinishReason::Stop) } else { full.then_some(FinishReason::Length) })
     }
 
     /// Sends the last event.
@@ -231,6 +314,16 @@ impl PreparedRequest {
     pub fn fail(self, error: EngineError) {
         self.events.end(Event::Failed(error));
     }
+
+    /// Nobody waits for it, nor for its siblings.
+    pub fn cancelled(&self) -> bool {
+        self.events.cancelled() && self.siblings.iter().all(Self::cancelled)
+    }
+}
+
+/// One draw, by the rule of [`crate::sample`].
+fn choose(logits: &mut [f32], params: &SamplingParams, prompt: &Prompt, generated: &[u32]) -> u32 {
+    crate::sample(logits, params, &prompt.input_ids, generated, generated.len() as u64)
 }
 
 /// A prompt has to be whole and to leave room for an answer.

@@ -3,27 +3,42 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 
 use keye_media::{FrameKind, Media};
-use keye_model::{Batch, Chunk, FeatureId, LogitRows, ModelError, NoTap, Runner};
+use keye_model::{Batch, Chunk, LogitRows, ModelError, NoTap, Runner};
 use keye_processor::FeatureSpan;
 
 use crate::block_manager::BlockManager;
+use crate::encoder::Encoder;
 use crate::engine::Shared;
-use crate::event::EventSender;
 use crate::feature_cache::{FeatureCache, feature_key};
+use crate::pace::Pace;
 use crate::scheduler::{Planned, Scheduled, Scheduler};
 use crate::sequence::{PreparedRequest, Sequence};
-use crate::{EngineError, EngineOptions, Stage};
+use crate::{EngineError, EngineOptions, FinishReason, Stage};
 
 pub(crate) struct Worker {
     runner: Box<dyn Runner>,
     shared: Arc<Shared>,
     scheduler: Scheduler,
     features: FeatureCache,
+    encoder: Encoder,
+    pace: Pace,
+    /// Most tokens guessed ahead.
+    speculation: usize,
     /// Those that the scheduler knows.
     sequences: BTreeMap<u64, Sequence>,
+    /// Requests with the prompt of a sequence that is still computing it.
+    followers: BTreeMap<u64, Vec<PreparedRequest>>,
     next_id: u64,
+}
+
+/// What a step gave for one chunk: rows of logits or of hidden states.
+#[derive(Default)]
+struct Rows {
+    logits: Vec<f32>,
+    hidden: Vec<f32>,
 }
 
 impl Worker {
@@ -35,7 +50,11 @@ impl Worker {
             shared,
             scheduler: Scheduler::new(blocks, options.max_batch_tokens, options.max_running),
             features: FeatureCache::new(options.feature_cache_bytes),
+            encoder: Encoder::default(),
+            pace: Pace::new(options.prefill_share),
+            speculation: options.speculation,
             sequences: BTreeMap::new(),
+            followers: BTreeMap::new(),
             next_id: 0,
         };
         worker.publish();
@@ -47,6 +66,7 @@ impl Worker {
         while !self.shared.stopping() && self.receive() {
             self.drop_cancelled();
             self.step();
+            self.encode();
             self.publish();
         }
     }
@@ -66,12 +86,31 @@ impl Worker {
     }
 
     fn accept(&mut self, request: PreparedRequest) {
-        let Some(sequence) = Sequence::new(request, self.shared.max_model_len) else { return };
+        let Some(mut sequence) = Sequence::new(request, self.shared.max_model_len) else { return };
         self.announce_media(&sequence);
         let id = self.next_id;
         self.next_id += 1;
-        self.scheduler.add(Scheduled::new(id, sequence.prompt().input_ids.clone(), sequence.content()));
+        let mut scheduled = Scheduled::new(id, sequence.prompt().input_ids.clone(), sequence.content());
+        scheduled.private = sequence.needs_all_rows();
+        self.scheduler.add(scheduled);
+        let siblings = sequence.take_siblings();
+        if !siblings.is_empty() {
+            self.followers.insert(id, siblings);
+        }
         self.sequences.insert(id, sequence);
+    }
+
+    /// The prompt of the sequence is computed, or the sequence is gone: those with the same prompt begin. They find it in
+    /// the cache; when it is not there, the first of them computes it for the others.
+    fn release_followers(&mut self, id: u64, computed: bool) {
+        let mut followers = self.followers.remove(&id).unwrap_or_default();
+        if computed || followers.is_empty() {
+            followers.into_iter().for_each(|request| self.accept(request));
+        } else {
+            let mut first = followers.remove(0);
+            first.siblings = followers;
+            self.accept(first);
+        }
     }
 
     fn announce_media(&mut self, sequence: &Sequence) {
@@ -103,76 +142,128 @@ impl Worker {
     }
 
     fn drop_cancelled(&mut self) {
+        for followers in self.followers.values_mut() {
+            for request in followers.extract_if(.., |request| request.cancelled()) {
+                request.fail(EngineError::Cancelled);
+            }
+        }
         let cancelled: Vec<u64> =
             self.sequences.iter().filter(|(_, sequence)| sequence.events().cancelled()).map(|(id, _)| *id).collect();
         cancelled.into_iter().for_each(|id| self.fail(id, EngineError::Cancelled));
     }
 
     fn step(&mut self) {
-        let (mut planned, mut chunks) = (Vec::new(), Vec::new());
-        for plan in self.scheduler.schedule() {
+        let generating = self.generating();
+        let max_prefill = if generating { self.pace.prefill_tokens(self.encoder.busy()) } else { usize::MAX };
+        let (mut planned, mut chunks, mut prompt_tokens) = (Vec::new(), Vec::new(), 0);
+        for plan in self.scheduler.schedule(max_prefill) {
             match self.chunk(&plan) {
-                Ok(chunk) => {
-                    planned.push(plan);
+                Ok((chunk, guesses)) => {
+                    if plan.range.len() > 1 {
+                        prompt_tokens += plan.range.len();
+                    }
+                    planned.push((plan, guesses));
                     chunks.push(chunk);
                 }
                 Err(error) => self.fail(plan.id, error),
             }
         }
-        for (Planned { id, range }, logits) in planned.into_iter().zip(self.forward(chunks)) {
-            match logits {
-                Ok(logits) => {
+        let start = Instant::now();
+        let results = self.forward(chunks);
+        self.pace.stepped(start.elapsed(), generating, prompt_tokens);
+        for ((Planned { id, range }, guesses), rows) in planned.into_iter().zip(results) {
+            match rows {
+                Ok(rows) => {
                     self.scheduler.commit(id, range.len());
-                    self.advance(id, range.end, logits);
+                    self.advance(id, range.end, &guesses, rows);
                 }
                 Err(error) => self.fail(id, error),
             }
         }
     }
 
-    /// Builds a part of a step; the features it needs are there afterwards.
-    fn chunk(&mut self, Planned { id, range }: &Planned) -> Result<Chunk, EngineError> {
+    /// True when a running sequence has its prompt behind it.
+    fn generating(&self) -> bool {
+        let generates = |s: &Scheduled| {
+            self.sequences.get(&s.id).is_some_and(|sequence| s.computed >= sequence.prompt().input_ids.len())
+        };
+        self.scheduler.running().any(generates)
+    }
+
+    /// A sequence that runs has left the queue.
+    fn admitted(&mut self, id: u64) {
+        let (Some(scheduled), Some(sequence)) = (self.scheduler.get(id), self.sequences.get_mut(&id)) else { return };
+        let cached = scheduled.cached.unwrap_or(0);
+        if sequence.admitted(cached) {
+            let mut stats = self.shared.stats();
+            stats.prefix_hits += cached as u64;
+            stats.prefix_misses += (scheduled.tokens.len() - cached) as u64;
+        }
+    }
+
+    /// Builds a part of a step, and the tokens guessed in it.
+    fn chunk(&mut self, Planned { id, range }: &Planned) -> Result<(Chunk, Vec<u32>), EngineError> {
         let lost = || EngineError::Internal(format!("sequence {id} is planned but unknown"));
+        let room = self.scheduler.room(*id);
+        self.admitted(*id);
         let scheduled = self.scheduler.get(*id).ok_or_else(lost)?;
         let sequence = self.sequences.get_mut(id).ok_or_else(lost)?;
-        sequence.admitted(scheduled.cached.unwrap_or(0));
-        encode_media(sequence, range.start, &mut self.features, &mut *self.runner, &self.shared)?;
-        Ok(Chunk {
-            tokens: scheduled.tokens[range.clone()].to_vec(),
+        if range.start == 0
+            && let Some(pool) = sequence.pool()
+        {
+            pool.clear();
+        }
+        let total = scheduled.tokens.len();
+        let generates = range.len() == 1 && range.end == total && total > sequence.prompt().input_ids.len();
+        let guesses = if generates { sequence.guess(self.speculation.min(room)) } else { Vec::new() };
+        let mut tokens = scheduled.tokens[range.clone()].to_vec();
+        tokens.extend_from_slice(&guesses);
+        let chunk = Chunk {
             start: range.start,
-            positions: range.clone().map(|index| sequence.position(index)).collect(),
+            positions: (range.start..range.end + guesses.len()).map(|index| sequence.position(index)).collect(),
             features: sequence.feature_rows(range.start, range.end),
             block_table: scheduled.block_table.clone(),
-            logits: if range.end == scheduled.tokens.len() { LogitRows::Last } else { LogitRows::None },
-        })
+            logits: sequence.rows(range.start, range.end, total, guesses.len()),
+            tokens,
+        };
+        Ok((chunk, guesses))
     }
 
     /// Runs chunks in one step. When it fails they run one by one, so that only those at fault fail: rows do not depend on
     /// what else is in a batch, and writing the same keys and values again changes nothing.
-    fn forward(&mut self, chunks: Vec<Chunk>) -> Vec<Result<Vec<f32>, EngineError>> {
+    fn forward(&mut self, chunks: Vec<Chunk>) -> Vec<Result<Rows, EngineError>> {
         if chunks.is_empty() {
             return Vec::new();
         }
         let batch = Batch { chunks };
         let vocab_size = self.runner.info().vocab_size;
         let result = guarded(|| {
-            let logits = self.runner.step(&batch, &mut NoTap)?.logits;
-            let wanted = batch.chunks.iter().map(|c| if c.logits == LogitRows::None { 0 } else { vocab_size });
-            if logits.iter().map(Vec::len).eq(wanted) {
-                Ok(logits)
+            let outputs = self.runner.step(&batch, &mut NoTap)?;
+            let mut hidden = outputs.hidden.into_iter();
+            let rows: Vec<Rows> = (outputs.logits.into_iter())
+                .map(|logits| Rows { logits, hidden: hidden.next().unwrap_or_default() })
+                .collect();
+            let fits = |(rows, chunk): (&Rows, &Chunk)| match &chunk.logits {
+                LogitRows::None => rows.logits.is_empty(),
+                LogitRows::Last => rows.logits.len() == vocab_size,
+                LogitRows::Range(range) => rows.logits.len() == range.len() * vocab_size,
+                LogitRows::Hidden(range) => !rows.hidden.is_empty() && rows.hidden.len() % range.len() == 0,
+            };
+            if rows.len() == batch.chunks.len() && rows.iter().zip(&batch.chunks).all(fits) {
+                Ok(rows)
             } else {
-                Err(EngineError::Internal("the model returned other rows of logits than were asked for".into()))
+                Err(EngineError::Internal("the model returned other rows than were asked for".into()))
             }
         });
         match result {
-            Ok(logits) => logits.into_iter().map(Ok).collect(),
+            Ok(rows) => rows.into_iter().map(Ok).collect(),
             Err(error) if batch.chunks.len() == 1 => vec![Err(error)],
             Err(_) => batch.chunks.into_iter().flat_map(|chunk| self.forward(vec![chunk])).collect(),
         }
     }
 
-    /// `computed` tokens of the sequence are in the cache; the logits of the last one are there if it was the last.
-    fn advance(&mut self, id: u64, computed: usize, mut logits: Vec<f32>) {
+    /// `computed` tokens of the sequence are in the cache, and `guesses` after them; the rows that it asked for are here.
+    fn advance(&mut self, id: u64, computed: usize, guesses: &[u32], mut rows: Rows) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let total = sequence.prompt().input_ids.len();
         if computed <= total {
@@ -181,35 +272,123 @@ impl Worker {
         if computed >= total {
             unpin(sequence, &mut self.features, &mut *self.runner);
         }
-        if logits.is_empty() {
+        if let Some(pool) = sequence.pool() {
+            pool.add(&rows.hidden, computed, total);
+            if computed == total {
+                pool.finish();
+                self.finish(id, FinishReason::Stop);
+            }
             return;
         }
-        let token = sequence.sample(&mut logits);
-        let finished = sequence.push(token);
-        self.shared.count_token();
-        match finished {
-            Err(error) => self.fail(id, error),
-            Ok(None) => self.scheduler.append(id, token),
-            Ok(Some(reason)) => {
-                if let Some(sequence) = self.forget(id) {
-                    sequence.finish(reason);
+        let vocab_size = self.runner.info().vocab_size;
+        let mut accepted = 0;
+        for (index, logits) in rows.logits.chunks_exact_mut(vocab_size.max(1)).enumerate() {
+            let Some(sequence) = self.sequences.get_mut(&id) else { return };
+            let pushed = guarded(|| {
+                let (token, logprob) = sequence.sample(logits)?;
+                Ok((token, sequence.push(token, logprob)?))
+            });
+            self.shared.count_token();
+            match pushed {
+                Err(error) => return self.fail(id, error),
+                Ok((_, Some(reason))) => {
+                    self.learn(id, guesses.len(), accepted);
+                    return self.finish(id, reason);
+                }
+                Ok((token, None)) => {
+                    self.scheduler.append(id, token);
+                    // A wrong guess's keys and values are overwritten by the token in its place.
+                    if guesses.get(index) != Some(&token) {
+                        break;
+                    }
+                    accepted += 1;
+                    self.scheduler.commit(id, 1);
+                }
+            }
+        }
+        self.learn(id, guesses.len(), accepted);
+        if computed >= total {
+            self.release_followers(id, true);
+        }
+    }
+
+    fn learn(&mut self, id: u64, proposed: usize, accepted: usize) {
+        if proposed > 0
+            && let Some(sequence) = self.sequences.get_mut(&id)
+        {
+            sequence.guessed(proposed, accepted);
+            let mut stats = self.shared.stats();
+            stats.speculation_proposed += proposed as u64;
+            stats.speculation_accepted += accepted as u64;
+        }
+    }
+
+    /// Brings media features to the sequences that run and need them, encoding for a bounded time what is not there.
+    fn encode(&mut self) {
+        let flops = if self.generating() { self.pace.encode_flops() } else { 0.0 };
+        let mut wanted = Vec::new();
+        let blocked: Vec<(u64, usize)> =
+            self.scheduler.running().filter(|s| !s.ready).map(|s| (s.id, s.computed)).collect();
+        for (id, computed) in blocked {
+            self.admitted(id);
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            let missing = pin(sequence, computed, &mut self.features, &self.encoder, &*self.runner, &self.shared);
+            match missing {
+                Ok(missing) if missing.is_empty() => {
+                    sequence.clock().lap(|timings| &mut timings.vision);
+                    self.scheduler.set_ready(id);
+                }
+                Ok(missing) => wanted.extend(missing.into_iter().map(|(index, key)| (key, id, index))),
+                Err(error) => self.fail(id, error),
+            }
+        }
+        let media = |id: u64, index: usize| self.sequences.get(&id).map(|s| Arc::clone(&s.media()[index]));
+        self.encoder.update(&wanted, media, &mut *self.runner);
+        let start = Instant::now();
+        let Some((key, worked)) = self.encoder.work(flops, &mut *self.runner) else { return };
+        let users = wanted.iter().filter(|(wanted, ..)| *wanted == key);
+        match worked {
+            Ok((progress, done)) => {
+                self.pace.encoded(start.elapsed(), progress.flops);
+                let fraction = (progress.done as f64 / progress.total.max(1) as f64).min(1.0) as f32;
+                for (_, id, index) in users {
+                    if let Some(sequence) = self.sequences.get(id) {
+                        sequence.events().stage(Stage::Vision { index: *index, fraction });
+                    }
+                }
+                if let Some(feature) = done {
+                    self.shared.stats().feature_misses += 1;
+                    self.features.insert(key, feature, &*self.runner);
+                }
+            }
+            Err(error) => {
+                // Others that want the same media find the same error themselves.
+                if let Some((_, id, _)) = users.copied().next() {
+                    self.fail(id, error);
                 }
             }
         }
     }
 
+    fn finish(&mut self, id: u64, reason: FinishReason) {
+        if let Some(sequence) = self.forget(id, true) {
+            sequence.finish(reason);
+        }
+    }
+
     fn fail(&mut self, id: u64, error: EngineError) {
-        if let Some(sequence) = self.forget(id) {
+        if let Some(sequence) = self.forget(id, false) {
             let error = self.shared.why(sequence.events(), error);
             sequence.fail(error);
         }
     }
 
     /// Frees all that a sequence holds; the numbers tell so before its reader hears of the end.
-    fn forget(&mut self, id: u64) -> Option<Sequence> {
+    fn forget(&mut self, id: u64, computed: bool) -> Option<Sequence> {
         self.scheduler.remove(id);
         let mut sequence = self.sequences.remove(&id)?;
         unpin(&mut sequence, &mut self.features, &mut *self.runner);
+        self.release_followers(id, computed);
         self.publish();
         Some(sequence)
     }
@@ -220,25 +399,31 @@ impl Worker {
         stats.free_blocks = self.scheduler.blocks.num_free();
         stats.num_blocks = self.scheduler.blocks.num_blocks();
         stats.feature_bytes = self.features.bytes();
+        stats.preemptions = self.scheduler.preemptions;
     }
 }
 
-/// Encodes the media that tokens from `start` on need and that are not in the cache.
-fn encode_media(
+/// Takes what is there of the features that tokens from `start` on need; returns what is missing.
+fn pin(
     sequence: &mut Sequence,
     start: usize,
     features: &mut FeatureCache,
-    runner: &mut dyn Runner,
+    encoder: &Encoder,
+    runner: &dyn Runner,
     shared: &Shared,
-) -> Result<(), EngineError> {
+) -> Result<Vec<(usize, crate::feature_cache::FeatureKey)>, EngineError> {
+    let mut missing = Vec::new();
     for (index, key) in sequence.media_from(start) {
         if sequence.pinned.iter().any(|(pinned, ..)| *pinned == index) {
             continue;
         }
-        sequence.clock().lap(|timings| &mut timings.prefill);
-        let media = Arc::clone(&sequence.media()[index]);
-        let events = sequence.events();
-        let feature = features.acquire(key, runner, |runner| encode(runner, &media, index, events, shared))?;
+        let Some(feature) = features.acquire(&key) else {
+            missing.push((index, key));
+            continue;
+        };
+        if !encoder.just_done(&key) {
+            shared.stats().feature_hits += 1;
+        }
         sequence.pinned.push((index, key, feature));
         let rows = runner.feature_rows(feature);
         let fits = |span: &FeatureSpan| span.media != index || span.row + span.len <= rows;
@@ -247,24 +432,8 @@ fn encode_media(
                 ModelError::Media(format!("media {index} gave {rows} rows of features, its prompt has more")).into()
             );
         }
-        sequence.clock().lap(|timings| &mut timings.vision);
     }
-    Ok(())
-}
-
-fn encode(
-    runner: &mut dyn Runner,
-    media: &Media,
-    index: usize,
-    events: &EventSender,
-    shared: &Shared,
-) -> Result<FeatureId, EngineError> {
-    let mut progress = |done: u64, total: u64| {
-        let fraction = (done as f64 / total.max(1) as f64).min(1.0) as f32;
-        events.stage(Stage::Vision { index, fraction });
-        !events.cancelled() && !shared.stopping()
-    };
-    guarded(|| Ok(runner.encode(media.kind, &media.patches, &mut NoTap, &mut progress)?))
+    Ok(missing)
 }
 
 fn unpin(sequence: &mut Sequence, features: &mut FeatureCache, runner: &mut dyn Runner) {

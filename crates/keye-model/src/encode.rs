@@ -89,7 +89,7 @@ impl<B: Backend> Encoding<B> {
         let merge = parts.config.spatial_merge_size.pow(2);
         let features = parts.backend.zeros(patches.len() / merge, hidden_size)?;
         let total = patches.len() as u64 * parts.vision.layers() as u64;
-        let progress = EncodeProgress { done: 0, total };
+        let progress = EncodeProgress { done: 0, total, flops: 0.0 };
         Ok(Self { prefix, spans, begun: 0, group: None, features, rows: 0, progress })
     }
 
@@ -101,7 +101,7 @@ impl<B: Backend> Encoding<B> {
         flops: f64,
         tap: &mut dyn Tap,
     ) -> Result<bool, ModelError> {
-        let mut spent = 0.0;
+        self.progress.flops = 0.0;
         loop {
             let mut group = match self.group.take() {
                 Some(group) => group,
@@ -109,11 +109,11 @@ impl<B: Backend> Encoding<B> {
                 None => self.next_group(parts)?,
             };
             let (cost, over) = self.piece(parts, pixels, &mut group, tap)?;
-            spent += cost;
+            self.progress.flops += cost;
             if !over {
                 self.group = Some(group);
             }
-            if spent >= flops {
+            if self.progress.flops >= flops {
                 return Ok(over && self.begun == self.spans.len());
             }
         }

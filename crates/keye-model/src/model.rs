@@ -156,7 +156,7 @@ impl<B: Backend> KeyeModel<B> {
                 return error(format!("feature rows {rows:?} in {n} tokens, of {have} rows"));
             }
         }
-        if let LogitRows::Range(range) = &chunk.logits
+        if let LogitRows::Range(range) | LogitRows::Hidden(range) = &chunk.logits
             && (range.start > range.end || range.end > n)
         {
             return error(format!("logits of rows {range:?} of {n}"));
@@ -169,10 +169,15 @@ impl<B: Backend> KeyeModel<B> {
 fn logit_rows(chunk: &Chunk) -> Range<usize> {
     let n = chunk.tokens.len();
     match &chunk.logits {
-        LogitRows::None => 0..0,
+        LogitRows::None | LogitRows::Hidden(_) => 0..0,
         LogitRows::Last => n - 1..n,
         LogitRows::Range(range) => range.clone(),
     }
+}
+
+/// Rows of a chunk whose hidden states are wanted.
+fn hidden_rows(chunk: &Chunk) -> Range<usize> {
+    if let LogitRows::Hidden(range) = &chunk.logits { range.clone() } else { 0..0 }
 }
 
 impl<B: Backend> Runner for KeyeModel<B> {
@@ -249,12 +254,19 @@ impl<B: Backend> Runner for KeyeModel<B> {
         if tap.wants("lm_final_norm") {
             tap.record("lm_final_norm", hidden_size, &backend.download(&self.decoder.final_norm(backend, &x)?)?);
         }
-        let mut wanted = Vec::new();
+        let (mut wanted, mut hidden) = (Vec::new(), Vec::new());
         for (chunk, sequence) in batch.chunks.iter().zip(&sequences) {
             wanted.extend(logit_rows(chunk).map(|row| (sequence.rows.start + row) as u32));
+            hidden.push(match hidden_rows(chunk) {
+                rows if rows.is_empty() => Vec::new(),
+                rows => {
+                    let rows = backend.slice_rows(&x, sequence.rows.start + rows.start..sequence.rows.start + rows.end)?;
+                    backend.download(&self.decoder.final_norm(backend, &rows)?)?
+                }
+            });
         }
         if wanted.is_empty() {
-            return Ok(Outputs { logits: vec![Vec::new(); batch.chunks.len()] });
+            return Ok(Outputs { logits: vec![Vec::new(); batch.chunks.len()], hidden });
         }
         let rows = backend.gather_rows(&x, &backend.upload_index(&wanted)?, 1)?;
         let rows = self.decoder.final_norm(backend, &rows)?;
@@ -265,7 +277,7 @@ impl<B: Backend> Runner for KeyeModel<B> {
             .iter()
             .map(|chunk| all.by_ref().take(logit_rows(chunk).len() * vocab_size).collect())
             .collect();
-        Ok(Outputs { logits })
+        Ok(Outputs { logits, hidden })
     }
 
     fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost {

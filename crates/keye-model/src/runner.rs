@@ -49,6 +49,8 @@ pub enum LogitRows {
     Last,
     /// Those of a range of the chunk's tokens.
     Range(Range<usize>),
+    /// No logits, but the hidden states after the last norm of a range of the chunk's tokens.
+    Hidden(Range<usize>),
 }
 
 /// Consecutive tokens of one sequence.
@@ -80,15 +82,19 @@ pub struct Batch {
 pub struct Outputs {
     /// Per chunk the wanted rows of logits, one after the other: `rows * vocab_size` values.
     pub logits: Vec<Vec<f32>>,
+    /// Per chunk the wanted rows of hidden states, one after the other: `rows * hidden_size` values.
+    pub hidden: Vec<Vec<f32>>,
 }
 
 /// How far an encoding is, in patches times layers. It may have some work left when all layers are done.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct EncodeProgress {
     /// So far.
     pub done: u64,
     /// In all.
     pub total: u64,
+    /// Floating-point operations of the last call.
+    pub flops: f64,
 }
 
 /// A model that is loaded and ready.
@@ -122,7 +128,7 @@ pub trait Runner: Send {
     ) -> Result<FeatureId, ModelError> {
         let feature = self.begin_encode(kind, patches)?;
         loop {
-            let EncodeProgress { done, total } = self.encode_step(feature, patches, 0.0, tap)?;
+            let EncodeProgress { done, total, .. } = self.encode_step(feature, patches, 0.0, tap)?;
             if !progress(done, total) {
                 self.release(feature);
                 return Err(ModelError::Cancelled);

@@ -175,6 +175,14 @@ impl Tokenizer {
         StreamDecoder { tokenizer: self.clone(), skip_special, pending: Vec::new() }
     }
 
+    /// The bytes that a token adds to the text, special tokens spelled; nothing for an id without a string.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        // Only ids outside the vocabulary are refused.
+        let _ = self.push_bytes(id, false, &mut bytes);
+        bytes
+    }
+
     /// The bytes that a token stands for: its characters through the byte-level alphabet, or as they are when one of them
     /// is not in it.
     fn push_bytes(&self, id: u32, skip_special: bool, out: &mut Vec<u8>) -> Result<(), ProcessorError> {

@@ -385,7 +385,8 @@ fn features_that_do_not_fit_the_prompt_are_refused() {
     let harness = Harness::new(FakeRunner::new(64, 4), options(64, 1));
     let (events, stream) = event_channel();
     let request = PreparedRequest {
-        prompt: prompt(&[1], &[clip(1, 9)]),
+        order: 0,
+        prompt: Arc::new(prompt(&[1], &[clip(1, 9)])),
         media: vec![clip(1, 8)],
         sampling: SamplingParams::default(),
         end_tokens: Arc::new([]),
@@ -393,6 +394,10 @@ fn features_that_do_not_fit_the_prompt_are_refused() {
         events,
         clock: Clock::start(),
         place: None,
+        logprobs: None,
+        constraint: None,
+        pool: None,
+        siblings: Vec::new(),
     };
     assert!(harness.shared.prepared.push(request).is_ok());
     assert!(matches!(outcome(stream), Err(EngineError::Model(_))));

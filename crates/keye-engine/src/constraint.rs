@@ -1,0 +1,227 @@
+//! What a sequence may say next: free thinking, then an answer of a given form.
+//!
+//! Thinking (spec §9) stands in `<analysis>` and `<think>` before the answer. With a grammar the beginning of an answer is
+//! either one of these tags or the grammar's; inside a tag everything but an end token is allowed; after it the grammar
+//! holds. A budget closes a tag by force.
+
+use keye_processor::{ThinkMode, Tokenizer};
+use llguidance::Matcher;
+
+use crate::EngineError;
+
+/// An opening tag, and the tag that closes it.
+const TAGS: [(&str, &str); 2] = [("<think>", "</think>"), ("<analysis>", "</analysis>")];
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    /// A tag may open here; of the tag with this number these tokens follow by force.
+    Open { tag: usize, forced: Vec<u32> },
+    /// Inside the tag with this number.
+    Inside { tag: usize },
+    /// The closing tag is being forced.
+    Closing { tag: usize, forced: Vec<u32> },
+    /// At the beginning of an answer, where a tag may open instead.
+    Start,
+    /// In the answer.
+    Answer,
+}
+
+/// The rule for one sequence.
+#[derive(Clone)]
+pub(crate) struct Constraint {
+    tokenizer: Tokenizer,
+    matcher: Option<Matcher>,
+    end_tokens: std::sync::Arc<[u32]>,
+    state: State,
+    /// The last bytes inside a tag or of an answer that may begin with one.
+    tail: Vec<u8>,
+    /// Tokens inside of tags so far, and how many may be.
+    thought: usize,
+    max_thought: Option<usize>,
+}
+
+impl Constraint {
+    /// A constraint for an answer to `prompt`, the end of which may have opened or closed a tag already.
+    pub fn new(
+        tokenizer: Tokenizer,
+        matcher: Option<Matcher>,
+        end_tokens: std::sync::Arc<[u32]>,
+        think: ThinkMode,
+        prompt: &str,
+        max_thought: Option<usize>,
+    ) -> Self {
+        // What follows the last role is the beginning of the answer.
+        let begun = prompt.rsplit_once("assistant").map_or(prompt, |(_, begun)| begun);
+        let open = (0..TAGS.len()).find(|tag| {
+            let (open, close) = TAGS[*tag];
+            begun.rfind(open).is_some_and(|at| !begun[at..].contains(close))
+        });
+        let closed = TAGS.iter().any(|(_, close)| begun.contains(close));
+        let state = match open {
+            Some(tag) => State::Inside { tag },
+            None if closed || (think == ThinkMode::NoThink && matcher.is_some()) => State::Answer,
+            None => State::Start,
+        };
+        Self { tokenizer, matcher, end_tokens, state, tail: Vec::new(), thought: 0, max_thought }
+    }
+
+    /// Takes the logits of tokens that must not come now to minus infinity.
+    pub fn restrict(&mut self, logits: &mut [f32]) -> Result<(), EngineError> {
+        if let State::Inside { tag } = self.state
+            && self.max_thought.is_some_and(|max| self.thought >= max)
+        {
+            let mut forced = self.tokenizer.encode(TAGS[tag].1)?;
+            forced.reverse();
+            self.state = State::Closing { tag, forced };
+        }
+        match &self.state {
+            State::Open { forced, .. } | State::Closing { forced, .. } => {
+                if let Some(token) = forced.last() {
+                    only(logits, *token);
+                }
+            }
+            State::Inside { .. } if self.matcher.is_some() => {
+                for token in self.end_tokens.iter() {
+                    forbid(logits, *token);
+                }
+            }
+            State::Inside { .. } => {}
+            State::Start | State::Answer => {
+                let start = self.state == State::Start;
+                let Some(matcher) = &mut self.matcher else { return Ok(()) };
+                let mask = matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
+                let tags = if start { self.first_tokens()? } else { Vec::new() };
+                for (id, logit) in (0u32..).zip(logits.iter_mut()) {
+                    let allowed = (id as usize) < mask.len() && mask.is_allowed(id);
+                    if !allowed && !tags.contains(&id) {
+                        *logit = f32::NEG_INFINITY;
+                    } else if logit.is_nan() || *logit == f32::NEG_INFINITY {
+                        // It may be the only way on.
+                        *logit = f32::MIN;
+                    }
+                }
+                if logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
+                    return Err(EngineError::Grammar("nothing may follow: the grammar admits no text here".into()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// False for a token that closes a tag and begins the answer with text that no mask has seen.
+    pub fn accepts(&self, token: u32) -> bool {
+        let (State::Inside { tag }, Some(_)) = (&self.state, &self.matcher) else { return true };
+        let mut tail = self.tail.clone();
+        tail.extend(self.tokenizer.token_bytes(token));
+        match find(&tail, TAGS[*tag].1.as_bytes()) {
+            Some(end) => tail[end..].iter().all(u8::is_ascii_whitespace),
+            None => true,
+        }
+    }
+
+    /// Takes a token. True when nothing may follow.
+    pub fn push(&mut self, token: u32) -> Result<bool, EngineError> {
+        match &mut self.state {
+            State::Open { tag, forced } => {
+                forced.pop();
+                if forced.is_empty() {
+                    self.state = State::Inside { tag: *tag };
+                    self.tail.clear();
+                }
+            }
+            State::Closing { forced, tag } => {
+                forced.pop();
+                if forced.is_empty() {
+                    self.close(*tag);
+                }
+            }
+            State::Inside { tag } => {
+                self.thought += 1;
+                let tag = *tag;
+                self.tail.extend(self.tokenizer.token_bytes(token));
+                let close = TAGS[tag].1.as_bytes();
+                if find(&self.tail, close).is_some() {
+                    self.close(tag);
+                } else {
+                    self.tail.drain(..self.tail.len().saturating_sub(close.len() - 1));
+                }
+            }
+            State::Start => return self.begin(token),
+            State::Answer => return self.consume(token),
+        }
+        Ok(false)
+    }
+
+    /// The first token of an answer, or of a tag in its place.
+    fn begin(&mut self, token: u32) -> Result<bool, EngineError> {
+        if let Some(matcher) = &mut self.matcher {
+            let mask = matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
+            let allowed = (token as usize) < mask.len() && mask.is_allowed(token);
+            if !allowed && let Some(tag) = self.first_tokens()?.iter().position(|first| *first == token) {
+                let mut forced = self.tokenizer.encode(TAGS[tag].0)?;
+                forced.reverse();
+                forced.pop();
+                self.state =
+                    if forced.is_empty() { State::Inside { tag } } else { State::Open { tag, forced } };
+                return Ok(false);
+            }
+            self.state = State::Answer;
+            return self.consume(token);
+        }
+        // Without a grammar the text tells whether a tag opens; white space may stand before it.
+        self.tail.extend(self.tokenizer.token_bytes(token));
+        let text = self.tail.trim_ascii_start();
+        if let Some(tag) = TAGS.iter().position(|(open, _)| text.starts_with(open.as_bytes())) {
+            self.tail = text[TAGS[tag].0.len()..].to_vec();
+            self.state = State::Inside { tag };
+        } else if !TAGS.iter().any(|(open, _)| open.as_bytes().starts_with(text)) {
+            self.state = State::Answer;
+        }
+        Ok(false)
+    }
+
+    fn consume(&mut self, token: u32) -> Result<bool, EngineError> {
+        let Some(matcher) = &mut self.matcher else { return Ok(false) };
+        matcher.consume_token(token).map_err(|error| EngineError::Grammar(brief(&error)))?;
+        Ok(matcher.is_stopped())
+    }
+
+    /// After analysis comes thinking or the answer; after thinking the answer.
+    fn close(&mut self, tag: usize) {
+        self.tail.clear();
+        self.state = if tag == 0 { State::Answer } else { State::Start };
+    }
+
+    /// The first token of every tag that may open.
+    fn first_tokens(&self) -> Result<Vec<u32>, EngineError> {
+        let mut tokens = Vec::new();
+        for (open, _) in TAGS {
+            tokens.extend(self.tokenizer.encode(open)?.first());
+        }
+        Ok(tokens)
+    }
+}
+
+/// The place after the first `needle`.
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle).map(|at| at + needle.len())
+}
+
+/// Only `token` can be chosen.
+fn only(logits: &mut [f32], token: u32) {
+    logits.fill(f32::NEG_INFINITY);
+    if let Some(logit) = logits.get_mut(token as usize) {
+        *logit = 0.0;
+    }
+}
+
+pub(crate) fn forbid(logits: &mut [f32], token: u32) {
+    if let Some(logit) = logits.get_mut(token as usize) {
+        *logit = f32::NEG_INFINITY;
+    }
+}
+
+/// The first line: the rest shows the parser's insides.
+pub(crate) fn brief(error: &impl std::fmt::Display) -> String {
+    error.to_string().lines().next().unwrap_or_default().chars().take(500).collect()
+}
