@@ -132,7 +132,8 @@ impl Constraint {
             State::Closing { forced, tag } => {
                 forced.pop();
                 if forced.is_empty() {
-                    self.close(*tag);
+                    let tag = *tag;
+                    self.close(tag);
                 }
             }
             State::Inside { tag } => {
@@ -161,8 +162,7 @@ impl Constraint {
                 let mut forced = self.tokenizer.encode(TAGS[tag].0)?;
                 forced.reverse();
                 forced.pop();
-                self.state =
-                    if forced.is_empty() { State::Inside { tag } } else { State::Open { tag, forced } };
+                self.state = if forced.is_empty() { State::Inside { tag } } else { State::Open { tag, forced } };
                 return Ok(false);
             }
             self.state = State::Answer;

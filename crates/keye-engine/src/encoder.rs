@@ -53,7 +53,8 @@ impl Encoder {
                 return;
             }
             let Some(media) = media(*id, *index) else { continue };
-            let long = self.jobs.first().is_some_and(|job| media.patches.len() * MUCH_SHORTER > job.media.patches.len());
+            let long =
+                self.jobs.first().is_some_and(|job| media.patches.len() * MUCH_SHORTER > job.media.patches.len());
             if long || self.jobs.iter().any(|job| job.key == *key) {
                 continue;
             }
@@ -78,8 +79,7 @@ impl Encoder {
             return None;
         }
         let job = self.jobs.remove(0);
-        let worked =
-            guarded(|| Ok(runner.encode_step(job.feature, &job.media.patches, flops, &mut NoTap)?));
+        let worked = guarded(|| Ok(runner.encode_step(job.feature, &job.media.patches, flops, &mut NoTap)?));
         let progress = match worked {
             Ok(progress) => progress,
             Err(error) => return Some((job.key, Err(error))),

@@ -39,8 +39,8 @@ mod tests;
 mod trace;
 mod worker;
 
-pub use engine::{Engine, EngineOptions, EngineStats};
 pub use embedding::{Embedding, EmbeddingStream};
+pub use engine::{Engine, EngineOptions, EngineStats};
 pub use event::{Canceller, Event, EventStream, FinishReason, NothingYet, Stage, Timings, TokenLogprob, Usage};
 pub use request::{EngineError, Grammar, MAX_LOGPROBS, Pooling, Request};
 pub use sampling::{SamplingParams, distribution, sample};

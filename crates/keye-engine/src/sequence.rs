@@ -49,11 +49,6 @@ pub(crate) struct PreparedRequest {
 pub(crate) struct Place(Arc<AtomicUsize>);
 
 impl Place {
-    /// A place, unless `max` are taken.
-    pub fn take(taken: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
-        Self::take_many(taken, 1, max)?.pop()
-    }
-
     /// `n` places, unless fewer than that are left of `max`.
     pub fn take_many(taken: &Arc<AtomicUsize>, n: usize, max: usize) -> Option<Vec<Self>> {
         let more = |taken: usize| taken.checked_add(n).filter(|taken| *taken <= max);

@@ -260,7 +260,8 @@ impl<B: Backend> Runner for KeyeModel<B> {
             hidden.push(match hidden_rows(chunk) {
                 rows if rows.is_empty() => Vec::new(),
                 rows => {
-                    let rows = backend.slice_rows(&x, sequence.rows.start + rows.start..sequence.rows.start + rows.end)?;
+                    let rows =
+                        backend.slice_rows(&x, sequence.rows.start + rows.start..sequence.rows.start + rows.end)?;
                     backend.download(&self.decoder.final_norm(backend, &rows)?)?
                 }
             });

@@ -13,20 +13,20 @@ use crate::{
     Engine, EngineError, EngineOptions, Event, EventStream, FinishReason, Request, SamplingParams, Stage, trace,
 };
 
-fn fixture() -> PathBuf {
+pub(super) fn fixture() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/keye-preview-tiny")
 }
 
-fn processor() -> Arc<Processor> {
+pub(super) fn processor() -> Arc<Processor> {
     Arc::new(Processor::load(&fixture().join("model"), &Overrides::default()).expect("the fixture is whole"))
 }
 
-fn loader(processor: &Processor) -> Loader {
+pub(super) fn loader(processor: &Processor) -> Loader {
     let access = Access { root: Some(fixture()), ..Access::default() };
     Loader { access, ..Loader::new(processor.media.clone()) }
 }
 
-fn engine(runner: FakeRunner, options: EngineOptions) -> Engine {
+pub(super) fn engine(runner: FakeRunner, options: EngineOptions) -> Engine {
     let processor = processor();
     let loader = loader(&processor);
     Engine::new(Box::new(runner), processor, loader, options)
@@ -39,11 +39,11 @@ fn slow_runner() -> FakeRunner {
     runner
 }
 
-fn picture(path: impl Into<PathBuf>) -> MediaItem {
+pub(super) fn picture(path: impl Into<PathBuf>) -> MediaItem {
     MediaItem { kind: MediaKind::Image, source: Source::Path(path.into()), options: ItemOptions::default() }
 }
 
-fn request(media: Vec<MediaItem>, text: &str, max_tokens: usize) -> Request {
+pub(super) fn request(media: Vec<MediaItem>, text: &str, max_tokens: usize) -> Request {
     let mut conversation = Conversation::new();
     conversation.push_user(media, text);
     let sampling = SamplingParams { max_tokens, ignore_eos: true, ..SamplingParams::default() };
@@ -66,7 +66,7 @@ fn text_of(stream: EventStream) -> Result<(Vec<u32>, String, crate::Usage), Engi
     panic!("a stream without an end");
 }
 
-fn wait_for(mut done: impl FnMut() -> bool) {
+pub(super) fn wait_for(mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !done() {
         assert!(Instant::now() < deadline, "nothing happened in 10 s");
@@ -201,4 +201,53 @@ fn a_request_given_up_while_its_media_load_is_given_up_at_once() {
     }
     assert!(text_of(engine.submit(request(vec![], "Hello", 3)).expect("room")).is_ok());
     wait_for(|| engine.stats().free_blocks == engine.stats().num_blocks);
+}
+
+#[test]
+fn text_does_not_wait_behind_media_that_load() {
+    let engine = engine(FakeRunner::new(500, 64), EngineOptions { max_running: 4, ..EngineOptions::default() });
+    let clip = MediaItem { kind: MediaKind::Video, ..picture("inputs/clip.mp4") };
+    // Every pass decodes anew: their sizes differ.
+    let media = (0..40u64).map(|index| {
+        let options = ItemOptions { max_pixels: Some(20_000 + 1000 * index), ..ItemOptions::default() };
+        MediaItem { options, ..clip.clone() }
+    });
+    let slow = engine.submit(request(media.collect(), "Hello", 3)).expect("room");
+    text_of(engine.submit(request(vec![], "Hello", 3)).expect("room")).expect("no error");
+    assert_eq!(engine.stats().waiting, 1, "the media are still being decoded");
+    drop(slow);
+    wait_for(|| engine.stats().waiting == 0);
+}
+
+#[test]
+fn several_answers_are_refused_together_when_there_is_no_room() {
+    let options = EngineOptions { max_queue: 3, ..EngineOptions::default() };
+    let engine = engine(slow_runner(), options);
+    let mut running = engine.submit(request(vec![], "Hello", 10_000)).expect("room");
+    assert!(running.any(|event| matches!(event, Event::Token { .. })));
+    let one = engine.submit(request(vec![], "Hello", 3)).expect("room");
+    assert!(matches!(engine.submit_many(request(vec![], "Hello", 3), &[1, 2, 3]), Err(EngineError::QueueFull(3))));
+    assert_eq!(engine.stats().waiting, 1);
+    let two = engine.submit_many(request(vec![], "Hello", 3), &[1, 2]).expect("room");
+    drop(running);
+    for stream in two.into_iter().chain([one]) {
+        assert_eq!(text_of(stream).expect("no error").0.len(), 3);
+    }
+}
+
+#[test]
+fn a_prompt_becomes_a_vector_of_length_one() {
+    let engine = engine(FakeRunner::new(500, 64), EngineOptions { max_batch_tokens: 7, ..EngineOptions::default() });
+    for pooling in [crate::Pooling::Last, crate::Pooling::Mean] {
+        let embed = |text: &str| engine.embed(request(vec![picture("inputs/one.png")], text, 1), pooling);
+        let first = embed("What is this?").expect("room").wait().expect("no error");
+        let again = embed("What is this?").expect("room").wait().expect("no error");
+        let other = embed("What is that?").expect("room").wait().expect("no error");
+        assert_eq!(first.values, again.values, "cached or not");
+        assert_ne!(first.values, other.values);
+        assert!((first.values.iter().map(|v| v * v).sum::<f32>() - 1.0).abs() < 1e-5);
+        assert!(first.usage.media_tokens > 0 && first.usage.completion_tokens == 0);
+    }
+    let missing = engine.embed(request(vec![picture("no/such.png")], "x", 1), crate::Pooling::Last).expect("room");
+    assert!(matches!(missing.wait(), Err(EngineError::Media(_))));
 }

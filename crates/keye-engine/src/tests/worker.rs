@@ -19,26 +19,27 @@ use crate::{
 };
 
 /// A worker without the part that decodes media.
-struct Harness {
+pub(super) struct Harness {
     shared: Arc<Shared>,
-    log: Arc<Log>,
+    pub log: Arc<Log>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// A request as the worker gets it.
 #[derive(Clone, Default)]
-struct Ask {
-    text: Vec<u32>,
-    media: Vec<Arc<Media>>,
-    sampling: SamplingParams,
-    end_tokens: Vec<u32>,
+pub(super) struct Ask {
+    pub text: Vec<u32>,
+    pub media: Vec<Arc<Media>>,
+    pub sampling: SamplingParams,
+    pub end_tokens: Vec<u32>,
+    pub logprobs: Option<usize>,
 }
 
 /// The end of a stream, and what came before it.
 #[derive(Debug)]
-struct Outcome {
+pub(super) struct Outcome {
     stages: Vec<Stage>,
-    tokens: Vec<u32>,
+    pub tokens: Vec<u32>,
     streamed: String,
     reason: FinishReason,
     text: String,
@@ -46,13 +47,13 @@ struct Outcome {
     timings: Timings,
 }
 
-fn options(max_batch_tokens: usize, max_running: usize) -> EngineOptions {
+pub(super) fn options(max_batch_tokens: usize, max_running: usize) -> EngineOptions {
     EngineOptions { max_batch_tokens, max_running, ..EngineOptions::default() }
 }
 
-fn ask(text: &[u32], media: &[Arc<Media>], max_tokens: usize) -> Ask {
+pub(super) fn ask(text: &[u32], media: &[Arc<Media>], max_tokens: usize) -> Ask {
     let sampling = SamplingParams { max_tokens, ..SamplingParams::default() };
-    Ask { text: text.to_vec(), media: media.to_vec(), sampling, end_tokens: Vec::new() }
+    Ask { text: text.to_vec(), media: media.to_vec(), sampling, ..Ask::default() }
 }
 
 /// Token 7 is "h ", which makes stop strings that span tokens.
@@ -61,39 +62,55 @@ fn spell(id: u32) -> String {
 }
 
 impl Harness {
-    fn new(runner: FakeRunner, options: EngineOptions) -> Self {
+    pub fn new(runner: FakeRunner, options: EngineOptions) -> Self {
         let log = Arc::clone(&runner.log);
         let shared = Arc::new(Shared::new(runner.info(), &options));
         let worker = Worker::new(Box::new(runner), Arc::clone(&shared), &options);
         Self { shared, log, thread: Some(std::thread::spawn(move || worker.run())) }
     }
 
-    fn submit(&self, ask: &Ask) -> EventStream {
-        let (events, stream) = event_channel();
-        let request = PreparedRequest {
-            prompt: prompt(&ask.text, &ask.media),
-            media: ask.media.clone(),
-            sampling: ask.sampling.clone(),
-            end_tokens: ask.end_tokens.clone().into(),
-            detokenize: Box::new(|token| Ok(token.map_or(String::new(), spell))),
-            events,
-            clock: Clock::start(),
-            place: None,
-        };
-        assert!(self.shared.prepared.push(request).is_ok());
-        stream
+    pub fn submit(&self, ask: &Ask) -> EventStream {
+        self.submit_many(ask, &[ask.sampling.seed]).remove(0)
     }
 
-    fn run(&self, ask: &Ask) -> Outcome {
+    pub fn submit_many(&self, ask: &Ask, seeds: &[u64]) -> Vec<EventStream> {
+        let prompt = Arc::new(prompt(&ask.text, &ask.media));
+        let (mut requests, mut streams) = (Vec::new(), Vec::new());
+        for seed in seeds {
+            let (events, stream) = event_channel();
+            streams.push(stream);
+            requests.push(PreparedRequest {
+                order: 0,
+                prompt: Arc::clone(&prompt),
+                media: ask.media.clone(),
+                sampling: SamplingParams { seed: *seed, ..ask.sampling.clone() },
+                end_tokens: ask.end_tokens.clone().into(),
+                detokenize: Box::new(|token| Ok(token.map_or(String::new(), spell))),
+                events,
+                clock: Clock::start(),
+                place: None,
+                logprobs: ask.logprobs,
+                constraint: None,
+                pool: None,
+                siblings: Vec::new(),
+            });
+        }
+        let mut first = requests.remove(0);
+        first.siblings = requests;
+        assert!(self.shared.prepared.push(first).is_ok());
+        streams
+    }
+
+    pub fn run(&self, ask: &Ask) -> Outcome {
         outcome(self.submit(ask)).expect("no error")
     }
 
-    fn stats(&self) -> EngineStats {
+    pub fn stats(&self) -> EngineStats {
         *self.shared.stats()
     }
 
     /// Waits, for a while, until nobody holds anything.
-    fn assert_all_free(&self) {
+    pub fn assert_all_free(&self) {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let stats = self.stats();
@@ -115,12 +132,12 @@ impl Drop for Harness {
     }
 }
 
-fn outcome(stream: EventStream) -> Result<Outcome, EngineError> {
+pub(super) fn outcome(stream: EventStream) -> Result<Outcome, EngineError> {
     let (mut stages, mut tokens, mut streamed) = (Vec::new(), Vec::new(), String::new());
     for event in stream {
         match event {
             Event::Stage(stage) => stages.push(stage),
-            Event::Token { id, text } => {
+            Event::Token { id, text, .. } => {
                 tokens.push(id);
                 streamed += &text;
             }
@@ -134,7 +151,7 @@ fn outcome(stream: EventStream) -> Result<Outcome, EngineError> {
 }
 
 /// The tokens of a request that nothing else shares a machine with, whole prompt in one step.
-fn alone(ask: &Ask) -> Vec<u32> {
+pub(super) fn alone(ask: &Ask) -> Vec<u32> {
     let media: Vec<Media> = ask.media.iter().map(|media| (**media).clone()).collect();
     let prompt = prompt(&ask.text, &ask.media);
     let mut runner = FakeRunner::new(1000, 64);
@@ -251,8 +268,7 @@ fn media_are_announced_with_what_they_cost() {
         let Stage::MediaReady { shown, .. } = &stages[0] else { panic!("{:?}", stages[0]) };
         assert_eq!((shown.len(), shown[0].kind), (1, FrameKind::Slow));
         let (shown, estimate) = (Arc::clone(shown), Some(seconds));
-        let ready =
-            Stage::MediaReady { index: 0, frames: 1, slow_frames: 1, patches: 36, tokens: 9, shown, estimate };
+        let ready = Stage::MediaReady { index: 0, frames: 1, slow_frames: 1, patches: 36, tokens: 9, shown, estimate };
         assert_eq!(stages[0], ready);
     }
 }
@@ -439,4 +455,114 @@ fn a_picture_does_not_take_the_features_of_a_clip_with_its_pixels() {
         assert_eq!(harness.run(&wanted).tokens, alone(&wanted));
     }
     assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_running_stream_goes_on_while_a_long_clip_is_encoded_and_a_long_prompt_computed() {
+    let mut runner = FakeRunner::new(4000, 4);
+    runner.step_time = Duration::from_millis(2);
+    let harness = Harness::new(runner, options(512, 4));
+    let mut running = harness.submit(&ask(&[1; 5], &[], 3000));
+    for _ in 0..20 {
+        running.next();
+    }
+    let _clip = harness.submit(&ask(&[1; 5], &[clip(SLOW_MEDIA, 9)], 5));
+    let long: Vec<u32> = (0..2000).map(|i| i % 40).collect();
+    let long = harness.submit(&ask(&long, &[], 1));
+    let (mut gaps, mut last) = (Vec::new(), Instant::now());
+    for event in running.by_ref().take(200) {
+        if matches!(event, Event::Token { .. }) {
+            gaps.push(last.elapsed());
+            last = Instant::now();
+        }
+    }
+    let largest = gaps[1..].iter().max().expect("tokens came");
+    assert!(*largest < Duration::from_millis(150), "2 ms steps, yet {largest:?} between two tokens");
+    let steps = harness.log.steps();
+    assert!(steps.iter().any(|step| step.len() == 2 && step.contains(&1)), "prompt and answer share steps");
+    drop(running);
+    assert_eq!(outcome(long).expect("no error").tokens.len(), 1);
+}
+
+#[test]
+fn a_picture_does_not_wait_for_a_long_clip_nor_a_short_question_for_a_long_prompt() {
+    let harness = Harness::new(FakeRunner::new(4000, 4), options(64, 4));
+    let _clip = harness.submit(&ask(&[1; 5], &[clip(SLOW_MEDIA, 90)], 5));
+    let picture = ask(&[1; 5], &[clip(1, 9)], 5);
+    assert_eq!(harness.run(&picture).tokens, alone(&picture));
+    assert_eq!(harness.run(&ask(&[2; 5], &[], 5)).tokens.len(), 5);
+}
+
+#[test]
+fn several_answers_share_one_prompt() {
+    for (running, batch) in [(8, 64), (1, 64), (3, 5)] {
+        let harness = Harness::new(FakeRunner::new(200, 4), options(batch, running));
+        let mut wanted = ask(&[7; 20], &[clip(1, 9)], 8);
+        wanted.sampling.temperature = 1.0;
+        let seeds = [3, 4, 5, 6];
+        let streams = harness.submit_many(&wanted, &seeds);
+        let answers: Vec<Outcome> = streams.into_iter().map(|stream| outcome(stream).expect("no error")).collect();
+        for (seed, answer) in seeds.iter().zip(&answers) {
+            let single = Harness::new(FakeRunner::new(200, 4), options(512, 1));
+            let mut same = wanted.clone();
+            same.sampling.seed = *seed;
+            assert_eq!(single.run(&same).tokens, answer.tokens);
+        }
+        // 32 tokens are 8 blocks, the last of which is computed by each.
+        assert_eq!(answers.iter().map(|a| a.usage.cached_tokens).collect::<Vec<_>>(), [0, 28, 28, 28]);
+        assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 1);
+        harness.assert_all_free();
+    }
+}
+
+#[test]
+fn the_others_go_on_when_the_first_of_several_is_given_up() {
+    let mut runner = FakeRunner::new(200, 4);
+    runner.step_time = Duration::from_millis(1);
+    let harness = Harness::new(runner, options(4, 8));
+    let wanted = ask(&[7; 60], &[], 8);
+    let mut streams = harness.submit_many(&wanted, &[1, 2, 3]);
+    std::thread::sleep(Duration::from_millis(5));
+    drop(streams.remove(0));
+    drop(streams.remove(1));
+    assert_eq!(outcome(streams.remove(0)).expect("no error").tokens, alone(&wanted));
+    harness.assert_all_free();
+}
+
+#[test]
+fn guesses_change_no_token_and_save_steps() {
+    // Greedy answers of a prompt that contains its own answer.
+    let plain = Harness::new(FakeRunner::new(400, 64), options(64, 1));
+    let first = plain.run(&ask(&[1, 2, 3], &[], 30)).tokens;
+    for speculation in [1, 3, 8] {
+        let harness = Harness::new(FakeRunner::new(400, 64), EngineOptions { speculation, ..options(64, 4) });
+        for temperature in [0.0, 0.7] {
+            for text in [vec![1, 2, 3], first.iter().chain(&first).copied().collect(), vec![5; 70]] {
+                let mut wanted = ask(&text, &[], 40);
+                wanted.sampling.temperature = temperature;
+                wanted.sampling.top_k = 2;
+                wanted.sampling.repetition_penalty = 1.1;
+                assert_eq!(harness.run(&wanted).tokens, plain.run(&wanted).tokens, "{speculation} {temperature}");
+            }
+        }
+        let stats = harness.stats();
+        assert!(stats.speculation_proposed > 0 && stats.speculation_accepted <= stats.speculation_proposed);
+    }
+}
+
+#[test]
+fn log_probabilities_come_with_the_tokens() {
+    let harness = Harness::new(FakeRunner::new(200, 4), options(64, 1));
+    let wanted = Ask { logprobs: Some(3), ..ask(&[1, 2, 3], &[], 6) };
+    let mut seen = 0;
+    for event in harness.submit(&wanted) {
+        if let Event::Token { id, logprob, .. } = event {
+            let logprob = logprob.expect("asked for");
+            assert_eq!(logprob.top.len(), 3);
+            assert_eq!(logprob.top[0], (id, logprob.logprob), "greedy takes the most likely");
+            assert!(logprob.top.windows(2).all(|pair| pair[0].1 >= pair[1].1) && logprob.logprob < 0.0);
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 6);
 }

@@ -1,0 +1,178 @@
+//! Answers of a given form, from logits that are noise.
+
+use keye_processor::ThinkMode;
+use serde_json::{Value, json};
+
+use super::handle::{engine, processor, request};
+use crate::fake::FakeRunner;
+use crate::random::philox;
+use crate::{Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, Request};
+
+fn noisy(max_running: usize) -> Engine {
+    let runner = FakeRunner::new(500, 64).with_vocabulary(processor().tokenizer.vocab_size());
+    engine(runner, EngineOptions { max_running, speculation: 4, ..EngineOptions::default() })
+}
+
+fn ask(grammar: Grammar, seed: u64, max_tokens: usize) -> Request {
+    let mut asked = request(vec![], "Hello", max_tokens);
+    asked.sampling.ignore_eos = false;
+    asked.sampling.temperature = 1.0;
+    asked.sampling.seed = seed;
+    Request { grammar: Some(grammar), think: ThinkMode::NoThink, ..asked }
+}
+
+/// The text and why it ended.
+fn answer(engine: &Engine, asked: Request) -> Result<(String, FinishReason), EngineError> {
+    for event in engine.submit(asked)? {
+        match event {
+            Event::Finished { text, reason, .. } => return Ok((text, reason)),
+            Event::Failed(error) => return Err(error),
+            _ => {}
+        }
+    }
+    panic!("a stream without an end");
+}
+
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, n: usize) -> usize {
+        self.0 += 1;
+        philox([self.0 as u32, (self.0 >> 32) as u32, 0, 0], [8, 8])[0] as usize % n
+    }
+}
+
+/// A schema that most answers get to the end of, and at most `depth` deep.
+fn schema(dice: &mut Dice, depth: usize) -> Value {
+    match dice.roll(if depth == 0 { 5 } else { 7 }) {
+        0 => json!({"type": "integer", "minimum": -50, "maximum": 99}),
+        1 => json!({"type": "boolean"}),
+        2 => json!({"enum": ["red", "green \"x\"", 7, null]}),
+        3 => json!({"type": "string", "maxLength": 6}),
+        4 => json!({"const": "fixed"}),
+        5 => {
+            let least = dice.roll(3);
+            json!({"type": "array", "items": schema(dice, depth - 1), "minItems": least, "maxItems": least + 2})
+        }
+        _ => {
+            let names = ["a", "b c", "long_name"];
+            let properties: serde_json::Map<String, Value> =
+                names[..1 + dice.roll(3)].iter().map(|name| ((*name).into(), schema(dice, depth - 1))).collect();
+            let required: Vec<&String> = properties.keys().collect();
+            json!({"type": "object", "properties": properties, "required": required, "additionalProperties": false})
+        }
+    }
+}
+
+/// The rules of [`schema`].
+fn satisfies(value: &Value, schema: &Value) -> bool {
+    if let Some(expected) = schema.get("const") {
+        return value == expected;
+    }
+    if let Some(allowed) = schema["enum"].as_array() {
+        return allowed.contains(value);
+    }
+    match schema["type"].as_str() {
+        // "-0" is read as a float.
+        Some("integer") => value.as_f64().is_some_and(|v| v.fract() == 0.0 && (-50.0..=99.0).contains(&v)),
+        Some("boolean") => value.is_boolean(),
+        Some("string") => value.as_str().is_some_and(|v| v.chars().count() <= 6),
+        Some("array") => value.as_array().is_some_and(|items| {
+            let (least, most) = (schema["minItems"].as_u64(), schema["maxItems"].as_u64());
+            least <= Some(items.len() as u64)
+                && Some(items.len() as u64) <= most
+                && items.iter().all(|item| satisfies(item, &schema["items"]))
+        }),
+        Some("object") => value.as_object().is_some_and(|fields| {
+            let properties = schema["properties"].as_object().expect("a schema from here");
+            fields.len() == properties.len()
+                && properties.iter().all(|(name, schema)| fields.get(name).is_some_and(|v| satisfies(v, schema)))
+        }),
+        _ => false,
+    }
+}
+
+#[test]
+fn every_answer_that_ends_satisfies_its_schema() {
+    let engine = noisy(8);
+    let mut dice = Dice(1);
+    let asked: Vec<(Value, u64)> = (0..400u64).map(|seed| (schema(&mut dice, 2), seed)).collect();
+    let mut finished = 0;
+    for group in asked.chunks(16) {
+        let streams: Vec<_> = group
+            .iter()
+            .map(|(schema, seed)| engine.submit(ask(Grammar::JsonSchema(schema.clone()), *seed, 120)).expect("room"))
+            .collect();
+        for ((schema, _), stream) in group.iter().zip(streams) {
+            for event in stream {
+                match event {
+                    Event::Finished { text, reason: FinishReason::Stop, .. } => {
+                        let value =
+                            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text:?} for {schema}"));
+                        assert!(satisfies(&value, schema), "{text:?} for {schema}");
+                        finished += 1;
+                    }
+                    Event::Failed(error) => panic!("{error} for {schema}"),
+                    _ => {}
+                }
+            }
+        }
+    }
+    assert!(finished > 200, "{finished} of 400 ended");
+}
+
+#[test]
+fn expressions_choices_and_grammars_hold() {
+    let engine = noisy(1);
+    for seed in 0..60 {
+        let (text, reason) = answer(&engine, ask(Grammar::Regex("[0-9]{2,5}(s|ms)".into()), seed, 30)).expect("fits");
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_lowercase());
+        assert_eq!(reason, FinishReason::Stop);
+        assert!((2..=5).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit()), "{text:?}");
+        assert!(["s", "ms"].contains(&&text[digits.len()..]), "{text:?}");
+        let choices = ["yes".to_owned(), "no \"maybe\"".to_owned(), "ja \u{e4}\n".to_owned()];
+        let (text, _) = answer(&engine, ask(Grammar::Choice(choices.to_vec()), seed, 30)).expect("fits");
+        assert!(choices.contains(&text), "{text:?}");
+        let lark = "start: \"<\" inner \">\"\ninner: /[ab]{1,3}/".to_owned();
+        let (text, _) = answer(&engine, ask(Grammar::Lark(lark), seed, 30)).expect("fits");
+        assert!(text.starts_with('<') && text.ends_with('>') && (3..=5).contains(&text.len()), "{text:?}");
+    }
+}
+
+#[test]
+fn a_grammar_that_cannot_be_is_refused() {
+    let engine = noisy(1);
+    for grammar in [
+        Grammar::Regex("(".into()),
+        Grammar::Choice(vec![]),
+        Grammar::Lark("start: nothing".into()),
+        Grammar::JsonSchema(json!({"type": "no such type"})),
+        Grammar::Regex("x".repeat(2 << 20)),
+    ] {
+        let error = answer(&engine, ask(grammar.clone(), 1, 5)).expect_err("it cannot be compiled");
+        assert!(matches!(error, EngineError::Grammar(_)), "{grammar:?}: {error}");
+    }
+    assert!(answer(&engine, ask(Grammar::JsonObject, 1, 5)).is_ok());
+}
+
+#[test]
+fn the_grammar_begins_after_the_thinking_and_a_budget_closes_that() {
+    let engine = noisy(4);
+    let (mut thought, mut plain) = (0, 0);
+    for seed in 0..40 {
+        let mut asked = ask(Grammar::Regex("[a-c]{1,4}".into()), seed, 200);
+        asked.think = ThinkMode::Auto;
+        asked.max_reasoning_tokens = Some(7);
+        let (text, reason) = answer(&engine, asked).expect("fits");
+        assert_eq!(reason, FinishReason::Stop, "{text:?}");
+        let parts = keye_processor::parse_answer(&text);
+        assert!((1..=4).contains(&parts.answer.len()) && parts.answer.bytes().all(|b| b"abc".contains(&b)), "{text:?}");
+        if parts.thinking.is_some() || parts.analysis.is_some() { thought += 1 } else { plain += 1 }
+    }
+    assert!(thought > 0 && plain > 0, "{thought} thought, {plain} did not");
+    // The prompt has opened the tag already.
+    let mut opened = ask(Grammar::Choice(vec!["done".into()]), 3, 200);
+    opened.raw_prompt = Some("<|im_start|>assistant\n<think>\n".into());
+    opened.max_reasoning_tokens = Some(0);
+    assert_eq!(answer(&engine, opened).expect("fits").0, "</think>done");
+}
