@@ -5,10 +5,11 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use keye_processor::{Checkpoint, Dtype, NewTensor, write_file};
 
-/// Elements, of the three types that golden files have.
+/// Elements, of the types that golden files have.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
     U8(Vec<u8>),
+    I32(Vec<i32>),
     I64(Vec<i64>),
     F32(Vec<f32>),
 }
@@ -29,6 +30,7 @@ impl Tensor {
     pub fn dtype(&self) -> Dtype {
         match self.values {
             Values::U8(_) => Dtype::U8,
+            Values::I32(_) => Dtype::I32,
             Values::I64(_) => Dtype::I64,
             Values::F32(_) => Dtype::F32,
         }
@@ -37,6 +39,7 @@ impl Tensor {
     fn bytes(&self) -> Vec<u8> {
         match &self.values {
             Values::U8(values) => values.clone(),
+            Values::I32(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Values::I64(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             Values::F32(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         }
@@ -46,6 +49,7 @@ impl Tensor {
     fn get(&self, i: usize) -> f64 {
         match &self.values {
             Values::U8(values) => f64::from(values[i]),
+            Values::I32(values) => f64::from(values[i]),
             Values::I64(values) => values[i] as f64,
             Values::F32(values) => f64::from(values[i]),
         }
@@ -104,10 +108,11 @@ impl Golden {
         let bytes = &stored.bytes;
         let values = match stored.dtype {
             Dtype::U8 => Values::U8(bytes.to_vec()),
+            Dtype::I32 => Values::I32(bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b)).collect()),
             Dtype::I64 => Values::I64(bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect()),
             Dtype::F32 => Values::F32(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
             other => {
-                bail!("{}: tensor {name}: expected type U8, I64 or F32, found {other}", self.file.path().display())
+                bail!("{}: tensor {name}: expected type U8, I32, I64 or F32, found {other}", self.file.path().display())
             }
         };
         Ok(Some(Tensor { name: name.to_owned(), shape: stored.shape, values }))

@@ -1,4 +1,6 @@
-//! `keye trace`: every intermediate tensor of one request.
+//! `keye trace`: every intermediate tensor of one request, or of given token ids.
+
+mod inputs;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,7 +12,7 @@ use keye::{Access, Conversation, KvDtype, LoadError, MediaError, MediaKind, Time
 use keye_backend::{Backend, Cpu, CpuOptions, Reference};
 use keye_media::{Loader, Media, Pixels, ProcessorConfig, VideoRule};
 use keye_model::{KeyeModel, LoadOptions, Runner, Tap};
-use keye_processor::{Checkpoint, Overrides, Processor, Prompt, TemplateOptions, seconds_per_grid};
+use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Prompt, TemplateOptions, seconds_per_grid};
 use serde_json::Value;
 
 use super::args::check_output;
@@ -24,8 +26,11 @@ Examples:
   keye trace --model DIR --request r.json --out t.safetensors --backend cpu
   keye trace --model DIR --request r.json --out t.safetensors --compare golden.safetensors
   keye trace --model DIR --request r.json --out t.safetensors --pixels golden.safetensors --compare golden.safetensors
+  keye trace --model DIR --inputs inputs.safetensors --generate 8 --attention dense --out t.safetensors
 
 The request is {\"messages\": [...]} as transformers and OpenAI clients write it; other fields are ignored, URLs are refused.
+--inputs is for Keye-VL-2.0 checkpoints without tokenizer: input_ids I64 [n], and where there are pads pixel_values and
+image_grid_thw, pixel_values_videos and video_grid_thw (F32 patches, I64 [n, 3]). They are written back unchanged.
 Exit code 1 when --compare finds whole numbers or shapes that differ.";
 
 /// Bytes of a request with its data URLs.
@@ -43,13 +48,22 @@ pub struct Args {
     #[arg(short, long, env = "KEYE_MODEL", value_name = "DIR|HUB_ID")]
     model: String,
     /// JSON object with `messages`
-    #[arg(long, value_name = "FILE.json")]
-    request: PathBuf,
+    #[arg(long, value_name = "FILE.json", required_unless_present = "inputs", conflicts_with = "inputs")]
+    request: Option<PathBuf>,
+    /// Token ids and float pixels instead of a request
+    #[arg(long, value_name = "FILE.safetensors")]
+    inputs: Option<PathBuf>,
+    /// Greedy tokens after the prompt; end tokens do not end them [default: 16 with --request, 0 with --inputs]
+    #[arg(long, value_name = "N")]
+    generate: Option<usize>,
+    /// Sparse attention as the checkpoint says, or attention to all keys [default: as the checkpoint says]
+    #[arg(long, value_name = "KIND", value_parser = ["dsa", "dense"])]
+    attention: Option<String>,
     /// Where relative paths of media start [default: the folder of the request]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "inputs")]
     media_root: Option<PathBuf>,
     /// Take the patches from this file instead of the decoded ones
-    #[arg(long, value_name = "FILE.safetensors")]
+    #[arg(long, value_name = "FILE.safetensors", conflicts_with = "inputs")]
     pixels: Option<PathBuf>,
     /// Output
     #[arg(long, value_name = "FILE.safetensors")]
@@ -67,9 +81,32 @@ pub fn run(args: Args) -> Result<()> {
     check_overwrite(&args)?;
     let mut status = Status::new(false);
     let dir = resolve_model(&args.model, false, &mut |progress| status.loading(progress))?;
-    let processor = Processor::load(&dir, &Overrides::default()).map_err(LoadError::from)?;
-    let conversation = read_request(&args.request)?;
-    let mut media = load_media(&args, &processor, &conversation, &mut status)?;
+    let tensors = match (&args.inputs, &args.request) {
+        (Some(path), _) => from_inputs(&args, &dir, path, &mut status)?,
+        (None, Some(path)) => from_request(&args, &dir, path, &mut status)?,
+        (None, None) => return Err(Usage("expected --request or --inputs".into()).into()),
+    };
+    status.clear();
+    golden::write(&args.out, &tensors)?;
+    let golden = args.compare.as_deref().map(Golden::open).transpose()?;
+    show(&tensors, golden.as_ref())
+}
+
+fn from_inputs(args: &Args, dir: &Path, path: &Path, status: &mut Status) -> Result<Vec<Tensor>> {
+    let mut config = ModelConfig::load(dir).map_err(LoadError::from)?;
+    choose_attention(args, &mut config)?;
+    let inputs = inputs::Inputs::read(path, &config, args.generate.unwrap_or(0))?;
+    status.progress("computing");
+    let pixels = config.facts().media.processor;
+    let mut runner = load(args, dir, &config, &pixels, inputs.options())?;
+    inputs.run(runner.as_mut(), &config)
+}
+
+fn from_request(args: &Args, dir: &Path, path: &Path, status: &mut Status) -> Result<Vec<Tensor>> {
+    let mut processor = Processor::load(dir, &Overrides::default()).map_err(LoadError::from)?;
+    choose_attention(args, &mut processor.config)?;
+    let conversation = read_request(path)?;
+    let mut media = load_media(args, path, &processor, &conversation, status)?;
     if let Some(path) = &args.pixels {
         feed_pixels(&Golden::open(path)?, &mut media, path)?;
     }
@@ -78,27 +115,49 @@ pub fn run(args: Args) -> Result<()> {
     tensors.extend(media_tensors(&media, &processor)?);
 
     status.progress("computing");
-    let checkpoint = Checkpoint::open(&dir).map_err(LoadError::from)?;
-    let options = LoadOptions { cache_tokens: prompt.input_ids.len() + GENERATED, kv_dtype: KvDtype::F32 };
-    let mut runner = match args.backend.as_str() {
-        "cpu" => load(Cpu::new(CpuOptions::default()).map_err(LoadError::from)?, &processor, &checkpoint, options)?,
-        _ => load(Reference, &processor, &checkpoint, options)?,
-    };
-    tensors.extend(computed_tensors(runner.as_mut(), &media, &prompt)?);
-    status.clear();
-    golden::write(&args.out, &tensors)?;
-    let golden = args.compare.as_deref().map(Golden::open).transpose()?;
-    show(&tensors, golden.as_ref())
+    let (n, generate) = (prompt.input_ids.len(), args.generate.unwrap_or(GENERATED));
+    let longest = processor.config.text.max_position_embeddings;
+    if n.checked_add(generate).is_none_or(|sum| sum > longest) {
+        bail!("{n} tokens and --generate {generate}: the model's longest is {longest} together");
+    }
+    let options = LoadOptions { cache_tokens: n + generate, kv_dtype: KvDtype::F32 };
+    let mut runner = load(args, dir, &processor.config, &processor.media.processor, options)?;
+    tensors.extend(computed_tensors(runner.as_mut(), &media, &prompt, generate)?);
+    Ok(tensors)
 }
 
-fn load<B: Backend>(
-    backend: B,
-    processor: &Processor,
-    checkpoint: &Checkpoint,
+/// Without an indexer attention is dense.
+fn choose_attention(args: &Args, config: &mut ModelConfig) -> Result<()> {
+    match args.attention.as_deref() {
+        Some("dense") => config.text.indexer = None,
+        Some("dsa") if config.text.indexer.is_none() => {
+            return Err(Usage("--attention dsa: the checkpoint has no indexer; leave it out, or dense".into()).into());
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn load(
+    args: &Args,
+    dir: &Path,
+    config: &ModelConfig,
+    pixels: &ProcessorConfig,
     options: LoadOptions,
 ) -> Result<Box<dyn Runner>> {
-    let (config, pixels) = (&processor.config, &processor.media.processor);
-    Ok(Box::new(KeyeModel::load(backend, config, pixels, checkpoint, options).map_err(LoadError::from)?))
+    fn on<B: Backend>(
+        backend: B,
+        dir: &Path,
+        config: &ModelConfig,
+        pixels: &ProcessorConfig,
+        options: LoadOptions,
+    ) -> Result<Box<dyn Runner>, LoadError> {
+        Ok(Box::new(KeyeModel::load(backend, config, pixels, &Checkpoint::open(dir)?, options)?))
+    }
+    Ok(match args.backend.as_str() {
+        "cpu" => on(Cpu::new(CpuOptions::default()).map_err(LoadError::from)?, dir, config, pixels, options)?,
+        _ => on(Reference, dir, config, pixels, options)?,
+    })
 }
 
 /// The output takes the place of a file; neither of one that is read nor of a device.
@@ -108,7 +167,7 @@ fn check_overwrite(args: &Args) -> Result<()> {
     if !place.is_file() {
         return Err(Usage(format!("--out {out} is no regular file; the name of a file is expected")).into());
     }
-    let inputs = [Some(&args.request), args.pixels.as_ref(), args.compare.as_ref()];
+    let inputs = [&args.request, &args.inputs, &args.pixels, &args.compare];
     match inputs.into_iter().flatten().any(|input| input.canonicalize().is_ok_and(|input| input == place)) {
         true => Err(Usage(format!("--out {out} is an input too; choose another name")).into()),
         false => Ok(()),
@@ -131,11 +190,12 @@ fn read_request(path: &Path) -> Result<Conversation> {
 
 fn load_media(
     args: &Args,
+    request: &Path,
     processor: &Processor,
     conversation: &Conversation,
     status: &mut Status,
 ) -> Result<Vec<Media>> {
-    let folder = args.request.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = request.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let root = args.media_root.as_deref().unwrap_or(folder);
     let loader = Loader {
         access: Access { root: Some(root.to_owned()), ..Access::default() },
@@ -202,7 +262,7 @@ fn feed_pixels(file: &Golden, media: &mut [Media], path: &Path) -> Result<()> {
             item.patches.pixels = match &tensor.values {
                 Values::U8(values) => Pixels::U8(values[range].to_vec()),
                 Values::F32(values) => Pixels::F32(values[range].to_vec()),
-                Values::I64(_) => bail!("{}: {} has type I64, expected U8 or F32", path.display(), tensor.name),
+                _ => bail!("{}: {} has type {}, expected U8 or F32", path.display(), tensor.name, tensor.dtype()),
             };
         }
     }
@@ -322,9 +382,9 @@ impl Tap for Recorder {
     }
 }
 
-fn computed_tensors(runner: &mut dyn Runner, media: &[Media], prompt: &Prompt) -> Result<Vec<Tensor>> {
+fn computed_tensors(runner: &mut dyn Runner, media: &[Media], prompt: &Prompt, generate: usize) -> Result<Vec<Tensor>> {
     let mut recorder = Recorder { prompt_tokens: prompt.input_ids.len(), tensors: BTreeMap::new() };
-    let trace = keye_engine::trace(runner, media, prompt, &mut recorder, GENERATED)?;
+    let trace = keye_engine::trace(runner, media, prompt, &mut recorder, generate)?;
     let mut tensors = Vec::new();
     let media_names = ["image_", "video_"]
         .iter()
@@ -352,7 +412,7 @@ fn show(tensors: &[Tensor], golden: Option<&Golden>) -> Result<()> {
         text += &format!("{:<24} {:<5} {shape:<18} {:>12.6}", tensor.name, tensor.dtype().name(), tensor.rms());
         if let Some(golden) = golden {
             let difference = golden.compare(tensor)?;
-            let whole = matches!(tensor.values, Values::I64(_));
+            let whole = matches!(tensor.values, Values::I32(_) | Values::I64(_));
             if matches!(difference, Difference::Unlike(_)) || (whole && matches!(difference, Difference::Largest(_))) {
                 wrong.push(tensor.name.clone());
             }
