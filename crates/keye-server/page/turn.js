@@ -23,7 +23,7 @@ export class TurnView {
     this.body = el("div", { class: "prose" });
     this.error = el("p", { class: "error", role: "alert", hidden: true });
     this.figures = el("span", { class: "figures" });
-    this.last = el("span", {}, button("Retry", () => acts.retry(turn), "Ask again"), button("Edit", () => acts.edit(turn), "Edit the question"));
+    this.last = el("span", {}, button("Retry", () => acts.retry(turn), "Retry the question"), button("Edit", () => acts.edit(turn), "Edit the question"));
     this.copies = el(
       "span",
       {},

@@ -185,7 +185,7 @@ def a_clip_is_dropped_and_asked_about(browser):
     session.wait("document.querySelector('#screen video')?.readyState > 0")
 
     # Retry and edit.
-    page.get_by_role("button", name="Ask again").click()
+    page.get_by_role("button", name="Retry the question").click()
     session.done(2)
     assert len(sent) == 3 and len(sent[2]["messages"]) == 3
     page.get_by_role("button", name="Edit the question").last.click()
@@ -394,7 +394,7 @@ def looks(browser):
         session.ask("List what can be seen, with times.")
         session.done(1)
         session.mock(mocked(SHOWN, "The clip has several shots. The first runs until 0.8s, then the picture changes."))
-        page.get_by_role("button", name="Ask again").click()
+        page.get_by_role("button", name="Retry the question").click()
         session.done(1)
         page.locator("a.time").nth(1).click()
         session.shot(f"done-{name}")
