@@ -65,13 +65,45 @@ impl Variant {
                 markers: FrameMarkers::None,
                 media: MediaConfig::preview(),
             },
-            // 2.0 has the tower and the projector of 1.5; every frame of a clip is a slow one.
-            Self::V1_5 | Self::V2 => Facts {
-                projector_norm: ProjectorNorm::AfterMerge,
-                vision_span: VisionSpan::Frame,
-                markers: FrameMarkers::SlowFast,
-                media: MediaConfig::slow_fast(),
-            },
+            // 2.0 has the tower and the projector of 1.5, and the rules of its pictures; its adaptive sampling of clips (spec
+            // of 2.0, §5) is not 1.5's.
+            Self::V1_5 | Self::V2 => {
+                let mut media = MediaConfig::slow_fast();
+                media.video.available = self == Self::V1_5;
+                Facts {
+                    projector_norm: ProjectorNorm::AfterMerge,
+                    vision_span: VisionSpan::Frame,
+                    markers: FrameMarkers::SlowFast,
+                    media,
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use keye_media::{ItemOptions, Loader, MediaError, MediaItem, MediaKind, Source};
+
+    use super::*;
+
+    /// The file is not there: what is refused is refused before it is opened.
+    fn load(variant: Variant, kind: MediaKind) -> MediaError {
+        let source = Source::Path(Path::new("no/such/file").into());
+        let item = MediaItem { kind, source, options: ItemOptions::default() };
+        Loader::new(variant.facts().media).load(&item, &mut |_| true).unwrap_err()
+    }
+
+    #[test]
+    fn videos_of_the_second_generation_are_refused() {
+        let refused = load(Variant::V2, MediaKind::Video).to_string();
+        assert!(refused.contains("no/such/file") && refused.contains("images and text work"), "{refused}");
+        for (variant, kind) in
+            [(Variant::V2, MediaKind::Image), (Variant::V1_5, MediaKind::Video), (Variant::Preview, MediaKind::Video)]
+        {
+            assert!(matches!(load(variant, kind), MediaError::Read { .. }), "{variant:?} {kind:?}");
         }
     }
 }
