@@ -178,6 +178,7 @@ mod tests {
                 wall_ratio_to_decode: 1.6,
                 frames: 120,
                 patches: 5,
+                decoder: "ffmpeg".into(),
             }],
             rss: 5_000_000_000,
         };
