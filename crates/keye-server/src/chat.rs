@@ -11,7 +11,7 @@ use keye_processor::{Conversation, TemplateOptions, ThinkMode};
 use serde_json::Value;
 
 use crate::admission::Lease;
-use crate::answer::{Answer, Shape};
+use crate::answer::{Answer, Format, Shape};
 use crate::app::App;
 use crate::error::ApiError;
 use crate::fields::{self, Fields};
@@ -19,6 +19,10 @@ use crate::generation::Generation;
 use crate::guard::RequestId;
 use crate::sampling_fields::{self, Common};
 use crate::sse;
+use crate::tools::{self, Tools};
+
+/// Ends a call.
+const CALL_END: &str = "</tool_call>";
 
 pub(crate) async fn chat(
     State(app): State<Arc<App>>,
@@ -28,16 +32,16 @@ pub(crate) async fn chat(
     let mut lease = Lease::default();
     lease.take_streams(&app, 1)?;
     let body = lease.read_body(&app, request).await?;
-    let (common, asked) = blocking({
+    let (common, tools, asked) = blocking({
         let app = Arc::clone(&app);
         move || read(&body, &app)
     })
     .await?;
-    let requests = choices(&asked, &common);
-    lease.take_streams(&app, requests.len() - 1)?;
-    let answer = Answer::new(&app.config.model, Shape::Chat, 1, requests.len(), common.stream, common.include_usage);
-    let generation = Generation::start(&app, &id, requests, lease, common.include_progress)?;
-    if common.stream { sse::streamed(generation, answer).await } else { sse::whole(generation, answer).await }
+    lease.take_streams(&app, common.choices - 1)?;
+    let format = Format { shape: Shape::Chat, streamed: common.stream, include_usage: common.include_usage };
+    let answer = Answer::new(&app.config.model, format, 1, common.choices, &tools.names);
+    let generation = Generation::start(&app, &id, vec![asked], common.choices, lease, common.include_progress)?;
+    sse::respond(generation, answer, common.stream).await
 }
 
 /// Runs work that takes a while, such as decoding base64, away from the threads that serve connections.
@@ -51,29 +55,33 @@ pub(crate) async fn blocking<T: Send + 'static>(
     }
 }
 
-/// One request for each choice: the same but for the seed.
-pub(crate) fn choices(request: &Request, common: &Common) -> Vec<Request> {
-    let with_seed = |choice: usize| {
-        let mut request = request.clone();
-        request.sampling.seed = request.sampling.seed.wrapping_add(choice as u64);
-        request
-    };
-    (0..common.choices).map(with_seed).collect()
-}
-
-fn read(body: &[u8], app: &App) -> Result<(Common, Request), ApiError> {
+fn read(body: &[u8], app: &App) -> Result<(Common, Tools, Request), ApiError> {
     let body = fields::parse(body)?;
     let fields = Fields::of(&body)?;
-    let common = sampling_fields::read(&fields, app)?;
-    let conversation = conversation(&fields, app)?;
-    let (think, template) = template(&fields)?;
-    let sampling = common.sampling.clone();
-    Ok((common, Request { conversation, sampling, think, template, ..Request::default() }))
+    let mut common = sampling_fields::read(&fields, app)?;
+    let tools = tools::read(&fields)?;
+    prepare_for(&tools, &mut common)?;
+    let messages = fields.get("messages").ok_or_else(|| ApiError::invalid("messages", "messages: missing"))?;
+    let conversation = conversation(messages, &tools, app)?;
+    let (think, template) = template(&fields, &tools)?;
+    let logprobs = sampling_fields::chat_logprobs(&fields)?;
+    let request = Request { conversation, think, template, logprobs, ..common.request() };
+    sampling_fields::refuse_unread(&fields, &request)?;
+    Ok((common, tools, request))
+}
+
+/// Settings of generation that follow from the tools.
+pub(crate) fn prepare_for(tools: &Tools, common: &mut Common) -> Result<(), ApiError> {
+    common.grammar = tools.grammar(common.grammar.take())?;
+    // A call counts without its closing tag, so the answer may end there.
+    if tools.single && !tools.names.is_empty() && common.grammar.is_none() {
+        common.sampling.stop.push(CALL_END.to_owned());
+    }
+    Ok(())
 }
 
 /// The messages, with media that may be opened and options below the ceilings.
-pub(crate) fn conversation(fields: &Fields, app: &App) -> Result<Conversation, ApiError> {
-    let messages = fields.get("messages").ok_or_else(|| ApiError::invalid("messages", "messages: missing"))?;
+pub(crate) fn conversation(messages: &Value, tools: &Tools, app: &App) -> Result<Conversation, ApiError> {
     if messages.as_array().is_none_or(Vec::is_empty) {
         return Err(ApiError::invalid("messages", "messages: expected a list with at least one message"));
     }
@@ -94,11 +102,11 @@ pub(crate) fn conversation(fields: &Fields, app: &App) -> Result<Conversation, A
         }
         frames.iter().filter_map(|frame| frame.options.as_ref()).try_for_each(|options| ceilings.check(options))?;
     }
-    Ok(conversation)
+    Ok(conversation.with_tools(&app.processor.template, tools.definitions.as_ref()))
 }
 
 /// Thinking mode and variables of the template.
-pub(crate) fn template(fields: &Fields) -> Result<(ThinkMode, TemplateOptions), ApiError> {
+pub(crate) fn template(fields: &Fields, tools: &Tools) -> Result<(ThinkMode, TemplateOptions), ApiError> {
     let mut options = TemplateOptions::default();
     if let Some(prompt) = fields.bool("add_generation_prompt")? {
         options.add_generation_prompt = prompt;
@@ -115,21 +123,6 @@ pub(crate) fn template(fields: &Fields) -> Result<(ThinkMode, TemplateOptions), 
         }
         options.extra.clone_from(extra);
     }
-    // Without a choice, or left to the model, an answer in plain words is one that the client has to expect.
-    let free = match fields.get("tool_choice") {
-        None => true,
-        Some(Value::String(choice)) => choice == "auto" || choice == "none",
-        Some(_) => false,
-    };
-    if !free {
-        return Err(ApiError::unsupported("tool_choice"));
-    }
-    match fields.get("tools") {
-        None => {}
-        Some(Value::Array(list)) if list.is_empty() => {}
-        Some(Value::Array(_)) if fields.get("tool_choice").is_some_and(|choice| choice == "none") => {}
-        Some(tools @ Value::Array(_)) => options.tools = Some(tools.clone()),
-        Some(_) => return Err(ApiError::invalid("tools", "tools: expected a list")),
-    }
+    options.tools.clone_from(&tools.definitions);
     Ok((think, options))
 }

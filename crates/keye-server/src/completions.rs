@@ -9,9 +9,9 @@ use keye_engine::Request;
 use serde_json::Value;
 
 use crate::admission::Lease;
-use crate::answer::{Answer, Shape};
+use crate::answer::{Answer, Format, Shape};
 use crate::app::App;
-use crate::chat::{blocking, choices};
+use crate::chat::blocking;
 use crate::error::ApiError;
 use crate::fields::{self, Fields};
 use crate::generation::Generation;
@@ -27,37 +27,65 @@ pub(crate) async fn completions(
     let mut lease = Lease::default();
     lease.take_streams(&app, 1)?;
     let body = lease.read_body(&app, request).await?;
-    let (common, prompts) = blocking({
+    let (common, requests) = blocking({
         let app = Arc::clone(&app);
         move || read(&body, &app)
     })
     .await?;
-    let requests: Vec<Request> = prompts.iter().flat_map(|prompt| choices(prompt, &common)).collect();
-    lease.take_streams(&app, requests.len() - 1)?;
-    let answer =
-        Answer::new(&app.config.model, Shape::Text, prompts.len(), common.choices, common.stream, common.include_usage);
-    let generation = Generation::start(&app, &id, requests, lease, common.include_progress)?;
-    if common.stream { sse::streamed(generation, answer).await } else { sse::whole(generation, answer).await }
+    lease.take_streams(&app, requests.len() * common.choices - 1)?;
+    let format = Format { shape: Shape::Text, streamed: common.stream, include_usage: common.include_usage };
+    let answer = Answer::new(&app.config.model, format, requests.len(), common.choices, &[]);
+    let generation = Generation::start(&app, &id, requests, common.choices, lease, common.include_progress)?;
+    sse::respond(generation, answer, common.stream).await
 }
 
 fn read(body: &[u8], app: &App) -> Result<(Common, Vec<Request>), ApiError> {
     let body = fields::parse(body)?;
     let fields = Fields::of(&body)?;
     let common = sampling_fields::read(&fields, app)?;
-    if matches!(fields.get("prompt"), Some(Value::Array(list)) if list.first().is_some_and(|item| !item.is_string())) {
-        return Err(ApiError::invalid("prompt", "prompt: lists of token ids are not supported, send text"));
-    }
-    let prompts = fields.strings("prompt")?.ok_or_else(|| ApiError::invalid("prompt", "prompt: missing"))?;
+    let prompts = prompts(&fields, "prompt", app)?;
     let most = app.config.max_streams;
     if prompts.is_empty() || prompts.len().saturating_mul(common.choices) > most {
         let message = format!("prompt: expected 1 to {most} answers, prompts times n");
         return Err(ApiError::invalid("prompt", message));
     }
-    if prompts.iter().any(String::is_empty) {
-        return Err(ApiError::invalid("prompt", "prompt: expected text, found an empty string"));
-    }
-    let request =
-        |prompt| Request { raw_prompt: Some(prompt), sampling: common.sampling.clone(), ..Request::default() };
-    let requests = prompts.into_iter().map(request).collect();
+    // A number here, a switch for chats; some clients send the switch.
+    let logprobs = match fields.get("logprobs") {
+        Some(Value::Bool(false)) => None,
+        _ => sampling_fields::logprobs_in_range(&fields, "logprobs")?,
+    };
+    let request = |prompt| Request { raw_prompt: Some(prompt), logprobs, ..common.request() };
+    let requests: Vec<Request> = prompts.into_iter().map(request).collect();
+    requests.iter().try_for_each(|request| sampling_fields::refuse_unread(&fields, request))?;
     Ok((common, requests))
+}
+
+/// A text, a list of texts, the token ids of a text or a list of those.
+pub(crate) fn prompts(fields: &Fields, name: &str, app: &App) -> Result<Vec<String>, ApiError> {
+    let value = fields.get(name).ok_or_else(|| ApiError::invalid(name, format!("{name}: missing")))?;
+    let is_ids = |value: &Value| value.as_array().is_some_and(|list| list.first().is_some_and(Value::is_number));
+    let prompts = match value {
+        ids if is_ids(ids) => vec![text_of_tokens(ids, name, app)?],
+        Value::Array(list) if list.first().is_some_and(Value::is_array) => {
+            list.iter().map(|ids| text_of_tokens(ids, name, app)).collect::<Result<_, _>>()?
+        }
+        _ => fields.strings(name)?.unwrap_or_default(),
+    };
+    if prompts.iter().any(String::is_empty) {
+        return Err(ApiError::invalid(name, format!("{name}: expected text, found an empty string")));
+    }
+    Ok(prompts)
+}
+
+/// Prompts are text here, so token ids are taken that are those of a text.
+fn text_of_tokens(ids: &Value, name: &str, app: &App) -> Result<String, ApiError> {
+    let wrong = |message: &str| ApiError::invalid(name, format!("{name}: {message}"));
+    let list = ids.as_array().ok_or_else(|| wrong("expected lists of token ids"))?;
+    let ids = list.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect::<Option<Vec<u32>>>();
+    let ids = ids.ok_or_else(|| wrong("expected token ids"))?;
+    let text = app.processor.tokenizer.decode(&ids, false).map_err(|error| wrong(&error.to_string()))?;
+    if app.processor.tokenizer.encode(&text)? != ids {
+        return Err(wrong("these token ids are not what this model's tokenizer makes of a text; send the text"));
+    }
+    Ok(text)
 }

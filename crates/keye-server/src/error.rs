@@ -112,6 +112,12 @@ impl From<EngineError> for ApiError {
             EngineError::Processor(ProcessorError::Template(_) | ProcessorError::Prompt(_)) => {
                 Self::invalid("messages", message)
             }
+            EngineError::ContextLength { .. } => {
+                Self { code: Some("context_length_exceeded"), ..Self::invalid("messages", message) }
+            }
+            EngineError::Grammar(_) => {
+                Self { code: Some("invalid_grammar"), ..Self::invalid("response_format", message) }
+            }
             EngineError::Refused(_) => with(StatusCode::BAD_REQUEST),
             EngineError::QueueFull(_) => Self::busy(message),
             // The server cancels on its own only when its time to shut down is over.
@@ -140,6 +146,8 @@ mod tests {
             (EngineError::QueueFull(3), 429),
             (EngineError::Stopped, 503),
             (EngineError::Refused("no".into()), 400),
+            (EngineError::ContextLength { tokens: 9, max: 8 }, 400),
+            (EngineError::Grammar("no".into()), 400),
             (EngineError::Internal("secret".into()), 500),
             (ProcessorError::Template("t".into()).into(), 400),
             (ProcessorError::File { path: "/etc/x".into(), reason: "secret".into() }.into(), 500),

@@ -15,6 +15,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use crate::admission::Lease;
 use crate::app::App;
 use crate::error::ApiError;
+use crate::logprobs::Logprob;
 use crate::progress;
 
 /// Something that happened to one of the choices.
@@ -27,7 +28,7 @@ pub(crate) enum Update {
     /// Nothing to tell for a while.
     Waiting,
     /// A token; the text may be empty.
-    Token { choice: usize, text: String },
+    Token { choice: usize, text: String, logprob: Option<Logprob> },
     /// Its end.
     Finished { choice: usize, reason: FinishReason, usage: Usage },
     /// It failed, and with it the request.
@@ -44,17 +45,22 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// Submits one request for each choice, all or none. With `progress` the first tells of the work before its tokens; the
-    /// others do the same work.
+    /// Submits requests, each for `n` choices that differ by their seeds, all or none. With `progress` the first tells of the
+    /// work before its tokens; the others do the same work.
     pub fn start(
         app: &Arc<App>,
         id: &str,
         requests: Vec<Request>,
+        n: usize,
         lease: Lease,
         progress: bool,
     ) -> Result<Self, ApiError> {
-        let streams = requests.into_iter().map(|request| app.engine.submit(request));
-        let streams = streams.collect::<Result<Vec<EventStream>, EngineError>>()?;
+        let mut streams = Vec::with_capacity(requests.len() * n);
+        for request in requests {
+            let first = request.sampling.seed;
+            let seeds: Vec<u64> = (0..n as u64).map(|choice| first.wrapping_add(choice)).collect();
+            streams.extend(app.engine.submit_many(request, &seeds)?);
+        }
         let lease = Arc::new(lease);
         let cancellers = streams.iter().map(EventStream::canceller).collect();
         let (sender, updates) = mpsc::channel(CHANNEL * streams.len().max(1));
@@ -131,7 +137,11 @@ impl Carrier {
                     accepted = true;
                     Some(Update::Accepted)
                 }
-                Ok(Some(Event::Token { text, .. })) => Some(Update::Token { choice: self.choice, text }),
+                Ok(Some(Event::Token { id, text, logprob })) => {
+                    let tokenizer = &self.app.processor.tokenizer;
+                    let logprob = logprob.map(|logprob| Logprob::new(tokenizer, id, &logprob));
+                    Some(Update::Token { choice: self.choice, text, logprob })
+                }
                 Ok(Some(Event::Finished { reason, usage, timings, .. })) => {
                     self.app.metrics.finished(&usage, &timings);
                     tracing::info!(

@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::error::{ApiError, json_response};
-use crate::{chat, completions, guard, openapi, page, tokens};
+use crate::{chat, completions, guard, openapi, page, responses, tokens};
 
-fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 10] {
+fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 11] {
     [
         ("/health", get(health)),
         ("/ready", get(ready)),
@@ -25,6 +25,7 @@ fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 10] {
         ("/v1/models/{*model}", get(model)),
         ("/v1/chat/completions", post(chat::chat)),
         ("/v1/completions", post(completions::completions)),
+        ("/v1/responses", post(responses::responses)),
         ("/tokenize", post(tokens::tokenize)),
         ("/detokenize", post(tokens::detokenize)),
     ]

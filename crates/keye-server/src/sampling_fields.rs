@@ -1,11 +1,12 @@
 //! The fields that chat and completions have in common: sampling, stopping, choices, streaming.
 
-use keye_engine::SamplingParams;
+use keye_engine::{Grammar, MAX_LOGPROBS, Request, SamplingParams};
 use serde_json::Value;
 
 use crate::app::{App, random};
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::structured;
 
 /// What was asked for besides the prompt.
 #[derive(Debug, Clone)]
@@ -16,16 +17,28 @@ pub(crate) struct Common {
     pub include_usage: bool,
     /// `stream_options.include_progress`; false without `stream`.
     pub include_progress: bool,
+    /// What the text of the answer has to look like.
+    pub grammar: Option<Grammar>,
+    pub max_reasoning_tokens: Option<usize>,
+}
+
+impl Common {
+    /// A request with these settings and no prompt.
+    pub fn request(&self) -> Request {
+        Request {
+            sampling: self.sampling.clone(),
+            grammar: self.grammar.clone(),
+            max_reasoning_tokens: self.max_reasoning_tokens,
+            ..Request::default()
+        }
+    }
 }
 
 /// Whether a value asks for nothing.
 type Harmless = fn(&Value) -> bool;
 
 /// Fields that would change the answer, with the values that change nothing.
-const UNSUPPORTED: [(&str, Harmless); 37] = [
-    ("response_format", |value| value["type"] == "text"),
-    ("logprobs", is_off),
-    ("top_logprobs", is_off),
+const UNSUPPORTED: [(&str, Harmless); 24] = [
     ("prompt_logprobs", is_off),
     ("logit_bias", is_empty),
     ("best_of", |value| value.as_f64() == Some(1.0)),
@@ -37,17 +50,7 @@ const UNSUPPORTED: [(&str, Harmless); 37] = [
     ("function_call", |value| value == "none" || value == "auto"),
     ("prediction", is_empty),
     ("web_search_options", |_| false),
-    ("max_reasoning_tokens", |_| false),
-    ("thinking_token_budget", |_| false),
-    ("guided_json", is_empty),
-    ("guided_regex", is_empty),
-    ("guided_choice", is_empty),
-    ("guided_grammar", is_empty),
-    ("structured_outputs", is_empty),
     ("structural_tag", is_empty),
-    ("json_schema", is_empty),
-    ("regex", is_empty),
-    ("ebnf", is_empty),
     ("stop_regex", is_empty),
     ("min_tokens", is_off),
     ("use_beam_search", is_off),
@@ -98,7 +101,73 @@ pub(crate) fn read(fields: &Fields, app: &App) -> Result<Common, ApiError> {
         None => (false, false),
     };
     let include_progress = progress && stream;
-    Ok(Common { sampling: sampling(fields, app)?, choices, stream, include_usage, include_progress })
+    Ok(Common {
+        sampling: sampling(fields, app)?,
+        choices,
+        stream,
+        include_usage,
+        include_progress,
+        grammar: structured::read(fields)?,
+        max_reasoning_tokens: max_reasoning_tokens(fields)?,
+    })
+}
+
+fn max_reasoning_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    for name in ["max_reasoning_tokens", "thinking_token_budget"] {
+        if let Some(n) = fields.whole(name)? {
+            let n = usize::try_from(n).map_err(|_| ApiError::invalid(name, format!("{name}: expected 0 or more")));
+            return n.map(Some);
+        }
+    }
+    Ok(None)
+}
+
+/// Fields that are read here and that the engine takes no notice of yet; the last is where a grammar comes from when no other
+/// field says so.
+const GRAMMARS: [&str; 10] = [
+    "response_format",
+    "text",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "regex",
+    "structured_outputs",
+    "tool_choice",
+];
+
+/// Refuses what the engine would leave out in silence.
+pub(crate) fn refuse_unread(fields: &Fields, request: &Request) -> Result<(), ApiError> {
+    if request.grammar.is_some() {
+        let named = GRAMMARS.into_iter().find(|name| fields.get(name).is_some());
+        return Err(ApiError::unsupported(named.unwrap_or("tool_choice")));
+    }
+    if request.logprobs.is_some() {
+        return Err(ApiError::unsupported("logprobs"));
+    }
+    if request.max_reasoning_tokens.is_some() {
+        return Err(ApiError::unsupported("max_reasoning_tokens"));
+    }
+    Ok(())
+}
+
+/// `logprobs` (a switch) and `top_logprobs` of chats.
+pub(crate) fn chat_logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    let on = fields.bool("logprobs")?.unwrap_or(false);
+    match (on, logprobs_in_range(fields, "top_logprobs")?) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => Err(ApiError::invalid("top_logprobs", "top_logprobs: needs logprobs to be true")),
+    }
+}
+
+/// A number of most likely tokens.
+pub(crate) fn logprobs_in_range(fields: &Fields, name: &str) -> Result<Option<usize>, ApiError> {
+    let message = || format!("{name}: expected 0 to {MAX_LOGPROBS}");
+    let in_range = |n| usize::try_from(n).ok().filter(|n| *n <= MAX_LOGPROBS);
+    let n = fields.whole(name)?;
+    n.map(|n| in_range(n).ok_or_else(|| ApiError::invalid(name, message()))).transpose()
 }
 
 fn sampling(fields: &Fields, app: &App) -> Result<SamplingParams, ApiError> {
@@ -142,7 +211,7 @@ fn top_k(fields: &Fields) -> Result<Option<u32>, ApiError> {
 }
 
 fn max_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
-    for name in ["max_completion_tokens", "max_tokens"] {
+    for name in ["max_completion_tokens", "max_tokens", "max_output_tokens"] {
         if let Some(n) = fields.whole(name)? {
             let n = usize::try_from(n).ok().filter(|n| *n > 0);
             let message = format!("{name}: expected 1 or more");

@@ -8,17 +8,48 @@ use std::task::{Context, Poll};
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use keye_engine::{FinishReason, Usage};
 use serde_json::Value;
 
-use crate::answer::Answer;
 use crate::error::{ApiError, json_response};
 use crate::generation::{Generation, Update};
+use crate::logprobs::Logprob;
+
+/// An answer in the making, in the shape of one of OpenAI's routes. Chunks are what a stream sends.
+pub(crate) trait Answering: Send + Unpin + 'static {
+    /// Whether events have names, their `type`; then no `[DONE]` follows the last.
+    const NAMED: bool;
+
+    /// Chunks before the first token.
+    fn begin(&mut self) -> Vec<Value>;
+    /// Work before the first token, for those who asked to hear of it.
+    fn progress(&mut self, report: Value) -> Value;
+    /// A token of a choice.
+    fn token(&mut self, choice: usize, text: &str, logprob: Option<Logprob>) -> Vec<Value>;
+    /// The end of a choice.
+    fn finished(&mut self, choice: usize, reason: FinishReason, usage: &Usage) -> Vec<Value>;
+    /// The answer failed after its status had been sent.
+    fn failed(&mut self, error: &ApiError) -> Value;
+    /// Whether every choice has ended.
+    fn is_done(&self) -> bool;
+    /// The whole answer.
+    fn whole(&mut self) -> Value;
+}
+
+/// Waits for the whole answer, or streams it.
+pub(crate) async fn respond<A: Answering>(
+    generation: Generation,
+    answer: A,
+    stream: bool,
+) -> Result<Response, ApiError> {
+    if stream { streamed(generation, answer).await } else { whole(generation, answer).await }
+}
 
 /// Waits for the whole answer.
-pub(crate) async fn whole(mut generation: Generation, mut answer: Answer) -> Result<Response, ApiError> {
+async fn whole(mut generation: Generation, mut answer: impl Answering) -> Result<Response, ApiError> {
     while !answer.is_done() {
         match generation.next().await {
-            Some(Update::Token { choice, text }) => drop(answer.token(choice, &text)),
+            Some(Update::Token { choice, text, logprob }) => drop(answer.token(choice, &text, logprob)),
             Some(Update::Finished { choice, reason, usage }) => drop(answer.finished(choice, reason, &usage)),
             Some(Update::Failed(error)) => return Err(error),
             Some(Update::Accepted | Update::Progress(_) | Update::Waiting) => {}
@@ -30,7 +61,7 @@ pub(crate) async fn whole(mut generation: Generation, mut answer: Answer) -> Res
 
 /// Streams the answer. The response begins when it is sure that the request can be answered, so that its errors have their
 /// status, or when that takes so long that the client should hear something.
-pub(crate) async fn streamed(mut generation: Generation, answer: Answer) -> Result<Response, ApiError> {
+async fn streamed(mut generation: Generation, answer: impl Answering) -> Result<Response, ApiError> {
     let first = match generation.next().await {
         Some(Update::Failed(error)) => return Err(error),
         Some(update) => update,
@@ -50,16 +81,20 @@ pub(crate) async fn streamed(mut generation: Generation, answer: Answer) -> Resu
 }
 
 /// The events of a response. Dropping it cancels what generates them.
-struct Events {
+struct Events<A> {
     /// Gone when the answer is over.
     generation: Option<Generation>,
     ready: VecDeque<Bytes>,
-    answer: Answer,
+    answer: A,
 }
 
-impl Events {
+impl<A: Answering> Events<A> {
     fn push(&mut self, chunks: Vec<Value>) {
-        self.ready.extend(chunks.into_iter().map(|chunk| Bytes::from(format!("data: {chunk}\n\n"))));
+        let name = |chunk: &Value| match chunk["type"].as_str() {
+            Some(name) if A::NAMED => format!("event: {name}\n"),
+            _ => String::new(),
+        };
+        self.ready.extend(chunks.into_iter().map(|chunk| Bytes::from(format!("{}data: {chunk}\n\n", name(&chunk)))));
     }
 
     fn take(&mut self, update: Option<Update>) {
@@ -70,15 +105,17 @@ impl Events {
                 self.push(vec![chunk]);
             }
             Some(Update::Waiting) => self.ready.push_back(Bytes::from_static(b": waiting\n\n")),
-            Some(Update::Token { choice, text }) => {
-                let chunks = self.answer.token(choice, &text);
+            Some(Update::Token { choice, text, logprob }) => {
+                let chunks = self.answer.token(choice, &text, logprob);
                 self.push(chunks);
             }
             Some(Update::Finished { choice, reason, usage }) => {
                 let chunks = self.answer.finished(choice, reason, &usage);
                 self.push(chunks);
                 if self.answer.is_done() {
-                    self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    if !A::NAMED {
+                        self.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                    }
                     self.generation = None;
                 }
             }
@@ -89,12 +126,13 @@ impl Events {
 
     /// The status has been sent, so the error comes as an event, as OpenAI's clients know it.
     fn fail(&mut self, error: &ApiError) {
-        self.push(vec![error.body()]);
+        let event = self.answer.failed(error);
+        self.push(vec![event]);
         self.generation = None;
     }
 }
 
-impl futures_core::Stream for Events {
+impl<A: Answering> futures_core::Stream for Events<A> {
     type Item = Result<Bytes, Infallible>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {

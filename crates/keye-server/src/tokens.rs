@@ -12,6 +12,7 @@ use crate::app::App;
 use crate::chat::{blocking, conversation, template};
 use crate::error::{ApiError, json_response};
 use crate::fields::{self, Fields};
+use crate::tools;
 
 /// Token ids of `prompt`, or of `messages` rendered by the chat template.
 pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: HttpRequest) -> Result<Response, ApiError> {
@@ -22,12 +23,16 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: HttpRequest) 
         let text = match fields.string("prompt")? {
             Some(prompt) => prompt.to_owned(),
             None => {
-                let conversation = conversation(&fields, &app)?;
+                let tools = tools::read(&fields)?;
+                let messages = fields
+                    .get("messages")
+                    .ok_or_else(|| ApiError::invalid("messages", "prompt or messages: missing"))?;
+                let conversation = conversation(messages, &tools, &app)?;
                 if !conversation.media().is_empty() {
                     let message = "messages: media become tokens only when they are decoded; send text";
                     return Err(ApiError::invalid("messages", message));
                 }
-                let (think, options) = template(&fields)?;
+                let (think, options) = template(&fields, &tools)?;
                 app.processor.template.render(conversation.with_think(think).messages(), &options)?
             }
         };

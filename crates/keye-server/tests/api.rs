@@ -8,6 +8,8 @@ mod client;
 mod limits;
 #[path = "api/media.rs"]
 mod media;
+#[path = "api/newer.rs"]
+mod newer;
 #[path = "api/page.rs"]
 mod page;
 #[path = "api/python.rs"]

@@ -68,6 +68,41 @@ extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "chat_template_kwa
 client.chat.completions.create(**ask, n=2, stop=["x"], extra_body=extra)
 assert client.completions.create(model="", prompt="Once", max_tokens=5).choices[0].text is not None
 
+tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+called = {"role": "assistant", "tool_calls": [
+    {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]}
+turns = [{"role": "user", "content": "Look."}, called, {"role": "tool", "tool_call_id": "1", "content": "A cat."}]
+answer = client.chat.completions.create(model="", messages=turns, tools=[tool], max_completion_tokens=5)
+assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+# The newer API: the same answer, whole and streamed.
+parts = [{"type": "input_image", "image_url": image, "detail": "high"}, {"type": "input_text", "text": "What is it?"}]
+asked = dict(model=model, input=[{"role": "user", "content": parts}], max_output_tokens=20, extra_body={"seed": 5})
+response = client.responses.create(**asked)
+assert response.output_text == whole.choices[0].message.content, response
+assert response.status in ("completed", "incomplete")
+assert response.usage.total_tokens == whole.usage.total_tokens
+text, kinds, last = "", [], None
+for event in client.responses.create(**asked, stream=True):
+    kinds.append(event.type)
+    last = event
+    if event.type == "response.output_text.delta":
+        text += event.delta
+assert text == response.output_text and kinds[:2] == ["response.created", "response.in_progress"], kinds
+assert last.response.output_text == text and last.response.status == response.status
+with client.responses.stream(model="", input="Hello", instructions="Be brief.", max_output_tokens=6) as stream:
+    last = list(stream)[-1]
+assert last.type in ("response.completed", "response.incomplete") and last.response.usage.output_tokens > 0, last
+video = {"type": "input_video", "video_url": data_url("video/mp4", "clip.mp4"), "fps": 1}
+asked["input"][0]["content"] = [video, parts[1]]
+assert client.responses.create(**asked).usage.input_tokens > 20
+try:
+    client.responses.create(model="", input="x", previous_response_id="resp_1")
+except openai.BadRequestError as found:
+    assert found.body["param"] == "previous_response_id", found.body
+else:
+    raise AssertionError("a stored response")
+
 for change, error in [
     ({"temperature": -1}, openai.BadRequestError),
     ({"response_format": {"type": "json_object"}}, openai.BadRequestError),

@@ -203,8 +203,10 @@ fn completions_take_prompts_as_they_are() {
     let events = ask(json!({"stream": true})).events();
     let text: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
     assert_eq!(json!(text), one["choices"][0]["text"]);
+    let ids = server.post("/tokenize", &json!({"prompt": "Once upon"})).json()["tokens"].clone();
+    assert_eq!(ask(json!({"prompt": ids})).json()["choices"][0]["text"], one["choices"][0]["text"]);
     for (prompt, status) in
-        [(json!(null), 400), (json!([]), 400), (json!(""), 400), (json!([1, 2]), 400), (json!(7), 400)]
+        [(json!(null), 400), (json!([]), 400), (json!(""), 400), (json!([1, 9_999_999]), 400), (json!(7), 400)]
     {
         assert_eq!(ask(json!({"prompt": prompt})).error(), (status, "prompt".into()), "{prompt}");
     }

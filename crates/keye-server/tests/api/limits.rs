@@ -22,9 +22,10 @@ fn fields_that_would_change_the_answer_are_refused_by_name() {
     let tool = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
     for (field, value) in [
         ("response_format", json!({"type": "json_object"})),
-        ("response_format", json!({"type": "json_schema", "json_schema": {}})),
         ("logprobs", json!(true)),
-        ("top_logprobs", json!(3)),
+        ("max_reasoning_tokens", json!(5)),
+        ("guided_json", json!({"type": "object"})),
+        ("regex", json!("a+")),
         ("logit_bias", json!({"5": 1})),
         ("best_of", json!(2)),
         ("suffix", json!("x")),
@@ -32,11 +33,6 @@ fn fields_that_would_change_the_answer_are_refused_by_name() {
         ("modalities", json!(["text", "audio"])),
         ("audio", json!({"voice": "x"})),
         ("functions", json!([{"name": "f"}])),
-        ("tool_choice", json!("required")),
-        ("tool_choice", json!({"type": "function", "function": {"name": "f"}})),
-        ("max_reasoning_tokens", json!(5)),
-        ("guided_json", json!({"type": "object"})),
-        ("regex", json!("a+")),
         ("min_tokens", json!(3)),
         ("continue_final_message", json!(true)),
         ("separate_reasoning", json!(false)),
@@ -98,6 +94,12 @@ fn wrong_values_are_refused_by_name() {
         ("seed", json!("x")),
         ("ignore_eos", json!(1)),
         ("tools", json!("x")),
+        ("tools", json!([{"type": "web_search"}])),
+        ("tool_choice", json!("required")),
+        ("response_format", json!({"type": "json_schema", "json_schema": {}})),
+        ("guided_json", json!(3)),
+        ("top_logprobs", json!(3)),
+        ("max_reasoning_tokens", json!(-1)),
         ("chat_template_kwargs", json!([])),
     ] {
         assert_eq!(server.chat(&hello_with(field, value.clone())).error(), (400, field.into()), "{field} {value}");
