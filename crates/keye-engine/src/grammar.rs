@@ -16,8 +16,8 @@ const MAX_SOURCE: usize = 1 << 20;
 /// White space between the parts of JSON: enough to be indented, and an answer cannot consist of it.
 const JSON_SPACE: &str = r"[ \n]{0,24}";
 
-/// Compiles grammars over one vocabulary. Its tree of tokens is built when the first grammar comes (some tens of
-/// milliseconds for 150,000 tokens).
+/// Compiles grammars over one vocabulary. Its tree of tokens is built when the first grammar comes (up to two
+/// seconds for 150,000 tokens).
 pub(crate) struct GrammarCompiler {
     tokenizer: Tokenizer,
     end_tokens: Arc<[u32]>,

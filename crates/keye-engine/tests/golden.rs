@@ -1,5 +1,7 @@
 //! The engine against recorded data and a real checkpoint's files.
 
+#[path = "golden/company.rs"]
+mod company;
 #[path = "golden/sampling.rs"]
 mod sampling;
 

@@ -176,3 +176,53 @@ fn the_grammar_begins_after_the_thinking_and_a_budget_closes_that() {
     opened.max_reasoning_tokens = Some(0);
     assert_eq!(answer(&engine, opened).expect("fits").0, "</think>done");
 }
+
+/// What a mask costs over a vocabulary of real size: run with `--ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn a_mask_over_150_000_tokens() {
+    let path = super::handle::fixture().join("model/tokenizer.json");
+    let mut file: Value = serde_json::from_slice(&std::fs::read(path).expect("a fixture")).expect("json");
+    let mut dice = Dice(5);
+    let vocabulary = file["model"]["vocab"].as_object_mut().expect("a vocabulary");
+    let mut next = 1000;
+    while vocabulary.len() < 151_000 {
+        let word: String = (0..1 + dice.roll(9)).map(|_| char::from(b'!' + dice.roll(94) as u8)).collect();
+        let space = ["", "\u{120}", "\u{120}\u{120}", "\u{10a}"][dice.roll(4)];
+        vocabulary.entry(format!("{space}{word}")).or_insert_with(|| {
+            next += 1;
+            next.into()
+        });
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).expect("written");
+    let tokenizer = keye_processor::Tokenizer::load(folder.path()).expect("a tokenizer");
+    let end = tokenizer.token_to_id("<|im_end|>").expect("a fixture's");
+    let compiler = crate::grammar::GrammarCompiler::new(tokenizer.clone(), std::sync::Arc::new([end]));
+    let schema = json!({"type": "object", "properties": {
+        "title": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}},
+        "score": {"type": "number"}, "kind": {"enum": ["clip", "photo"]}
+    }, "required": ["title", "tags", "score", "kind"]});
+    for (name, grammar) in [
+        ("first grammar", Grammar::Choice(vec!["yes".into(), "no".into()])),
+        ("json object", Grammar::JsonObject),
+        ("json schema", Grammar::JsonSchema(schema)),
+        ("expression", Grammar::Regex("[A-Za-z ]{3,200}[.]".into())),
+    ] {
+        let start = std::time::Instant::now();
+        let mut matcher = compiler.compile(&grammar).expect("a grammar");
+        let compiled = start.elapsed();
+        let (mut times, mut tokens) = (Vec::new(), 0);
+        while !matcher.is_stopped() && tokens < 200 {
+            let start = std::time::Instant::now();
+            let mask = matcher.compute_mask().expect("no error");
+            times.push(start.elapsed());
+            let allowed: Vec<u32> = (0..mask.len() as u32).filter(|id| mask.is_allowed(*id)).collect();
+            matcher.consume_token(allowed[dice.roll(allowed.len())]).expect("allowed");
+            tokens += 1;
+        }
+        times.sort();
+        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
+        println!("{name}: compiled in {compiled:?}; {tokens} masks, median {median:?}, worst {worst:?}");
+    }
+}
