@@ -146,7 +146,7 @@ impl Answer {
     fn logprobs(&mut self, index: usize) -> Value {
         let choice = &mut self.choices[index];
         let tokens = std::mem::take(&mut choice.logprobs);
-        if tokens.is_empty() && !(choice.with_logprobs && !self.format.streamed) {
+        if tokens.is_empty() && (self.format.streamed || !choice.with_logprobs) {
             return Value::Null;
         }
         match self.format.shape {
