@@ -42,7 +42,7 @@ pub fn write(
     write_layout(dir, preset, dtype, (preset.tensors(dtype)?, PackedTags::new()), None, seed, progress)
 }
 
-/// As [`write`], quantised to `to` as [`quantize`](crate::quantize::quantize) does it, tensors that inference does not use
+/// As [`write()`], quantised to `to` as [`quantize`](crate::quantize::quantize) does it, tensors that inference does not use
 /// left out; what is not packed is bf16.
 ///
 /// Packed matrices are put together from a few random tiles, so that they are written as fast as the disk takes them: of
@@ -58,7 +58,7 @@ pub fn write_packed(
     write_layout(dir, preset, Dtype::Bf16, layout, Some(to), seed, progress)
 }
 
-/// Bytes of the tensors that [`write`] (as bf16) or [`write_packed`] writes.
+/// Bytes of the tensors that [`write()`] (as bf16) or [`write_packed`] writes.
 pub fn total_bytes(preset: Preset, packed: Option<PackedFormat>) -> Result<u64> {
     let tensors = match packed {
         Some(to) => packed_layout(preset.used_tensors(Dtype::Bf16)?, to)?.0,
