@@ -142,13 +142,7 @@ impl HostWeight {
         match self.elements() {
             Elements::F32(values) => values.to_vec(),
             Elements::Bf16(values) => values.iter().map(|bits| bf16_to_f32(*bits)).collect(),
-            Elements::Packed(..) => {
-                let mut out = vec![0.0; self.rows * self.cols];
-                for (row, out) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
-                    self.widen_row(row, out);
-                }
-                out
-            }
+            Elements::Packed(dtype, bytes) => packed::unpack_rows(dtype, self.rows, self.cols, bytes),
         }
     }
 }

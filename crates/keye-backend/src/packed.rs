@@ -100,11 +100,16 @@ pub fn unpack(dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Result<Ve
     if dtype.stored_bytes(rows, cols) != Some(bytes.len()) || tile_bytes(dtype, cols).is_none() {
         return Err(error(format!("{dtype:?} [{rows}, {cols}] has not {} bytes", bytes.len())));
     }
+    Ok(unpack_rows(dtype, rows, cols, bytes))
+}
+
+/// The values `[rows, cols]` of packed tiles whose size has been checked.
+pub(crate) fn unpack_rows(dtype: Dtype, rows: usize, cols: usize, bytes: &[u8]) -> Vec<f32> {
     let mut out = vec![0.0; rows * cols];
     for (row, out) in out.chunks_exact_mut(cols.max(1)).enumerate() {
         unpack_row(dtype, cols, bytes, row, out);
     }
-    Ok(out)
+    out
 }
 
 /// The values of row `row` of packed tiles; `out` has `cols` elements.

@@ -2,12 +2,14 @@
 
 use std::cmp::Ordering;
 
+use crate::host::HostTensor;
+
 /// In a list of chosen positions: none.
 pub const UNSELECTED: u32 = u32::MAX;
 
 /// The `count` most probable experts of a row of router logits, the most probable first (the lower number among equals), and
 /// their weights: the softmax over all logits, scaled to sum to one over the chosen when `normalise` is set.
-pub(crate) fn route(logits: &[f32], count: usize, normalise: bool) -> (Vec<u32>, Vec<f32>) {
+fn route(logits: &[f32], count: usize, normalise: bool) -> (Vec<u32>, Vec<f32>) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exponentials: Vec<f32> = logits.iter().map(|z| (z - max).exp()).collect();
     let total: f32 = exponentials.iter().sum();
@@ -18,6 +20,17 @@ pub(crate) fn route(logits: &[f32], count: usize, normalise: bool) -> (Vec<u32>,
     let sum: f32 = if normalise { order.iter().map(|expert| probability(*expert)).sum() } else { 1.0 };
     let weights = order.iter().map(|expert| probability(*expert) / sum).collect();
     (order, weights)
+}
+
+/// [`route`] for each row: the experts, `count` a row, and their weights `[rows, count]`.
+pub(crate) fn route_rows(logits: &HostTensor, count: usize, normalise: bool) -> (Vec<u32>, HostTensor) {
+    let (mut chosen, mut weights) = (Vec::new(), Vec::new());
+    for row in 0..logits.rows {
+        let (experts, probabilities) = route(logits.row(row), count, normalise);
+        chosen.extend(experts);
+        weights.extend(probabilities);
+    }
+    (chosen, HostTensor { rows: logits.rows, cols: count, data: weights })
 }
 
 /// Writes the positions of the `out.len()` highest scores in ascending order; among equal scores (-0 equals 0) the lower

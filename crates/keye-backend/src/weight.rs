@@ -86,13 +86,7 @@ impl WeightSource {
             },
             Dtype::Bf16 => self.bytes.chunks_exact(2).map(|b| bf16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
             Dtype::F16 => self.bytes.chunks_exact(2).map(|b| f16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
-            Dtype::Int8 | Dtype::Int4 => {
-                let mut out = vec![0.0; self.rows * self.cols];
-                for (row, out) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
-                    packed::unpack_row(self.dtype, self.cols, &self.bytes, row, out);
-                }
-                Cow::Owned(out)
-            }
+            Dtype::Int8 | Dtype::Int4 => packed::unpack_rows(self.dtype, self.rows, self.cols, &self.bytes).into(),
         }
     }
 }

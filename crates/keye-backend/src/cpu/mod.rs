@@ -317,13 +317,7 @@ impl Backend for Cpu {
         normalise: bool,
     ) -> Result<(Vec<u32>, HostTensor), BackendError> {
         let logits = self.linear(x, router, None, Activation::None)?;
-        let (mut chosen, mut weights) = (Vec::new(), Vec::new());
-        for row in 0..logits.rows {
-            let (experts, probabilities) = select::route(logits.row(row), count, normalise);
-            chosen.extend(experts);
-            weights.extend(probabilities);
-        }
-        Ok((chosen, HostTensor { rows: x.rows, cols: count, data: weights }))
+        Ok(select::route_rows(&logits, count, normalise))
     }
 
     fn add_experts(

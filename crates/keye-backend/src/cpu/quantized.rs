@@ -115,6 +115,57 @@ pub(super) struct Piece<'a> {
     pub first_group: usize,
 }
 
+/// Pointers to a piece's rows of activations.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Rows {
+    pub codes: *const i8,
+    /// From one row's codes to the next one's.
+    pub ld: usize,
+    pub scales: *const f32,
+    pub negated_sums: *const i32,
+    /// From one row's scales to the next one's.
+    pub groups: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Piece<'_> {
+    /// Panics unless `rows` rows of activations and of sums are there for all blocks.
+    pub(super) fn check(&self, rows: usize, sums: &[f32]) {
+        let x = self.x;
+        let groups = self.blocks.len() / if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
+        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first_group + groups <= x.groups());
+        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.groups());
+        assert!(x.negated_sums.len() == x.scales.len());
+    }
+
+    /// The activations from the piece's row number `row` on.
+    #[inline(always)]
+    pub(super) fn rows(&self, row: usize) -> Rows {
+        let x = self.x;
+        let (row, groups) = (self.row + row, x.groups());
+        let group = row * groups + self.first_group;
+        Rows {
+            codes: x.codes[row * x.cols + self.first_group * GROUP..].as_ptr(),
+            ld: x.cols,
+            scales: x.scales[group..].as_ptr(),
+            negated_sums: x.negated_sums[group..].as_ptr(),
+            groups,
+        }
+    }
+}
+
+/// Asks for the block of `bytes` that will be used soon: far enough ahead for memory, near enough to stay in the cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn prefetch(block: *const u8, bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    const AHEAD: usize = 2304;
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch of an address that is not there does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast()) };
+    }
+}
+
 /// Adds the products of `rows` rows of the piece to `sums`, whose rows are [`PANEL`] apart.
 type Kernel = fn(&Piece<'_>, rows: usize, sums: &mut [f32]);
 

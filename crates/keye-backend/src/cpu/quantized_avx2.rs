@@ -2,20 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::quantized::{PANEL, Piece};
+use super::quantized::{PANEL, Piece, Rows, prefetch};
 use crate::Dtype;
 use crate::packed::{GROUP, INT4_BLOCK, INT8_BLOCK};
 
-/// How far ahead of its use a stream is asked for.
-const AHEAD: usize = 2304;
-
 /// See [`super::quantized`]; only where AVX2 and FMA are.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
-    let x = piece.x;
-    let groups = piece.blocks.len() / if piece.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
-    assert!(sums.len() >= (rows - 1) * PANEL + 16 && piece.first_group + groups <= x.groups());
-    assert!(x.codes.len() >= (piece.row + rows) * x.cols && x.scales.len() >= (piece.row + rows) * x.groups());
-    assert!(x.negated_sums.len() == x.scales.len());
+    piece.check(rows, sums);
     let mut row = 0;
     while row < rows {
         let at_once = if rows - row >= 4 { 4 } else { 1 };
@@ -32,29 +25,6 @@ pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
             }
         }
         row += at_once;
-    }
-}
-
-/// Pointers to rows of activations.
-struct Rows {
-    codes: *const i8,
-    ld: usize,
-    scales: *const f32,
-    negated_sums: *const i32,
-    groups: usize,
-}
-
-#[inline(always)]
-fn rows(piece: &Piece<'_>, row: usize) -> Rows {
-    let x = piece.x;
-    let groups = x.groups();
-    let row = piece.row + row;
-    Rows {
-        codes: x.codes[row * x.cols + piece.first_group * GROUP..].as_ptr(),
-        ld: x.cols,
-        scales: x.scales[row * groups + piece.first_group..].as_ptr(),
-        negated_sums: x.negated_sums[row * groups + piece.first_group..].as_ptr(),
-        groups,
     }
 }
 
@@ -76,18 +46,10 @@ unsafe fn four(codes: *const i8) -> __m256i {
     unsafe { _mm256_set1_epi32(codes.cast::<i32>().read_unaligned()) }
 }
 
-#[inline(always)]
-unsafe fn prefetch(block: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: a prefetch of an address that is not there does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast()) };
-    }
-}
-
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
-    let x = rows(piece, row);
+    let x = piece.rows(row);
     let low = _mm256_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
@@ -138,7 +100,7 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, 
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn int8<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
-    let x = rows(piece, row);
+    let x = piece.rows(row);
     let offset = _mm256_set1_epi8(i8::MIN);
     let ones = _mm256_set1_epi16(1);
     // SAFETY: `piece` has checked all bounds; blocks are whole.

@@ -2,20 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::quantized::{PANEL, Piece};
+use super::quantized::{PANEL, Piece, Rows, prefetch};
 use crate::Dtype;
 use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT8_BLOCK};
 
-/// How far ahead of its use a stream is asked for: far enough for memory, short enough to stay in the cache.
-const AHEAD: usize = 2304;
-
 /// See [`super::quantized`]; only where AVX-512 with VNNI is.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
-    let x = piece.x;
-    let groups = piece.blocks.len() / if piece.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
-    assert!(sums.len() >= (rows - 1) * PANEL + 16 && piece.first_group + groups <= x.groups());
-    assert!(x.codes.len() >= (piece.row + rows) * x.cols && x.scales.len() >= (piece.row + rows) * x.groups());
-    assert!(x.negated_sums.len() == x.scales.len());
+    piece.check(rows, sums);
     macro_rules! by_rows {
         ($kernel:ident: $($n:literal)*) => {
             match rows {
@@ -28,29 +21,6 @@ pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
     match piece.dtype {
         Dtype::Int4 => by_rows!(int4: 1 2 3 4 6 8 12),
         _ => by_rows!(int8: 1 2 3 4 6 8 12),
-    }
-}
-
-/// Pointers to a piece's rows of activations.
-struct Rows {
-    codes: *const i8,
-    ld: usize,
-    scales: *const f32,
-    negated_sums: *const i32,
-    groups: usize,
-}
-
-#[inline(always)]
-fn rows(piece: &Piece<'_>) -> Rows {
-    let x = piece.x;
-    let groups = x.groups();
-    let (codes, group) = (piece.row * x.cols + piece.first_group * GROUP, piece.row * groups + piece.first_group);
-    Rows {
-        codes: x.codes[codes..].as_ptr(),
-        ld: x.cols,
-        scales: x.scales[group..].as_ptr(),
-        negated_sums: x.negated_sums[group..].as_ptr(),
-        groups,
     }
 }
 
@@ -72,18 +42,10 @@ unsafe fn four(codes: *const i8) -> __m512i {
     unsafe { _mm512_set1_epi32(codes.cast::<i32>().read_unaligned()) }
 }
 
-#[inline(always)]
-unsafe fn prefetch(block: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: a prefetch of an address that is not there does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast()) };
-    }
-}
-
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
-    let x = rows(piece);
+    let x = piece.rows(0);
     let high = _mm512_set1_epi8(0xf0u8 as i8);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
@@ -132,7 +94,7 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn int8<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
-    let x = rows(piece);
+    let x = piece.rows(0);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
         let mut sum = [_mm512_setzero_ps(); M];
