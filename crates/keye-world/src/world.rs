@@ -1,0 +1,157 @@
+//! Samples by index.
+
+use std::sync::Arc;
+
+use crate::captions::caption;
+use crate::compose::{Emphasis, compose};
+use crate::questions::ask;
+use crate::{Clip, Media, Rng, Sample, Split, Story, Task, Turn, text};
+
+/// The samples of one split. Every kind of sample is numbered from 0 on, without end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct World {
+    split: Split,
+}
+
+/// Streams of numbers, so that kinds of samples do not share stories.
+#[derive(Clone, Copy)]
+enum Stream {
+    Clip = 1,
+    Still = 2,
+    Text = 3,
+    Pair = 4,
+    Question = 5,
+}
+
+/// Most questions about one clip.
+const QUESTIONS: u32 = 4;
+/// How many stories are tried for a question of a given kind.
+const STORIES: u64 = 256;
+
+/// The name of a sample's only picture or clip.
+const MEDIA: &str = "0";
+
+impl World {
+    /// A split of the world.
+    pub fn new(split: Split) -> Self {
+        Self { split }
+    }
+
+    /// Its split.
+    pub fn split(&self) -> Split {
+        self.split
+    }
+
+    /// A clip and one to four questions about it.
+    pub fn clip(&self, index: u64) -> Sample {
+        let mut rng = self.rng(Stream::Clip, index);
+        let emphasis = *rng.pick(&Emphasis::ALL);
+        let story = compose(&mut rng, self.split, emphasis, false);
+        let turns = self.turns(&mut rng, &story);
+        self.sample(Stream::Clip, index, story, turns)
+    }
+
+    /// A picture and one to four questions about it.
+    pub fn still(&self, index: u64) -> Sample {
+        let mut rng = self.rng(Stream::Still, index);
+        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
+        let story = compose(&mut rng, self.split, emphasis, true);
+        let turns = self.turns(&mut rng, &story);
+        self.sample(Stream::Still, index, story, turns)
+    }
+
+    /// The same world in words: what happens, then questions; or a small sum.
+    pub fn text(&self, index: u64) -> Sample {
+        let mut rng = self.rng(Stream::Text, index);
+        let emphasis = *rng.pick(&Emphasis::ALL);
+        let still = rng.chance(1, 5);
+        let story = compose(&mut rng, self.split, emphasis, still);
+        let turns = match rng.chance(1, 8) {
+            true => vec![text::sums(&mut rng)],
+            false => {
+                let mut turns = self.turns(&mut rng, &story);
+                text::tell(&story, &mut turns);
+                turns
+            }
+        };
+        self.sample(Stream::Text, index, story, turns)
+    }
+
+    /// A picture and its caption, for learning to match the two. The question is empty.
+    pub fn pair(&self, index: u64) -> Sample {
+        let mut rng = self.rng(Stream::Pair, index);
+        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
+        let story = compose(&mut rng, self.split, emphasis, true);
+        let turn = Turn { task: Task::Caption, question: String::new(), answer: caption(&story), chance: 0.0 };
+        self.sample(Stream::Pair, index, story, vec![turn])
+    }
+
+    /// A clip and one question of the given kind about it, for tests.
+    pub fn question(&self, task: Task, index: u64) -> Sample {
+        let base = index * Task::ALL.len() as u64 + task as u64;
+        let mut last = None;
+        for attempt in 0..STORIES {
+            let mut rng = Rng::new(&[self.split as u64, Stream::Question as u64, base, attempt]);
+            let emphasis = match task {
+                Task::Order => *rng.pick(&[Emphasis::Arrivals, Emphasis::Motion]),
+                Task::When => *rng.pick(&[Emphasis::Arrivals, Emphasis::Motion, Emphasis::Letters]),
+                Task::Motion => *rng.pick(&[Emphasis::Motion, Emphasis::Motion, Emphasis::Gallery]),
+                Task::Change => Emphasis::Change,
+                Task::Contact => *rng.pick(&[Emphasis::Contact, Emphasis::Contact, Emphasis::Motion]),
+                Task::Scene => *rng.pick(&[Emphasis::Cut, Emphasis::Cut, Emphasis::Gallery]),
+                Task::Reading => Emphasis::Letters,
+                Task::Count | Task::Compare => *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Arrivals]),
+                _ => *rng.pick(&Emphasis::ALL),
+            };
+            let story = compose(&mut rng, self.split, emphasis, false);
+            let turn = ask(&mut rng, &story, task);
+            let found = turn.is_some();
+            last = Some(self.sample(Stream::Question, base, story, turn.into_iter().collect()));
+            if found {
+                break;
+            }
+        }
+        last.expect("at least one story is tried")
+    }
+
+    fn rng(&self, stream: Stream, index: u64) -> Rng {
+        Rng::new(&[self.split as u64, stream as u64, index])
+    }
+
+    fn turns(&self, rng: &mut Rng, story: &Story) -> Vec<Turn> {
+        let wanted = rng.range(1, QUESTIONS) as usize;
+        let mut turns: Vec<Turn> = Vec::new();
+        for _ in 0..QUESTIONS * 6 {
+            let task = *rng.pick(&Task::ALL);
+            let long = matches!(task, Task::Caption | Task::DenseCaption);
+            let known = |turn: &Turn| turn.task == task && (long || task == Task::Reading || task == Task::When);
+            if turns.len() == wanted || turns.iter().any(known) {
+                continue;
+            }
+            if let Some(turn) = ask(rng, story, task).filter(|turn| turns.iter().all(|t| t.question != turn.question)) {
+                turns.push(turn);
+            }
+        }
+        if turns.is_empty() {
+            turns.extend(ask(rng, story, Task::Caption));
+        }
+        turns
+    }
+
+    fn sample(&self, stream: Stream, index: u64, story: Story, turns: Vec<Turn>) -> Sample {
+        let story = Arc::new(story);
+        let clip = || Clip::new(Arc::clone(&story));
+        let (source, media) = match stream {
+            Stream::Clip | Stream::Question => ("world-video", Some(Media::Video(clip()))),
+            Stream::Still => ("world-image", Some(Media::Image(clip()))),
+            Stream::Pair => ("world-pair", Some(Media::Image(clip()))),
+            Stream::Text => ("world-text", None),
+        };
+        let kind = match stream {
+            Stream::Question => "question",
+            _ => &source[6..],
+        };
+        let uuid = format!("{}-{kind}-{index}", self.split);
+        Sample { uuid, source, turns, media: media.map(|media| (MEDIA.to_owned(), media)).into_iter().collect(), story }
+    }
+}
