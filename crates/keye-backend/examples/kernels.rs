@@ -77,7 +77,7 @@ fn read_limit(threads: usize) -> f64 {
 
 fn bf16(rows: usize, cols: usize) -> WeightSource {
     let bytes = [0x00, 0x3c].repeat(rows * cols).into();
-    WeightSource { name: "random".into(), dtype: Dtype::Bf16, rows, cols, bytes }
+    WeightSource { name: "random".into(), dtype: Dtype::Bf16, rows, cols, bytes, scales: None }
 }
 
 /// Random codes with plausible scales.
@@ -85,7 +85,7 @@ fn packed(dtype: Dtype, rows: usize, cols: usize) -> WeightSource {
     let values: Vec<f32> = (0..16 * cols).map(|i| ((i * 7919) % 2003) as f32 * 1e-5 - 0.01).collect();
     let mut tile = vec![0; dtype.stored_bytes(16, cols).expect("small")];
     pack_rows(dtype, 16, cols, &values, &mut tile).expect("finite");
-    WeightSource { name: "random".into(), dtype, rows, cols, bytes: tile.repeat(rows / 16).into() }
+    WeightSource { name: "random".into(), dtype, rows, cols, bytes: tile.repeat(rows / 16).into(), scales: None }
 }
 
 /// Independent int8 dot products in registers: operations per second.

@@ -75,6 +75,32 @@ pub struct IndexShape {
     pub scale: f32,
 }
 
+/// Heads of an attention whose keys and values are one cached row, the latent, for all heads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Leading columns of a latent row that are its value; all of them are its key.
+    pub value_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+}
+
+/// How experts are chosen by groups (DeepSeek-V3's `noaux_tc`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GroupedRouting {
+    /// Experts of a row.
+    pub count: usize,
+    /// Groups of equally many experts, numbered in order.
+    pub groups: usize,
+    /// Groups that a row may choose from.
+    pub chosen_groups: usize,
+    /// The chosen experts' weights are scaled to sum to one.
+    pub normalise: bool,
+    /// Factor of the weights.
+    pub scale: f32,
+}
+
 /// Element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KvDtype {
@@ -98,6 +124,8 @@ pub struct CacheSpec {
     pub dtype: KvDtype,
     /// Width of the index key; 0 without sparse attention.
     pub index_dim: usize,
+    /// Width of the latent row that stands for keys and values of all heads; 0 without latent attention.
+    pub latent_dim: usize,
 }
 
 impl CacheSpec {
@@ -107,7 +135,7 @@ impl CacheSpec {
             KvDtype::F32 => 4,
             KvDtype::Bf16 => 2,
         };
-        self.layers * (2 * self.kv_heads * self.head_dim + self.index_dim) * BLOCK_TOKENS * element
+        self.layers * (2 * self.kv_heads * self.head_dim + self.index_dim + self.latent_dim) * BLOCK_TOKENS * element
     }
 }
 
@@ -314,4 +342,61 @@ pub trait Backend: Send + Sync + Sized + 'static {
         shape: AttentionShape,
         selected: &Self::Index,
     ) -> Result<Self::Tensor, BackendError>;
+
+    // Latent attention and its models' experts; without them a device does not run these models.
+
+    /// Experts of each row by score `s = sigmoid(x router^T)` and choice `c = s + bias` (bias `[experts]`): of the groups those
+    /// with the highest sums of their two highest choices, in these the `count` highest choices, the highest first (the
+    /// lower number among equals) `[rows * count]`; and their weights: the scores, scaled as `routing` says `[rows, count]`.
+    fn route_grouped(
+        &self,
+        x: &Self::Tensor,
+        router: &Self::Weight,
+        bias: &Self::Weight,
+        routing: GroupedRouting,
+    ) -> Result<(Self::Index, Self::Tensor), BackendError> {
+        let _ = (x, router, bias, routing);
+        Err(self.without_latent_attention())
+    }
+    /// Rotates neighbouring pairs (GPT-J) of the last `width` columns of each of `heads` heads of a row; `angles` is
+    /// `[rows, width]`: cosines, then sines.
+    fn rope_pairs(&self, x: &mut Self::Tensor, heads: usize, angles: &Self::Tensor) -> Result<(), BackendError> {
+        let _ = (x, heads, angles);
+        Err(self.without_latent_attention())
+    }
+    /// Each head's leading columns times a matrix of its own, the others passed on behind the product: x is
+    /// `[rows, heads*stride]`, one weight a head `[out, in]`, not packed, with `in <= stride`: `[rows, heads*(out + stride - in)]`.
+    fn linear_heads(&self, x: &Self::Tensor, weights: &[Self::Weight]) -> Result<Self::Tensor, BackendError> {
+        let _ = (x, weights);
+        Err(self.without_latent_attention())
+    }
+    /// Rows `[rows, a]` and `[rows, b]` side by side, `a + b` being the latent's width, into the cache at the rows' places.
+    fn write_latent(
+        &self,
+        a: &Self::Tensor,
+        b: &Self::Tensor,
+        cache: &mut Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+    ) -> Result<(), BackendError> {
+        let _ = (a, b, cache, layer, plan);
+        Err(self.without_latent_attention())
+    }
+    /// Causal softmax attention of each row over the latent rows of its own sequence: q `[rows, heads*latent_dim]`, result
+    /// `[rows, heads*value_dim]`.
+    fn latent_attention(
+        &self,
+        q: &Self::Tensor,
+        cache: &Self::Cache,
+        layer: usize,
+        plan: &Self::Plan,
+        shape: LatentShape,
+    ) -> Result<Self::Tensor, BackendError> {
+        let _ = (q, cache, layer, plan, shape);
+        Err(self.without_latent_attention())
+    }
+    /// What operations of latent attention say that a device does not have.
+    fn without_latent_attention(&self) -> BackendError {
+        BackendError::Setting(format!("{}: no latent attention on this device; use the CPU", self.describe()))
+    }
 }

@@ -2,9 +2,11 @@
 //!
 //! Inputs come from a fixed seed and have shapes that are not multiples of anything, besides those of the models.
 
+mod latent;
+
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, KvDtype, QkNorm, Reference, SequenceRows,
-    Span, WeightSource, packed,
+    Activation, AttentionShape, Backend, BackendError, BlockScales, CacheSpec, Dtype, KvDtype, QkNorm, Reference,
+    SequenceRows, Span, WeightSource, packed,
 };
 
 /// One comparison.
@@ -62,6 +64,19 @@ fn source(rows: usize, cols: usize, values: &[f32], dtype: Dtype) -> WeightSourc
                 .into(),
             ..f32s
         },
+        // Any finite number will do, and scales that differ from block to block.
+        Dtype::F8E4M3 => {
+            let block = [128, 128];
+            let scales = (0..rows.div_ceil(block[0]) * cols.div_ceil(block[1])).map(|i| (1 + i % 5) as f32 * 2e-3);
+            let scales = scales.flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into();
+            let finite = |v: &f32| ((v.to_bits() >> 16) as u8 % 0x7f) | ((v.to_bits() >> 24) as u8 & 0x80);
+            WeightSource {
+                dtype,
+                bytes: values.iter().map(finite).collect::<Vec<u8>>().into(),
+                scales: Some(BlockScales { bytes: scales, block, first_row: 0 }),
+                ..f32s
+            }
+        }
         Dtype::Int8 | Dtype::Int4 => {
             let mut bytes = vec![0; dtype.stored_bytes(rows, cols).expect("small")];
             packed::pack_rows(dtype, rows, cols, values, &mut bytes).expect("finite");
@@ -109,8 +124,8 @@ impl<B: Backend> Suite<'_, B> {
         self.checks.push(Check { name, error: if same { 0.0 } else { 1.0 }, tolerance: 0.0 });
     }
 
-    fn products(&mut self) -> Result<(), BackendError> {
-        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::Int8, Dtype::Int4] {
+    fn products(&mut self, dtypes: &[Dtype]) -> Result<(), BackendError> {
+        for &dtype in dtypes {
             for (m, k, n) in [(1, 64, 960), (3, 72, 7), (5, 588, 64), (37, 4304, 25), (530, 150, 31), (1, 4096, 100)] {
                 let x = self.random.values(m * k, 1.0);
                 let w = source(n, k, &self.random.values(n * k, 1.0), dtype);
@@ -234,7 +249,7 @@ impl<B: Backend> Suite<'_, B> {
             // As wide as a config may ask for; few tokens, since without fused products the rounding of so long a sum shows.
             (1, 1, 1024, KvDtype::F32, 7),
         ] {
-            let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim: 0 };
+            let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim: 0, latent_dim: 0 };
             let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };
             let width = (heads * hd, kv_heads * hd);
             let q = self.random.values(tokens * width.0, 2.0);
@@ -327,9 +342,17 @@ impl Case {
 /// Runs the whole suite; `tolerance` is relative to the root mean square of what is expected.
 pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
     let mut suite = Suite { backend, random: Random(1), tolerance, checks: Vec::new() };
-    suite.products()?;
+    suite.products(&[Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::Int8, Dtype::Int4])?;
     suite.rows()?;
     suite.vision_attention()?;
     suite.paged_attention()?;
+    Ok(suite.checks)
+}
+
+/// As [`run`], for the operations of latent attention and for weights of 8-bit floats.
+pub fn run_latent<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
+    let mut suite = Suite { backend, random: Random(2), tolerance, checks: Vec::new() };
+    suite.products(&[Dtype::F8E4M3])?;
+    suite.latent()?;
     Ok(suite.checks)
 }

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
+use crate::fp8::Fp8Matrix;
 use crate::weight::{as_f32, as_u16, bf16_to_f32};
-use crate::{BackendError, Dtype, WeightSource, packed};
+use crate::{BackendError, Dtype, Isa, WeightSource, packed};
 
 /// Rows of f32 activations, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,7 +59,7 @@ impl HostTensor {
     }
 }
 
-/// A weight in host memory. f32, bf16 and packed types are used where they lie; f16 is widened when it is loaded.
+/// A weight in host memory. f32, bf16, 8-bit floats and packed types are used where they lie; f16 is widened when it is loaded.
 #[derive(Debug, Clone)]
 pub struct HostWeight {
     pub(crate) rows: usize,
@@ -72,6 +73,7 @@ enum WeightData {
     MappedBf16(Bytes),
     OwnedF32(Vec<f32>),
     OwnedBf16(Vec<u16>),
+    Fp8(Fp8Matrix),
     Packed(Dtype, Bytes),
 }
 
@@ -80,6 +82,7 @@ enum WeightData {
 pub(crate) enum Elements<'a> {
     F32(&'a [f32]),
     Bf16(&'a [u16]),
+    Fp8(&'a Fp8Matrix),
     /// Tiles of a packed type.
     Packed(Dtype, &'a [u8]),
 }
@@ -95,6 +98,7 @@ impl HostWeight {
                 WeightData::OwnedBf16(source.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
             }
             Dtype::Int8 | Dtype::Int4 => WeightData::Packed(source.dtype, source.bytes.clone()),
+            Dtype::F8E4M3 => WeightData::Fp8(Fp8Matrix::of(source).expect("the source was checked above")),
             Dtype::F32 | Dtype::F16 => WeightData::OwnedF32(source.to_f32().into_owned()),
         };
         Ok(Self { rows: source.rows, cols: source.cols, data })
@@ -107,6 +111,7 @@ impl HostWeight {
             WeightData::MappedBf16(bytes) => Elements::Bf16(as_u16(bytes).unwrap_or(&[])),
             WeightData::OwnedF32(values) => Elements::F32(values),
             WeightData::OwnedBf16(values) => Elements::Bf16(values),
+            WeightData::Fp8(matrix) => Elements::Fp8(matrix),
             WeightData::Packed(dtype, bytes) => Elements::Packed(*dtype, bytes),
         }
     }
@@ -119,7 +124,9 @@ impl HostWeight {
     pub(crate) fn vector(&self) -> &[f32] {
         match self.elements() {
             Elements::F32(values) => values,
-            Elements::Bf16(_) | Elements::Packed(..) => unreachable!("vectors are widened when they are loaded"),
+            Elements::Bf16(_) | Elements::Fp8(_) | Elements::Packed(..) => {
+                unreachable!("vectors are widened when they are loaded")
+            }
         }
     }
 
@@ -133,6 +140,7 @@ impl HostWeight {
                     *out = bf16_to_f32(*bits);
                 }
             }
+            Elements::Fp8(matrix) => matrix.widen_into(Isa::Portable, row, 0..self.cols, out),
             Elements::Packed(dtype, bytes) => packed::unpack_row(dtype, self.cols, bytes, row, out),
         }
     }
@@ -142,6 +150,7 @@ impl HostWeight {
         match self.elements() {
             Elements::F32(values) => values.to_vec(),
             Elements::Bf16(values) => values.iter().map(|bits| bf16_to_f32(*bits)).collect(),
+            Elements::Fp8(matrix) => matrix.widen(),
             Elements::Packed(dtype, bytes) => packed::unpack_rows(dtype, self.rows, self.cols, bytes),
         }
     }

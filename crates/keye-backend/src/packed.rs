@@ -66,7 +66,7 @@ pub fn tile_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
     match dtype {
         Dtype::Int4 => blocks.checked_mul(INT4_BLOCK)?.checked_add(INT4_HEAD),
         Dtype::Int8 => blocks.checked_mul(INT8_BLOCK),
-        Dtype::F32 | Dtype::Bf16 | Dtype::F16 => None,
+        Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F8E4M3 => None,
     }
 }
 

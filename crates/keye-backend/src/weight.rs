@@ -1,11 +1,13 @@
 //! Weights as they come from a checkpoint.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use bytes::Bytes;
 
-use crate::BackendError;
+use crate::fp8::Fp8Matrix;
 use crate::packed::{self, TILE_ROWS, tile_bytes};
+use crate::{BackendError, BlockScales};
 
 /// Element types that backends load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -16,6 +18,8 @@ pub enum Dtype {
     Bf16,
     /// IEEE half.
     F16,
+    /// 8-bit float with 4 bits of exponent, finite (`e4m3fn`), with a scale per block ([`BlockScales`]).
+    F8E4M3,
     /// 8 bits with a scale per group, packed in tiles ([`crate::packed`]).
     Int8,
     /// 4 bits with scale and zero point per group, packed in tiles ([`crate::packed`]).
@@ -28,6 +32,7 @@ impl Dtype {
         match self {
             Self::F32 => rows.checked_mul(cols)?.checked_mul(4),
             Self::Bf16 | Self::F16 => rows.checked_mul(cols)?.checked_mul(2),
+            Self::F8E4M3 => rows.checked_mul(cols),
             Self::Int8 | Self::Int4 => rows.div_ceil(TILE_ROWS).checked_mul(tile_bytes(self, cols)?),
         }
     }
@@ -51,30 +56,54 @@ pub struct WeightSource {
     pub cols: usize,
     /// `rows * cols` little-endian elements, row-major; or the tiles of a packed type.
     pub bytes: Bytes,
+    /// Factors of the elements, exactly of [`Dtype::F8E4M3`].
+    pub scales: Option<BlockScales>,
 }
 
 impl WeightSource {
     /// A weight made of computed values.
     pub fn from_f32(name: impl Into<String>, rows: usize, cols: usize, values: &[f32]) -> Self {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        Self { name: name.into(), dtype: Dtype::F32, rows, cols, bytes: Bytes::from(bytes) }
+        Self { name: name.into(), dtype: Dtype::F32, rows, cols, bytes: Bytes::from(bytes), scales: None }
     }
 
     /// Checks that the bytes are as many as type and shape say.
     pub fn check(&self) -> Result<(), BackendError> {
-        if self.dtype.stored_bytes(self.rows, self.cols) == Some(self.bytes.len()) {
-            return Ok(());
+        let (rows, cols, dtype) = (self.rows, self.cols, self.dtype);
+        if dtype.stored_bytes(rows, cols) != Some(self.bytes.len()) {
+            let found = self.bytes.len();
+            return Err(self.error(format!("{rows} x {cols} elements of {dtype:?} expected, {found} bytes found")));
         }
-        Err(BackendError::Weight {
-            name: self.name.clone(),
-            reason: format!(
-                "{} x {} elements of {:?} expected, {} bytes found",
-                self.rows,
-                self.cols,
-                self.dtype,
-                self.bytes.len()
-            ),
-        })
+        match (dtype, &self.scales) {
+            (Dtype::F8E4M3, Some(scales)) => scales.check(rows, cols).map_err(|reason| self.error(reason)),
+            (Dtype::F8E4M3, None) => Err(self.error("8-bit floats need their blocks' scales, found none".into())),
+            (_, None) => Ok(()),
+            (_, Some(_)) => Err(self.error(format!("only 8-bit floats have scales, found them beside {dtype:?}"))),
+        }
+    }
+
+    fn error(&self, reason: String) -> BackendError {
+        BackendError::Weight { name: self.name.clone(), reason }
+    }
+
+    /// Some of the rows, in place.
+    ///
+    /// # Errors
+    ///
+    /// Rows that are not there; of packed types other than whole tiles.
+    pub fn slice_rows(&self, rows: Range<usize>) -> Result<Self, BackendError> {
+        self.check()?;
+        let unit = if self.dtype.is_packed() { TILE_ROWS } else { 1 };
+        let whole_tiles = rows.start.is_multiple_of(unit) && (rows.end.is_multiple_of(unit) || rows.end == self.rows);
+        if rows.start > rows.end || rows.end > self.rows || !whole_tiles {
+            let reason = format!("rows {rows:?} of {} of {:?}: expected multiples of {unit}", self.rows, self.dtype);
+            return Err(self.error(reason));
+        }
+        let unit_bytes = self.dtype.stored_bytes(unit, self.cols).unwrap_or(0);
+        let bytes = self.bytes.slice(rows.start / unit * unit_bytes..rows.end.div_ceil(unit) * unit_bytes);
+        let scales =
+            self.scales.clone().map(|scales| BlockScales { first_row: scales.first_row + rows.start, ..scales });
+        Ok(Self { rows: rows.len(), bytes, scales, ..self.clone() })
     }
 
     /// The values, widened. Borrows when they are f32 already and aligned.
@@ -86,6 +115,7 @@ impl WeightSource {
             },
             Dtype::Bf16 => self.bytes.chunks_exact(2).map(|b| bf16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
             Dtype::F16 => self.bytes.chunks_exact(2).map(|b| f16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
+            Dtype::F8E4M3 => Fp8Matrix::of(self).map_or_else(Vec::new, |matrix| matrix.widen()).into(),
             Dtype::Int8 | Dtype::Int4 => packed::unpack_rows(self.dtype, self.rows, self.cols, &self.bytes).into(),
         }
     }

@@ -3,7 +3,8 @@
 use keye_backend::{Backend, Cpu, CpuOptions, Isa, Reference, conformance};
 
 fn check<B: Backend>(backend: &B, tolerance: f32) {
-    let checks = conformance::run(backend, tolerance).unwrap();
+    let mut checks = conformance::run(backend, tolerance).unwrap();
+    checks.extend(conformance::run_latent(backend, tolerance).unwrap());
     assert!(checks.len() > 100, "{} checks", checks.len());
     let failed: Vec<_> = checks.iter().filter(|check| !check.passed()).collect();
     assert!(failed.is_empty(), "{}: {failed:#?}", backend.describe());

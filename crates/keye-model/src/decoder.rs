@@ -85,6 +85,7 @@ impl<B: Backend> Decoder<B> {
             head_dim: config.head_dim,
             dtype,
             index_dim: config.indexer.map_or(0, |indexer| indexer.head_dim),
+            latent_dim: 0,
         }
     }
 

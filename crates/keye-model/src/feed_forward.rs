@@ -122,7 +122,7 @@ fn element_bytes(source: &WeightSource) -> Result<usize, ModelError> {
 fn rows(source: &WeightSource, first: usize, count: usize, cols: usize) -> Result<WeightSource, ModelError> {
     let row = cols * element_bytes(source)?;
     let bytes = source.bytes.slice(first * row..(first + count) * row);
-    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows: count, cols, bytes })
+    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows: count, cols, bytes, scales: None })
 }
 
 /// Columns `columns` of the rows `first..first + count`, `width` wide, transposed: `[columns, count]`.
@@ -142,5 +142,5 @@ fn transposed(
         }
     }
     let (rows, cols) = (columns.len(), count);
-    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows, cols, bytes: bytes.into() })
+    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows, cols, bytes: bytes.into(), scales: None })
 }

@@ -54,7 +54,7 @@ impl<'a, B: Backend> Weights<'a, B> {
             [rows, rest @ ..] => (*rows, rest.iter().product()),
             [] => (1, 1),
         };
-        Ok(WeightSource { dtype: dtype(&tensor)?, name, rows, cols, bytes: tensor.bytes })
+        Ok(WeightSource { dtype: dtype(&tensor)?, name, rows, cols, bytes: tensor.bytes, scales: None })
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
@@ -69,10 +69,8 @@ impl<'a, B: Backend> Weights<'a, B> {
     /// A matrix `[first + second, cols]` as two.
     pub(crate) fn split_rows(&self, name: &str, rows: [usize; 2], cols: usize) -> Result<[B::Weight; 2], ModelError> {
         let whole = self.source(name, &[rows[0] + rows[1], cols])?;
-        let at = whole.bytes.len() / (rows[0] + rows[1]) * rows[0];
-        let part = |rows, bytes| WeightSource { rows, bytes, ..whole.clone() };
-        let parts = [part(rows[0], whole.bytes.slice(..at)), part(rows[1], whole.bytes.slice(at..))];
-        Ok([self.backend.load(&parts[0])?, self.backend.load(&parts[1])?])
+        let [first, second] = [whole.slice_rows(0..rows[0])?, whole.slice_rows(rows[0]..whole.rows)?];
+        Ok([self.backend.load(&first)?, self.backend.load(&second)?])
     }
 
     /// The stored shape, if the tensor is there.

@@ -25,6 +25,7 @@ pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
         head_dim: text.head_dim,
         dtype,
         index_dim,
+        latent_dim: 0,
     }
 }
 

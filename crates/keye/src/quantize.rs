@@ -292,7 +292,7 @@ fn pack(
             let first = start + i * TILE_ROWS;
             let rows = TILE_ROWS.min(start + rows - first);
             let bytes = original.bytes.slice(first * row_bytes..(first + rows) * row_bytes);
-            let source = WeightSource { name: original.name.clone(), dtype: from, rows, cols, bytes };
+            let source = WeightSource { name: original.name.clone(), dtype: from, rows, cols, bytes, scales: None };
             let values = source.to_f32();
             pack_rows(dtype, rows, cols, &values, out).map_err(|mut error| {
                 error.row += first;

@@ -24,9 +24,9 @@ const ROWS: usize = 64;
 
 /// Running softmax of some query rows: maximum and sum per row, weighted values `[rows, stride]`.
 pub(super) struct State<'a> {
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
-    out: &'a mut [f32],
+    pub(super) max: &'a mut [f32],
+    pub(super) sum: &'a mut [f32],
+    pub(super) out: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
@@ -194,7 +194,7 @@ pub(super) fn paged(
 }
 
 /// Query rows of a tile: as many as fit the registers.
-fn tile_rows(isa: Isa) -> usize {
+pub(super) fn tile_rows(isa: Isa) -> usize {
     match isa {
         Isa::Avx512 => 4,
         Isa::Avx2 | Isa::Portable => 2,
@@ -318,7 +318,35 @@ unsafe fn kernel<S: Simd, E: Element, const M: usize>(
             }
             j += NV * S::LANES;
         }
-        // Running softmax.
+        soften::<S, M>(counts, max, sum, out, stride, scores);
+        // out[m] += sum over j of p[m][j] * value j
+        let mut d = 0;
+        while d + NV * S::LANES <= stride {
+            weigh::<S, E, M, NV>(scores, values.as_ptr().add(d), stride, out.as_mut_ptr().add(d), stride);
+            d += NV * S::LANES;
+        }
+        while d < stride {
+            weigh::<S, E, M, 1>(scores, values.as_ptr().add(d), stride, out.as_mut_ptr().add(d), stride);
+            d += S::LANES;
+        }
+    }
+}
+
+/// The running softmax takes in the scores of a block: row m's first `counts[m]` become weights, the others 0, and its sum
+/// and its row of `out`, `stride` wide, follow the new maximum.
+#[inline(always)]
+pub(super) unsafe fn soften<S: Simd, const M: usize>(
+    counts: &[usize],
+    max: &mut [f32],
+    sum: &mut [f32],
+    out: &mut [f32],
+    stride: usize,
+    scores: &mut [f32],
+) {
+    assert!(counts.len() == M && max.len() == M && sum.len() == M && out.len() == M * stride);
+    assert!(scores.len() >= M * BLOCK_TOKENS && stride.is_multiple_of(S::LANES));
+    // SAFETY: all offsets below stay inside the lengths asserted above; the caller guarantees the instruction set.
+    unsafe {
         for m in 0..M {
             let row = &mut scores[m * BLOCK_TOKENS..(m + 1) * BLOCK_TOKENS];
             row[counts[m]..].fill(f32::NEG_INFINITY);
@@ -347,38 +375,30 @@ unsafe fn kernel<S: Simd, E: Element, const M: usize>(
                 i += S::LANES;
             }
         }
-        // out[m] += sum over j of p[m][j] * value j
-        let mut d = 0;
-        while d + NV * S::LANES <= stride {
-            weigh::<S, E, M, NV>(scores, values.as_ptr().add(d), stride, out.as_mut_ptr().add(d));
-            d += NV * S::LANES;
-        }
-        while d < stride {
-            weigh::<S, E, M, 1>(scores, values.as_ptr().add(d), stride, out.as_mut_ptr().add(d));
-            d += S::LANES;
-        }
     }
 }
 
+/// `out[m] += sum over j of scores[m][j] * value j`, V vectors wide; rows of values and of out are `ldv` and `ldo` apart.
 #[inline(always)]
-unsafe fn weigh<S: Simd, E: Element, const M: usize, const V: usize>(
+pub(super) unsafe fn weigh<S: Simd, E: Element, const M: usize, const V: usize>(
     scores: &[f32],
     values: *const E,
-    stride: usize,
+    ldv: usize,
     out: *mut f32,
+    ldo: usize,
 ) {
     // SAFETY: the caller guarantees M rows of scores, BLOCK_TOKENS rows of values and M rows of out, V vectors wide.
     unsafe {
         let mut acc = [[S::splat(0.0); V]; M];
         for (m, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
-                *acc = S::load(out.add(m * stride + v * S::LANES));
+                *acc = S::load(out.add(m * ldo + v * S::LANES));
             }
         }
         for j in 0..BLOCK_TOKENS {
             let mut value = [S::splat(0.0); V];
             for (v, value) in value.iter_mut().enumerate() {
-                *value = E::load::<S>(values.add(j * stride + v * S::LANES));
+                *value = E::load::<S>(values.add(j * ldv + v * S::LANES));
             }
             for m in 0..M {
                 let p = S::splat(*scores.as_ptr().add(m * BLOCK_TOKENS + j));
@@ -389,7 +409,7 @@ unsafe fn weigh<S: Simd, E: Element, const M: usize, const V: usize>(
         }
         for (m, acc) in acc.iter().enumerate() {
             for (v, acc) in acc.iter().enumerate() {
-                S::store(out.add(m * stride + v * S::LANES), *acc);
+                S::store(out.add(m * ldo + v * S::LANES), *acc);
             }
         }
     }

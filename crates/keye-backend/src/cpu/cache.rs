@@ -17,6 +17,15 @@ pub struct CpuCache {
     layers: Vec<Blocks>,
     /// Per block index keys `[index_dim, 64]`.
     index: Vec<Blocks>,
+    /// Per block latent rows `[64, stride]`.
+    latent: Vec<Blocks>,
+}
+
+/// Latent rows of one block, `[64, stride]`.
+#[derive(Clone, Copy)]
+pub(super) enum LatentBlock<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [u16]),
 }
 
 /// Index keys of one block.
@@ -55,7 +64,8 @@ impl CpuCache {
             (0..spec.layers).map(layer).collect::<Result<Vec<_>, BackendError>>()
         };
         let index = (BLOCK_TOKENS * spec.index_dim).saturating_mul(blocks);
-        Ok(Self { spec, layers: layers(elements)?, index: layers(index)? })
+        let latent = (BLOCK_TOKENS * value_stride(spec.latent_dim)).saturating_mul(blocks);
+        Ok(Self { spec, layers: layers(elements)?, index: layers(index)?, latent: layers(latent)? })
     }
 
     fn head_elements(spec: &CacheSpec) -> usize {
@@ -93,6 +103,27 @@ impl CpuCache {
         }
     }
 
+    /// Width of a latent row.
+    pub(super) fn latent_dim(&self) -> usize {
+        self.spec.latent_dim
+    }
+
+    pub(super) fn latent_block(&self, layer: usize, block: usize) -> LatentBlock<'_> {
+        let len = BLOCK_TOKENS * value_stride(self.spec.latent_dim);
+        match &self.latent[layer] {
+            Blocks::F32(data) => LatentBlock::F32(&data[block * len..(block + 1) * len]),
+            Blocks::Bf16(data) => LatentBlock::Bf16(&data[block * len..(block + 1) * len]),
+        }
+    }
+
+    pub(super) fn write_latent(&mut self, layer: usize, plan: &[SequenceRows], a: &HostTensor, b: &HostTensor) {
+        assert_eq!(a.cols + b.cols, self.spec.latent_dim, "columns of a latent row");
+        match &mut self.latent[layer] {
+            Blocks::F32(data) => write_latent(data, plan, a, b, |value| value),
+            Blocks::Bf16(data) => write_latent(data, plan, a, b, f32_to_bf16),
+        }
+    }
+
     pub(super) fn write(&mut self, layer: usize, plan: &[SequenceRows], k: &HostTensor, v: &HostTensor) {
         let spec = self.spec;
         match &mut self.layers[layer] {
@@ -109,6 +140,19 @@ fn write_index<T>(data: &mut [T], plan: &[SequenceRows], keys: &HostTensor, stor
             let block = sequence.block_table[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS * keys.cols;
             for (d, value) in keys.row(row).iter().enumerate() {
                 data[block + d * BLOCK_TOKENS + token % BLOCK_TOKENS] = store(*value);
+            }
+        }
+    }
+}
+
+fn write_latent<T>(data: &mut [T], plan: &[SequenceRows], a: &HostTensor, b: &HostTensor, store: impl Fn(f32) -> T) {
+    let stride = value_stride(a.cols + b.cols);
+    for sequence in plan {
+        for (i, row) in sequence.rows.clone().enumerate() {
+            let token = sequence.start + i;
+            let slot = sequence.block_table[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS + token % BLOCK_TOKENS;
+            for (to, value) in data[slot * stride..].iter_mut().zip(a.row(row).iter().chain(b.row(row))) {
+                *to = store(*value);
             }
         }
     }

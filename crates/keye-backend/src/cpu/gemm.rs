@@ -102,6 +102,42 @@ pub(crate) fn product(
     });
 }
 
+/// Each head's leading columns times its own weight, the others passed on behind: `x [rows, heads*stride]`, weights
+/// `[out, in]`, result `[rows, heads*(out + stride - in)]`.
+pub(crate) fn heads(pool: &Pool, isa: Isa, x: &HostTensor, weights: &[HostWeight]) -> HostTensor {
+    let (stride, rows) = (x.cols / weights.len(), x.rows);
+    let (outputs, k) = (weights[0].rows, weights[0].cols);
+    assert!(x.cols == stride * weights.len() && k <= stride, "columns of a head");
+    assert!(weights.iter().all(|w| (w.rows, w.cols) == (outputs, k)), "weights of one shape");
+    let width = outputs + stride - k;
+    let mut out = HostTensor::zeros(rows, weights.len() * width);
+    let columns = out.cols;
+    let target = SyncPtr(out.data.as_mut_ptr());
+    let row_chunks = rows.div_ceil(ROWS);
+    pool.run(weights.len() * row_chunks, rows * weights.len() * outputs * k, |task, scratch| {
+        let (head, m0) = (task % weights.len(), task / weights.len() * ROWS);
+        let (m, weight) = (ROWS.min(rows - m0), &weights[head]);
+        let (gathered, (sums, widened)) = scratch.split(m * k, m * PANEL);
+        let part = |r: usize| &x.row(m0 + r)[head * stride..(head + 1) * stride];
+        for (r, to) in gathered.chunks_exact_mut(k.max(1)).enumerate() {
+            to.copy_from_slice(&part(r)[..k]);
+        }
+        // SAFETY: each task has its own rows and head of out.
+        let out = |r: usize, at: usize, len: usize| unsafe {
+            std::slice::from_raw_parts_mut(target.get().add((m0 + r) * columns + head * width + at), len)
+        };
+        (0..m).for_each(|r| out(r, outputs, stride - k).copy_from_slice(&part(r)[k..]));
+        for n0 in (0..outputs).step_by(PANEL) {
+            let n = PANEL.min(outputs - n0);
+            panel(isa, gathered, m, weight, n0, n, sums, widened);
+            for (r, sums) in sums.chunks_exact(PANEL).enumerate() {
+                out(r, n0, n).copy_from_slice(&sums[..n]);
+            }
+        }
+    });
+    out
+}
+
 /// `sums [m, PANEL] = x [m, k] * rows n0..n0+n of the weight`; `widened` is scratch.
 #[allow(clippy::too_many_arguments, reason = "operands of one tile loop")]
 fn panel(
@@ -126,6 +162,13 @@ fn panel(
                 for r in 0..n {
                     let at = (n0 + r) * k + k0;
                     rows::widen(isa, &w[at..at + kb], &mut widened[r * kb..(r + 1) * kb]);
+                }
+                block_f32(isa, &x[k0..], m, k, widened, kb, n, kb, sums);
+            }
+            Elements::Fp8(w) => {
+                widened.resize(PANEL * K_BLOCK, 0.0);
+                for r in 0..n {
+                    w.widen_into(isa, n0 + r, k0..k0 + kb, &mut widened[r * kb..(r + 1) * kb]);
                 }
                 block_f32(isa, &x[k0..], m, k, widened, kb, n, kb, sums);
             }

@@ -5,6 +5,7 @@ mod cache;
 mod experts;
 mod gemm;
 pub(crate) mod isa;
+mod latent;
 mod pool;
 mod quantized;
 #[cfg(target_arch = "x86_64")]
@@ -18,8 +19,8 @@ use std::ops::Range;
 
 use crate::host::{HostTensor, HostWeight};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, IndexShape, QkNorm, SequenceRows, Span,
-    WeightSource, select,
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, GroupedRouting, IndexShape, LatentShape,
+    QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
 };
 use gemm::Finish;
 use pool::{Pool, SyncPtr};
@@ -246,6 +247,21 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn rope_pairs(&self, x: &mut HostTensor, heads: usize, angles: &HostTensor) -> Result<(), BackendError> {
+        let (head_dim, width) = (x.cols / heads, angles.cols);
+        assert!(angles.rows == x.rows && width <= head_dim, "angles");
+        self.each_row(x, 4 * heads * width, |i, row| {
+            for head in row.chunks_exact_mut(head_dim) {
+                rows::rope_pairs(&mut head[head_dim - width..], angles.row(i));
+            }
+        });
+        Ok(())
+    }
+
+    fn linear_heads(&self, x: &HostTensor, weights: &[HostWeight]) -> Result<HostTensor, BackendError> {
+        Ok(gemm::heads(&self.pool, self.isa, x, weights))
+    }
+
     fn attention(
         &self,
         q: &HostTensor,
@@ -320,6 +336,17 @@ impl Backend for Cpu {
         Ok(select::route_rows(&logits, count, normalise))
     }
 
+    fn route_grouped(
+        &self,
+        x: &HostTensor,
+        router: &HostWeight,
+        bias: &HostWeight,
+        routing: GroupedRouting,
+    ) -> Result<(Vec<u32>, HostTensor), BackendError> {
+        let logits = self.linear(x, router, None, Activation::None)?;
+        Ok(grouped_routing::route_rows(&logits, bias.vector(), &routing))
+    }
+
     fn add_experts(
         &self,
         x: &HostTensor,
@@ -364,5 +391,28 @@ impl Backend for Cpu {
         selected: &Vec<u32>,
     ) -> Result<HostTensor, BackendError> {
         Ok(sparse::attend(&self.pool, self.isa, q, cache, layer, plan, shape, selected))
+    }
+
+    fn write_latent(
+        &self,
+        a: &HostTensor,
+        b: &HostTensor,
+        cache: &mut CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+    ) -> Result<(), BackendError> {
+        cache.write_latent(layer, plan, a, b);
+        Ok(())
+    }
+
+    fn latent_attention(
+        &self,
+        q: &HostTensor,
+        cache: &CpuCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: LatentShape,
+    ) -> Result<HostTensor, BackendError> {
+        Ok(latent::attend(&self.pool, self.isa, q, cache, layer, plan, shape))
     }
 }

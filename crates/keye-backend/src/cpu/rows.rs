@@ -39,6 +39,16 @@ pub(crate) fn activate(isa: super::Isa, z: &mut [f32], activation: Activation) {
     }
 }
 
+/// Rotates neighbouring pairs: a few dozen numbers beside a head's product, so plainly.
+pub(crate) fn rope_pairs(head: &mut [f32], angles: &[f32]) {
+    let (cos, sin) = angles.split_at(angles.len() / 2);
+    for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
+        let (a, b) = (pair[0], pair[1]);
+        pair[0] = a * cos - b * sin;
+        pair[1] = b * cos + a * sin;
+    }
+}
+
 /// Calls `$full(i)` for every whole vector of `$n` elements and `$part(i, count)` for the rest.
 macro_rules! vectors {
     ($s:ident, $n:expr, |$i:ident, $load:ident, $store:ident| $body:block) => {{

@@ -2,7 +2,9 @@
 
 use crate::host::HostTensor;
 use crate::weight::{bf16_to_f32, f32_to_bf16};
-use crate::{AttentionShape, BLOCK_TOKENS, CacheSpec, IndexShape, KvDtype, SequenceRows, Span, UNSELECTED, select};
+use crate::{
+    AttentionShape, BLOCK_TOKENS, CacheSpec, IndexShape, KvDtype, LatentShape, SequenceRows, Span, UNSELECTED, select,
+};
 
 /// One query head over the keys and values that `kv(i)` names, `i < count`.
 fn attend<'a>(q: &[f32], count: usize, scale: f32, kv: impl Fn(usize) -> (&'a [f32], &'a [f32]), out: &mut [f32]) {
@@ -49,13 +51,20 @@ pub struct ReferenceCache {
     keys: Vec<Vec<f32>>,
     values: Vec<Vec<f32>>,
     index: Vec<Vec<f32>>,
+    latent: Vec<Vec<f32>>,
 }
 
 impl ReferenceCache {
     pub(super) fn new(spec: CacheSpec, blocks: usize) -> Self {
         let layers = |width: usize| (0..spec.layers).map(|_| vec![0.0; blocks * BLOCK_TOKENS * width]).collect();
         let width = spec.kv_heads * spec.head_dim;
-        Self { spec, keys: layers(width), values: layers(width), index: layers(spec.index_dim) }
+        Self {
+            spec,
+            keys: layers(width),
+            values: layers(width),
+            index: layers(spec.index_dim),
+            latent: layers(spec.latent_dim),
+        }
     }
 
     fn slot(sequence: &SequenceRows, token: usize) -> usize {
@@ -108,6 +117,42 @@ impl ReferenceCache {
             }
         }
         selected
+    }
+
+    pub(super) fn write_latent(&mut self, layer: usize, plan: &[SequenceRows], a: &HostTensor, b: &HostTensor) {
+        let (store, width) = (Self::store(self.spec.dtype), self.spec.latent_dim);
+        assert_eq!(a.cols + b.cols, width, "columns of a latent row");
+        for sequence in plan {
+            for (i, row) in sequence.rows.clone().enumerate() {
+                let at = Self::slot(sequence, sequence.start + i) * width;
+                for (to, value) in self.latent[layer][at..].iter_mut().zip(a.row(row).iter().chain(b.row(row))) {
+                    *to = store(*value);
+                }
+            }
+        }
+    }
+
+    pub(super) fn attend_latent(
+        &self,
+        q: &HostTensor,
+        layer: usize,
+        plan: &[SequenceRows],
+        shape: LatentShape,
+    ) -> HostTensor {
+        let (width, value_dim) = (self.spec.latent_dim, shape.value_dim);
+        let mut out = HostTensor::zeros(q.rows, shape.heads * value_dim);
+        for sequence in plan {
+            for (i, row) in sequence.rows.clone().enumerate() {
+                let kv = |token: usize| {
+                    let at = Self::slot(sequence, token) * width;
+                    let latent = &self.latent[layer][at..at + width];
+                    (latent, &latent[..value_dim])
+                };
+                let heads = q.row(row).chunks_exact(width).zip(out.row_mut(row).chunks_exact_mut(value_dim));
+                heads.for_each(|(q, out)| attend(q, sequence.start + i + 1, shape.scale, kv, out));
+            }
+        }
+        out
     }
 
     pub(super) fn write(&mut self, layer: usize, plan: &[SequenceRows], k: &HostTensor, v: &HostTensor) {

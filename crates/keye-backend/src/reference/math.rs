@@ -48,6 +48,19 @@ pub(super) fn rope(row: &mut [f32], heads: usize, angles: &[f32]) {
     }
 }
 
+/// `out[2j] = v[2j] cos - v[2j+1] sin`, `out[2j+1] = v[2j+1] cos + v[2j] sin` in the last columns of each head.
+pub(super) fn rope_pairs(row: &mut [f32], heads: usize, angles: &[f32]) {
+    let (head_dim, width) = (row.len() / heads, angles.len());
+    let (cos, sin) = angles.split_at(width / 2);
+    for head in row.chunks_exact_mut(head_dim) {
+        for (pair, (cos, sin)) in head[head_dim - width..].chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
+            let (a, b) = (pair[0], pair[1]);
+            pair[0] = a * cos - b * sin;
+            pair[1] = b * cos + a * sin;
+        }
+    }
+}
+
 pub(super) fn activate(z: f32, activation: Activation) -> f32 {
     match activation {
         Activation::None => z,

@@ -8,8 +8,8 @@ use std::ops::Range;
 use crate::host::{HostTensor, HostWeight};
 use crate::quantized_rows::fake_quantized;
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, IndexShape, QkNorm, SequenceRows, Span,
-    WeightSource, select,
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, GroupedRouting, IndexShape, LatentShape,
+    QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
 };
 
 pub use attention::ReferenceCache;
@@ -200,6 +200,27 @@ impl Backend for Reference {
         Ok(())
     }
 
+    fn rope_pairs(&self, x: &mut HostTensor, heads: usize, angles: &HostTensor) -> Result<(), BackendError> {
+        for row in 0..x.rows {
+            math::rope_pairs(x.row_mut(row), heads, angles.row(row));
+        }
+        Ok(())
+    }
+
+    fn linear_heads(&self, x: &HostTensor, weights: &[ReferenceWeight]) -> Result<HostTensor, BackendError> {
+        let stride = x.cols / weights.len();
+        let mut data = Vec::new();
+        for row in 0..x.rows {
+            for (head, weight) in x.row(row).chunks_exact(stride).zip(weights) {
+                let (input, rest) = head.split_at(weight.cols);
+                let input = HostTensor::from_f32(1, weight.cols, input);
+                data.extend(self.linear(&input, weight, None, Activation::None)?.data);
+                data.extend_from_slice(rest);
+            }
+        }
+        Ok(HostTensor { rows: x.rows, cols: data.len() / x.rows.max(1), data })
+    }
+
     fn attention(
         &self,
         q: &HostTensor,
@@ -274,6 +295,17 @@ impl Backend for Reference {
         Ok(select::route_rows(&logits, count, normalise))
     }
 
+    fn route_grouped(
+        &self,
+        x: &HostTensor,
+        router: &ReferenceWeight,
+        bias: &ReferenceWeight,
+        routing: GroupedRouting,
+    ) -> Result<(Vec<u32>, HostTensor), BackendError> {
+        let logits = self.linear(x, router, None, Activation::None)?;
+        Ok(grouped_routing::route_rows(&logits, &bias.data, &routing))
+    }
+
     fn add_experts(
         &self,
         x: &HostTensor,
@@ -333,5 +365,28 @@ impl Backend for Reference {
         selected: &Vec<u32>,
     ) -> Result<HostTensor, BackendError> {
         Ok(cache.attend_selected(q, layer, plan, shape, selected))
+    }
+
+    fn write_latent(
+        &self,
+        a: &HostTensor,
+        b: &HostTensor,
+        cache: &mut ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+    ) -> Result<(), BackendError> {
+        cache.write_latent(layer, plan, a, b);
+        Ok(())
+    }
+
+    fn latent_attention(
+        &self,
+        q: &HostTensor,
+        cache: &ReferenceCache,
+        layer: usize,
+        plan: &Vec<SequenceRows>,
+        shape: LatentShape,
+    ) -> Result<HostTensor, BackendError> {
+        Ok(cache.attend_latent(q, layer, plan, shape))
     }
 }
