@@ -33,6 +33,7 @@ pub use backend::{
     Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, Expert, GroupedRouting, IndexShape, KvDtype,
     LatentShape, QkNorm, SequenceRows, Span,
 };
+pub use cpu::matmul;
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::BackendError;
 pub use fp8::BlockScales;

@@ -2,8 +2,20 @@
 //!
 //! **In**: packed samples ([`Pack`]). **Out**: a checkpoint directory in Hugging Face layout that the engine loads.
 
+mod checkpoint_dir;
 mod error;
+mod flops;
+mod model;
+mod ops;
+mod optimizer;
 mod pack;
+mod params;
 
+pub use checkpoint_dir::{ExportDtype, average, export, load_params};
 pub use error::TrainError;
+pub use flops::training_flops;
+pub use model::Model;
+pub use model::contrast::{SigmoidLoss, sigmoid_loss};
+pub use optimizer::{AdamW, Group, Schedule, groups};
 pub use pack::{PATCH_VALUES, Pack, PackSource};
+pub use params::{Gradients, Layout, Params};

@@ -6,6 +6,7 @@ mod experts;
 mod gemm;
 pub(crate) mod isa;
 mod latent;
+pub mod matmul;
 mod pool;
 mod quantized;
 #[cfg(target_arch = "x86_64")]

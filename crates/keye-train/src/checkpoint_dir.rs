@@ -1,0 +1,169 @@
+//! Checkpoint directories in Hugging Face layout, read and written.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use keye_backend::WeightSource;
+use keye_processor::{Checkpoint, Dtype, NewTensor, StoredTensor, write_checkpoint};
+use serde_json::Value;
+
+use crate::params::{Layout, Params};
+use crate::{Model, TrainError};
+
+/// Bytes of a shard, as the published checkpoints have them.
+const SHARD_BYTES: u64 = 5 << 30;
+/// Most bytes of a json or text file beside the weights.
+const SMALL_FILE: u64 = 64 << 20;
+
+/// Element type of exported weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExportDtype {
+    /// 32 bits: what training goes on from.
+    F32,
+    /// 16 bits, rounded to nearest even: what is shipped.
+    Bf16,
+}
+
+pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError + '_ {
+    |source| TrainError::Io { path: path.to_owned(), source }
+}
+
+/// Reads the parameters of a checkpoint directory of any float type into `params`. Tensors of stage 0 that are not there
+/// keep their values; any other that is missing is an error.
+pub fn load_params(model: &Model, dir: &Path, params: &mut Params) -> Result<(), TrainError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let layout: &Layout = model.layout();
+    for (i, tensor) in layout.tensors().iter().enumerate() {
+        if model.is_extra(&tensor.name) && checkpoint.get(&tensor.name).is_none() {
+            continue;
+        }
+        let stored = checkpoint.tensor(&tensor.name, &tensor.shape)?;
+        params.values[layout.range(i)].copy_from_slice(&floats(&stored)?);
+    }
+    Ok(())
+}
+
+fn floats(stored: &StoredTensor) -> Result<Vec<f32>, TrainError> {
+    let dtype = match stored.dtype {
+        Dtype::F32 => keye_backend::Dtype::F32,
+        Dtype::Bf16 => keye_backend::Dtype::Bf16,
+        Dtype::F16 => keye_backend::Dtype::F16,
+        other => {
+            let name = &stored.name;
+            return Err(TrainError::Model(format!("{name} is stored as {other:?}; F32, BF16 or F16 is expected")));
+        }
+    };
+    let source = WeightSource {
+        name: stored.name.clone(),
+        dtype,
+        rows: 1,
+        cols: stored.len(),
+        bytes: stored.bytes.clone(),
+        scales: None,
+    };
+    source.check()?;
+    Ok(source.to_f32().into_owned())
+}
+
+/// Writes `out`, which must not exist, with the weights and the small files (config, tokenizer, template, preprocessor and
+/// generation config) of `files`. Appears whole or not at all. F32 keeps the tensors of stage 0, Bf16 leaves them out.
+pub fn export(
+    model: &Model,
+    params: &Params,
+    files: &[PathBuf],
+    out: &Path,
+    dtype: ExportDtype,
+) -> Result<(), TrainError> {
+    let partial = partial(out);
+    match fs::remove_dir_all(&partial) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&partial)(error)),
+        _ => {}
+    }
+    fs::create_dir_all(&partial).map_err(io(&partial))?;
+    for dir in files {
+        for file in small_files(dir)? {
+            let to = partial.join(file.file_name().unwrap_or_default());
+            fs::copy(&file, &to).map_err(io(&file))?;
+        }
+    }
+    set_dtype(&partial.join("config.json"), dtype)?;
+    let stored = match dtype {
+        ExportDtype::F32 => Dtype::F32,
+        ExportDtype::Bf16 => Dtype::Bf16,
+    };
+    let layout = model.layout();
+    let kept = |name: &str| dtype == ExportDtype::F32 || !model.is_extra(name);
+    let tensors: Vec<NewTensor> = (layout.tensors().iter())
+        .filter(|tensor| kept(&tensor.name))
+        .map(|tensor| NewTensor { name: tensor.name.clone(), dtype: stored, shape: tensor.shape.clone() })
+        .collect();
+    write_checkpoint(&partial, &tensors, SHARD_BYTES, &mut |tensor: &NewTensor, to: &mut dyn Write| {
+        let values = params.tensor(&tensor.name).unwrap_or_default();
+        match dtype {
+            ExportDtype::F32 => values.iter().try_for_each(|v| to.write_all(&v.to_le_bytes())),
+            ExportDtype::Bf16 => values.iter().try_for_each(|v| to.write_all(&bf16(*v).to_le_bytes())),
+        }
+    })?;
+    fs::rename(&partial, out).map_err(io(out))
+}
+
+/// `NAME.partial` beside a directory that is being made.
+pub(crate) fn partial(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    out.with_file_name(name)
+}
+
+/// Regular files of a directory that are not weights.
+fn small_files(dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).map_err(io(dir))? {
+        let entry = entry.map_err(io(dir))?;
+        let (name, meta) = (entry.file_name(), entry.metadata().map_err(io(&entry.path()))?);
+        let name = name.to_string_lossy();
+        if meta.is_file() && meta.len() <= SMALL_FILE && !name.contains("safetensors") && !name.starts_with('.') {
+            files.push(entry.path());
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn set_dtype(path: &Path, dtype: ExportDtype) -> Result<(), TrainError> {
+    let text = fs::read(path).map_err(io(path))?;
+    let mut config: Value = serde_json::from_slice(&text)
+        .map_err(|error| TrainError::Recipe { path: path.to_owned(), reason: error.to_string() })?;
+    let name = if dtype == ExportDtype::F32 { "float32" } else { "bfloat16" };
+    if let Some(fields) = config.as_object_mut() {
+        fields.insert("torch_dtype".into(), name.into());
+    }
+    let text = format!("{config:#}\n");
+    fs::write(path, text).map_err(io(path))
+}
+
+/// The nearest bfloat16, ties to even; a NaN stays one.
+fn bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    match value.is_nan() {
+        true => (bits >> 16) as u16 | 0x40,
+        false => ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16,
+    }
+}
+
+/// The mean of several directories' parameters, in f64, for averaging annealed runs (spec §4.3). Refuses none, and
+/// directories whose tensors differ in name or shape.
+pub fn average(model: &Model, dirs: &[PathBuf], start: &Params) -> Result<Params, TrainError> {
+    if dirs.is_empty() {
+        return Err(TrainError::Model("no checkpoints to average".into()));
+    }
+    let mut sums = vec![0.0f64; start.values.len()];
+    for dir in dirs {
+        let mut params = start.clone();
+        load_params(model, dir, &mut params)?;
+        sums.iter_mut().zip(&params.values).for_each(|(sum, v)| *sum += f64::from(*v));
+    }
+    let mut mean = start.clone();
+    mean.values.iter_mut().zip(&sums).for_each(|(v, sum)| *v = (sum / dirs.len() as f64) as f32);
+    Ok(mean)
+}

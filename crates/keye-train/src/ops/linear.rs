@@ -1,0 +1,69 @@
+//! `y = x W^T + b`
+
+use keye_backend::Isa;
+use keye_backend::matmul::{Matrix, Old, par_matmul};
+
+use super::rows;
+use crate::params::{Gradients, Params, Slot};
+
+/// A layer's weight `[out, in]` and bias `[out]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Linear {
+    pub(crate) weight: Slot,
+    pub(crate) bias: Option<Slot>,
+}
+
+impl Linear {
+    pub(crate) fn inputs(&self) -> usize {
+        self.weight.cols
+    }
+
+    pub(crate) fn outputs(&self) -> usize {
+        self.weight.rows
+    }
+
+    /// `[n, in]` to `[n, out]`.
+    pub(crate) fn forward(&self, isa: Isa, params: &Params, x: &[f32]) -> Vec<f32> {
+        let n = x.len() / self.inputs();
+        let mut y = match self.bias {
+            Some(bias) => params.get(bias).repeat(n),
+            None => vec![0.0; n * self.outputs()],
+        };
+        self.add_product(isa, params, x, &mut y, if self.bias.is_some() { Old::Keep } else { Old::Replace });
+        y
+    }
+
+    /// `y += x W^T + b`
+    pub(crate) fn add_forward(&self, isa: Isa, params: &Params, x: &[f32], y: &mut [f32]) {
+        if let Some(bias) = self.bias {
+            let bias = params.get(bias);
+            rows::each_row(y, bias.len(), |_, y| super::kernels::add(isa, y, bias));
+        }
+        self.add_product(isa, params, x, y, Old::Keep);
+    }
+
+    fn add_product(&self, isa: Isa, params: &Params, x: &[f32], y: &mut [f32], old: Old) {
+        let n = x.len() / self.inputs();
+        let x = Matrix::new(x, n, self.inputs());
+        par_matmul(isa, x, Matrix::new(params.get(self.weight), self.outputs(), self.inputs()).t(), y, old);
+    }
+
+    /// Adds `dy^T x` and the column sums of dy to the gradients of what is trained.
+    pub(crate) fn backward_params(&self, isa: Isa, gradients: &mut Gradients, x: &[f32], dy: &[f32]) {
+        let n = x.len() / self.inputs();
+        if let Some(dw) = gradients.get_mut(self.weight) {
+            let dy = Matrix::new(dy, n, self.outputs()).t();
+            par_matmul(isa, dy, Matrix::new(x, n, self.inputs()), dw, Old::Keep);
+        }
+        if let Some(db) = self.bias.and_then(|bias| gradients.get_mut(bias)) {
+            rows::add_column_sums(isa, dy, db);
+        }
+    }
+
+    /// `dx (+)= dy W`
+    pub(crate) fn backward_input(&self, isa: Isa, params: &Params, dy: &[f32], dx: &mut [f32], old: Old) {
+        let n = dy.len() / self.outputs();
+        let w = Matrix::new(params.get(self.weight), self.outputs(), self.inputs());
+        par_matmul(isa, Matrix::new(dy, n, self.outputs()), w, dx, old);
+    }
+}

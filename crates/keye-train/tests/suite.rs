@@ -1,0 +1,8 @@
+//! The crate's behaviour through its public interface.
+
+#[path = "suite/engine.rs"]
+mod engine;
+#[path = "suite/gradients.rs"]
+mod gradients;
+#[path = "suite/support.rs"]
+mod support;
