@@ -1,11 +1,12 @@
 //! The language model (spec §6): Qwen3 with three-axis RoPE over a paged KV cache; 2.0 may put experts in the place of the
-//! feed-forward block and let an indexer choose the keys.
+//! feed-forward block and let an indexer choose the keys; 671B has experts and latent attention.
 
 use keye_backend::{Activation, AttentionShape, Backend, BackendError, CacheSpec, KvDtype, QkNorm, SequenceRows};
 use keye_processor::TextConfig;
 
 use crate::feed_forward::FeedForward;
 use crate::indexer::{Indexer, Place, record};
+use crate::latent_attention::LatentAttention;
 use crate::rope::Rope;
 use crate::vision::linear;
 use crate::weights::{Linear, Weights};
@@ -28,47 +29,58 @@ pub(crate) struct Decoder<B: Backend> {
 struct DecoderLayer<B: Backend> {
     /// `[H]`
     input_layernorm: B::Weight,
+    attention: Attention<B>,
+    o_proj: Linear<B>,
+    /// `[H]`
+    post_attention_layernorm: B::Weight,
+    feed_forward: FeedForward<B>,
+}
+
+enum Attention<B: Backend> {
+    Heads(Box<HeadsAttention<B>>),
+    Latent(Box<LatentAttention<B>>),
+}
+
+/// Keys and values per head.
+struct HeadsAttention<B: Backend> {
     q_proj: Linear<B>,
     k_proj: Linear<B>,
     v_proj: Linear<B>,
-    o_proj: Linear<B>,
     /// `[head_dim]`
     q_norm: B::Weight,
     /// `[head_dim]`
     k_norm: B::Weight,
-    /// `[H]`
-    post_attention_layernorm: B::Weight,
     indexer: Option<Indexer<B>>,
-    feed_forward: FeedForward<B>,
 }
 
 impl<B: Backend> Decoder<B> {
     pub(crate) fn load(weights: &Weights<'_, B>, config: &TextConfig) -> Result<Self, ModelError> {
         let h = config.hidden_size;
-        let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-        let bias = config.attention_bias;
+        let value_dim = config.latent.map_or(config.head_dim, |latent| latent.v_head_dim);
         let model = weights.at("model");
         let layers = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let layer = model.at(format_args!("layers.{layer}"));
+            .map(|number| {
+                let layer = model.at(format_args!("layers.{number}"));
                 let attention = layer.at("self_attn");
+                let o = config.num_attention_heads * value_dim;
                 Ok(DecoderLayer {
                     input_layernorm: layer.vector("input_layernorm.weight", h)?,
-                    q_proj: attention.linear("q_proj", q, h, bias)?,
-                    k_proj: attention.linear("k_proj", kv, h, bias)?,
-                    v_proj: attention.linear("v_proj", kv, h, bias)?,
-                    o_proj: attention.linear("o_proj", h, q, bias)?,
-                    q_norm: attention.vector("q_norm.weight", config.head_dim)?,
-                    k_norm: attention.vector("k_norm.weight", config.head_dim)?,
+                    o_proj: attention.linear("o_proj", h, o, config.attention_bias)?,
                     post_attention_layernorm: layer.vector("post_attention_layernorm.weight", h)?,
-                    indexer: Indexer::load(&attention, config)?,
-                    feed_forward: FeedForward::load(&layer.at("mlp"), config)?,
+                    attention: match &config.latent {
+                        Some(latent) => Attention::Latent(Box::new(LatentAttention::load(&attention, config, latent)?)),
+                        None => Attention::Heads(Box::new(HeadsAttention::load(&attention, config)?)),
+                    },
+                    feed_forward: FeedForward::load(&layer.at("mlp"), config, number)?,
                 })
             })
             .collect::<Result<_, ModelError>>()?;
         let tied = config.tie_word_embeddings && !weights.has("lm_head.weight");
         Ok(Self {
-            rope: Rope::decoder(config.rope_theta, config.head_dim, config.mrope_section),
+            rope: match &config.latent {
+                Some(latent) => Rope::yarn(config.rope_theta, latent.qk_rope_head_dim, &latent.yarn),
+                None => Rope::decoder(config.rope_theta, config.head_dim, config.mrope_section),
+            },
             index_rope: config.indexer.map(|i| Rope::decoder(config.rope_theta, i.head_dim, i.mrope_section)),
             embed_tokens: model.matrix("embed_tokens.weight", config.vocab_size, h)?,
             layers,
@@ -79,13 +91,17 @@ impl<B: Backend> Decoder<B> {
     }
 
     pub(crate) fn cache_spec(config: &TextConfig, dtype: KvDtype) -> CacheSpec {
+        let (kv_heads, head_dim) = match config.latent {
+            Some(_) => (0, 0),
+            None => (config.num_key_value_heads, config.head_dim),
+        };
         CacheSpec {
             layers: config.num_hidden_layers,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
+            kv_heads,
+            head_dim,
             dtype,
             index_dim: config.indexer.map_or(0, |indexer| indexer.head_dim),
-            latent_dim: 0,
+            latent_dim: config.latent.map_or(0, |latent| latent.latent_dim()),
         }
     }
 
@@ -105,19 +121,13 @@ impl<B: Backend> Decoder<B> {
         tap: &mut dyn Tap,
     ) -> Result<B::Tensor, BackendError> {
         let config = &self.config;
-        let shape = AttentionShape {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            scale: (config.head_dim as f32).powf(-0.5),
-        };
         let plan = backend.plan(sequences)?;
         let table = |rope: &Rope, width: usize| {
             let mut table = Vec::with_capacity(positions.len() * width);
             positions.iter().for_each(|position| rope.push(position, &mut table));
             backend.upload(positions.len(), width, &table)
         };
-        let angles = table(&self.rope, config.head_dim)?;
+        let angles = table(&self.rope, config.latent.map_or(config.head_dim, |latent| latent.qk_rope_head_dim))?;
         let index_angles = match (&self.index_rope, config.indexer) {
             (Some(rope), Some(indexer)) => Some(table(rope, indexer.head_dim)?),
             _ => None,
@@ -126,17 +136,13 @@ impl<B: Backend> Decoder<B> {
         record(backend, tap, format_args!("hidden_states.0"), &x)?;
         for (number, layer) in self.layers.iter().enumerate() {
             let h = backend.rms_norm(&x, &layer.input_layernorm, config.rms_norm_eps)?;
-            let mut q = linear(backend, &h, &layer.q_proj, Activation::None)?;
-            let k = linear(backend, &h, &layer.k_proj, Activation::None)?;
-            let v = linear(backend, &h, &layer.v_proj, Activation::None)?;
-            let norm = QkNorm { q: &layer.q_norm, k: &layer.k_norm, eps: config.rms_norm_eps };
-            backend.norm_rope_write(&mut q, k, v, Some(norm), &angles, cache, number, &plan)?;
-            let attended = match (&layer.indexer, &index_angles) {
-                (Some(indexer), Some(angles)) => {
-                    let place = Place { cache, layer: number, plan: &plan };
-                    indexer.attend(backend, &h, angles, &q, longest, shape, place, tap)?
+            let place = Place { cache, layer: number, plan: &plan };
+            let attended = match &layer.attention {
+                Attention::Heads(heads) => {
+                    let angles = Angles { heads: &angles, indexer: index_angles.as_ref() };
+                    heads.attend(backend, config, &h, angles, longest, place, tap)?
                 }
-                _ => backend.paged_attention(&q, cache, number, &plan, shape)?,
+                Attention::Latent(latent) => latent.attend(backend, &h, &angles, place)?,
             };
             if tap.wants(&format!("attn_out.{number}")) {
                 let out = linear(backend, &attended, &layer.o_proj, Activation::None)?;
@@ -161,5 +167,61 @@ impl<B: Backend> Decoder<B> {
     /// Logits of normed rows: `[n, V]`.
     pub(crate) fn logits(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor, BackendError> {
         backend.linear(x, self.lm_head.as_ref().unwrap_or(&self.embed_tokens), None, Activation::None)
+    }
+}
+
+/// Tables of angles, `[n, head_dim]` and the indexer's own.
+struct Angles<'a, B: Backend> {
+    heads: &'a B::Tensor,
+    indexer: Option<&'a B::Tensor>,
+}
+
+impl<B: Backend> HeadsAttention<B> {
+    fn load(attention: &Weights<'_, B>, config: &TextConfig) -> Result<Self, ModelError> {
+        let h = config.hidden_size;
+        let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+        let bias = config.attention_bias;
+        Ok(Self {
+            q_proj: attention.linear("q_proj", q, h, bias)?,
+            k_proj: attention.linear("k_proj", kv, h, bias)?,
+            v_proj: attention.linear("v_proj", kv, h, bias)?,
+            q_norm: attention.vector("q_norm.weight", config.head_dim)?,
+            k_norm: attention.vector("k_norm.weight", config.head_dim)?,
+            indexer: Indexer::load(attention, config)?,
+        })
+    }
+
+    /// Attention of the normed rows `x [n, H]` before the output projection, `[n, heads * head_dim]`; the longest sequence
+    /// of the step has `longest` tokens.
+    #[allow(clippy::too_many_arguments, reason = "operands of one layer")]
+    fn attend(
+        &self,
+        backend: &B,
+        config: &TextConfig,
+        x: &B::Tensor,
+        angles: Angles<'_, B>,
+        longest: usize,
+        place: Place<'_, B>,
+        tap: &mut dyn Tap,
+    ) -> Result<B::Tensor, BackendError> {
+        let shape = AttentionShape {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            scale: (config.head_dim as f32).powf(-0.5),
+        };
+        let mut q = linear(backend, x, &self.q_proj, Activation::None)?;
+        let k = linear(backend, x, &self.k_proj, Activation::None)?;
+        let v = linear(backend, x, &self.v_proj, Activation::None)?;
+        let norm = QkNorm { q: &self.q_norm, k: &self.k_norm, eps: config.rms_norm_eps };
+        let Place { cache, layer, plan } = place;
+        backend.norm_rope_write(&mut q, k, v, Some(norm), angles.heads, cache, layer, plan)?;
+        match (&self.indexer, angles.indexer) {
+            (Some(indexer), Some(angles)) => {
+                let place = Place { cache, layer, plan };
+                indexer.attend(backend, x, angles, &q, longest, shape, place, tap)
+            }
+            _ => backend.paged_attention(&q, cache, layer, plan, shape),
+        }
     }
 }

@@ -1,6 +1,6 @@
-//! The feed-forward block of a decoder layer: dense, or a mixture of experts (spec of 2.0, §2.2 and §6).
+//! The feed-forward block of a decoder layer: dense, or a mixture of experts (spec of 2.0, §2.2 and §6; of 671B, §4).
 
-use keye_backend::{Backend, BackendError, Dtype, Expert, WeightSource};
+use keye_backend::{Backend, BackendError, Dtype, Expert, GroupedRouting, WeightSource};
 use keye_processor::{ExpertsConfig, TextConfig};
 
 use crate::weights::Weights;
@@ -12,14 +12,20 @@ pub(crate) enum FeedForward<B: Backend> {
         config: ExpertsConfig,
         /// `[E, H]`
         router: B::Weight,
+        /// `[E]`, of experts that are chosen by groups.
+        choice_bias: Option<B::Weight>,
         experts: Vec<Expert<B::Weight>>,
+        /// Every row's.
+        shared: Option<Expert<B::Weight>>,
     },
 }
 
 impl<B: Backend> FeedForward<B> {
-    pub(crate) fn load(mlp: &Weights<'_, B>, text: &TextConfig) -> Result<Self, ModelError> {
+    pub(crate) fn load(mlp: &Weights<'_, B>, text: &TextConfig, layer: usize) -> Result<Self, ModelError> {
         let h = text.hidden_size;
-        let Some(config) = text.experts else { return Ok(Self::Dense(expert(mlp, text.intermediate_size, h)?)) };
+        let Some(config) = text.experts.filter(|experts| experts.is_in_layer(layer)) else {
+            return Ok(Self::Dense(expert(mlp, text.intermediate_size, h)?));
+        };
         let router = mlp.matrix("gate.weight", config.num_experts, h)?;
         let stored = mlp.at("experts");
         let experts = match stored.has("gate_up_proj") {
@@ -28,7 +34,15 @@ impl<B: Backend> FeedForward<B> {
                 .map(|e| expert(&stored.at(e), config.moe_intermediate_size, h))
                 .collect::<Result<_, _>>()?,
         };
-        Ok(Self::Experts { config, router, experts })
+        let choice_bias = match config.groups {
+            Some(_) => Some(mlp.vector("gate.e_score_correction_bias", config.num_experts)?),
+            None => None,
+        };
+        let shared = match config.n_shared_experts {
+            0 => None,
+            n => Some(expert(&mlp.at("shared_experts"), n * config.moe_intermediate_size, h)?),
+        };
+        Ok(Self::Experts { config, router, choice_bias, experts, shared })
     }
 
     /// `x += ffn(h)` for the rows `h [n, H]`.
@@ -41,13 +55,22 @@ impl<B: Backend> FeedForward<B> {
         tap: &mut dyn Tap,
     ) -> Result<(), BackendError> {
         match self {
-            Self::Dense(dense) => {
-                let h = backend.gated(h, &dense.gate, &dense.up)?;
-                backend.linear_add(&h, &dense.down, None, x)
-            }
-            Self::Experts { config, router, experts } => {
+            Self::Dense(dense) => add_dense(backend, dense, h, x),
+            Self::Experts { config, router, choice_bias, experts, shared } => {
                 let count = config.num_experts_per_tok;
-                let (chosen, weights) = backend.route(h, router, count, config.norm_topk_prob)?;
+                let (chosen, weights) = match (config.groups, choice_bias) {
+                    (Some(groups), Some(bias)) => {
+                        let routing = GroupedRouting {
+                            count,
+                            groups: groups.n_group,
+                            chosen_groups: groups.topk_group,
+                            normalise: config.norm_topk_prob,
+                            scale: groups.routed_scaling_factor,
+                        };
+                        backend.route_grouped(h, router, bias, routing)?
+                    }
+                    _ => backend.route(h, router, count, config.norm_topk_prob)?,
+                };
                 let name = format!("router_index.{layer}");
                 if tap.wants(&name) {
                     let values: Vec<f32> = backend.download_index(&chosen)?.into_iter().map(|e| e as f32).collect();
@@ -58,12 +81,30 @@ impl<B: Backend> FeedForward<B> {
                 if tap.wants(&name) {
                     let mut out = backend.zeros(backend.rows(h), backend.cols(x))?;
                     backend.add_experts(h, experts, &chosen, &weights, &mut out)?;
+                    if let Some(shared) = shared {
+                        add_dense(backend, shared, h, &mut out)?;
+                    }
                     tap.record(&name, backend.cols(x), &backend.download(&out)?);
                 }
-                backend.add_experts(h, experts, &chosen, &weights, x)
+                backend.add_experts(h, experts, &chosen, &weights, x)?;
+                match shared {
+                    Some(shared) => add_dense(backend, shared, h, x),
+                    None => Ok(()),
+                }
             }
         }
     }
+}
+
+/// `x += down(silu(gate h) * (up h))`
+fn add_dense<B: Backend>(
+    backend: &B,
+    dense: &Expert<B::Weight>,
+    h: &B::Tensor,
+    x: &mut B::Tensor,
+) -> Result<(), BackendError> {
+    let h = backend.gated(h, &dense.gate, &dense.up)?;
+    backend.linear_add(&h, &dense.down, None, x)
 }
 
 /// `gate_proj`, `up_proj` `[width, H]` and `down_proj` `[H, width]`.

@@ -1,6 +1,6 @@
 //! Names and shapes of the tensors that a config asks for (spec §3): for writing checkpoints and for inspecting them.
 
-use keye_processor::{ModelConfig, ProjectorNorm};
+use keye_processor::{LatentConfig, ModelConfig, ProjectorNorm, TextConfig};
 
 /// A tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,45 +54,80 @@ pub fn weight_layout(config: &ModelConfig) -> Vec<TensorShape> {
     add("mlp_AR.linear_2.weight".into(), &[h, merged]);
     add("mlp_AR.linear_2.bias".into(), &[h]);
     let text = &config.text;
-    let (q, kv) = (text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim);
     add("model.embed_tokens.weight".into(), &[text.vocab_size, h]);
-    for layer in 0..text.num_hidden_layers {
-        let layer = format!("model.layers.{layer}");
+    for number in 0..text.num_hidden_layers {
+        let layer = format!("model.layers.{number}");
         add(format!("{layer}.input_layernorm.weight"), &[h]);
-        for (name, rows, cols) in [("q_proj", q, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, q)] {
-            add(format!("{layer}.self_attn.{name}.weight"), &[rows, cols]);
-            if text.attention_bias {
-                add(format!("{layer}.self_attn.{name}.bias"), &[rows]);
-            }
+        match &text.latent {
+            Some(latent) => latent_attention(&mut add, &format!("{layer}.self_attn"), text, latent),
+            None => heads_attention(&mut add, &format!("{layer}.self_attn"), text),
         }
-        add(format!("{layer}.self_attn.q_norm.weight"), &[text.head_dim]);
-        add(format!("{layer}.self_attn.k_norm.weight"), &[text.head_dim]);
         add(format!("{layer}.post_attention_layernorm.weight"), &[h]);
-        if let Some(indexer) = &text.indexer {
-            let (at, width) = (format!("{layer}.self_attn.sa_indexer"), indexer.head_dim);
-            add(format!("{at}.q_proj.weight"), &[indexer.num_heads * (width + 1), h]);
-            add(format!("{at}.k_proj.weight"), &[width, h]);
-            for name in ["q_norm.weight", "k_norm.weight", "k_norm.bias"] {
-                add(format!("{at}.{name}"), &[width]);
-            }
-        }
-        match &text.experts {
-            Some(experts) => {
-                let (count, width) = (experts.num_experts, experts.moe_intermediate_size);
-                add(format!("{layer}.mlp.gate.weight"), &[count, h]);
-                add(format!("{layer}.mlp.experts.gate_up_proj"), &[count, h, 2 * width]);
-                add(format!("{layer}.mlp.experts.down_proj"), &[count, width, h]);
-            }
-            None => {
-                add(format!("{layer}.mlp.gate_proj.weight"), &[text.intermediate_size, h]);
-                add(format!("{layer}.mlp.up_proj.weight"), &[text.intermediate_size, h]);
-                add(format!("{layer}.mlp.down_proj.weight"), &[h, text.intermediate_size]);
-            }
-        }
+        feed_forward(&mut add, &format!("{layer}.mlp"), text, number);
     }
     add("model.norm.weight".into(), &[h]);
     if !text.tie_word_embeddings {
         add("lm_head.weight".into(), &[text.vocab_size, h]);
     }
     out
+}
+
+/// Takes a tensor's name and shape.
+type Add<'a> = dyn FnMut(String, &[usize]) + 'a;
+
+fn heads_attention(add: &mut Add<'_>, at: &str, text: &TextConfig) {
+    let h = text.hidden_size;
+    let (q, kv) = (text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim);
+    for (name, rows, cols) in [("q_proj", q, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, q)] {
+        add(format!("{at}.{name}.weight"), &[rows, cols]);
+        if text.attention_bias {
+            add(format!("{at}.{name}.bias"), &[rows]);
+        }
+    }
+    add(format!("{at}.q_norm.weight"), &[text.head_dim]);
+    add(format!("{at}.k_norm.weight"), &[text.head_dim]);
+    if let Some(indexer) = &text.indexer {
+        let (at, width) = (format!("{at}.sa_indexer"), indexer.head_dim);
+        add(format!("{at}.q_proj.weight"), &[indexer.num_heads * (width + 1), h]);
+        add(format!("{at}.k_proj.weight"), &[width, h]);
+        for name in ["q_norm.weight", "k_norm.weight", "k_norm.bias"] {
+            add(format!("{at}.{name}"), &[width]);
+        }
+    }
+}
+
+fn latent_attention(add: &mut Add<'_>, at: &str, text: &TextConfig, latent: &LatentConfig) {
+    let (h, heads, q_rank, rank) =
+        (text.hidden_size, text.num_attention_heads, latent.q_lora_rank, latent.kv_lora_rank);
+    add(format!("{at}.q_a_proj.weight"), &[q_rank, h]);
+    add(format!("{at}.q_a_layernorm.weight"), &[q_rank]);
+    add(format!("{at}.q_b_proj.weight"), &[heads * text.head_dim, q_rank]);
+    add(format!("{at}.kv_a_proj_with_mqa.weight"), &[latent.latent_dim(), h]);
+    add(format!("{at}.kv_a_layernorm.weight"), &[rank]);
+    add(format!("{at}.kv_b_proj.weight"), &[heads * (latent.qk_nope_head_dim + latent.v_head_dim), rank]);
+    add(format!("{at}.o_proj.weight"), &[h, heads * latent.v_head_dim]);
+}
+
+fn feed_forward(add: &mut Add<'_>, at: &str, text: &TextConfig, layer: usize) {
+    let h = text.hidden_size;
+    let dense = |add: &mut Add<'_>, at: &str, width: usize| {
+        add(format!("{at}.gate_proj.weight"), &[width, h]);
+        add(format!("{at}.up_proj.weight"), &[width, h]);
+        add(format!("{at}.down_proj.weight"), &[h, width]);
+    };
+    let Some(experts) = text.experts.filter(|experts| experts.is_in_layer(layer)) else {
+        return dense(add, at, text.intermediate_size);
+    };
+    let (count, width) = (experts.num_experts, experts.moe_intermediate_size);
+    add(format!("{at}.gate.weight"), &[count, h]);
+    if experts.groups.is_none() {
+        add(format!("{at}.experts.gate_up_proj"), &[count, h, 2 * width]);
+        add(format!("{at}.experts.down_proj"), &[count, width, h]);
+        return;
+    }
+    add(format!("{at}.gate.e_score_correction_bias"), &[count]);
+    (0..count).for_each(|e| dense(add, &format!("{at}.experts.{e}"), width));
+    if experts.n_shared_experts > 0 {
+        dense(add, &format!("{at}.shared_experts"), experts.n_shared_experts * width);
+    }
 }

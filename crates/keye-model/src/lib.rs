@@ -19,6 +19,7 @@ mod decoder;
 mod encode;
 mod feed_forward;
 mod indexer;
+mod latent_attention;
 mod layout;
 mod model;
 mod projector;

@@ -54,7 +54,7 @@ impl<B: Backend> KeyeModel<B> {
         options: LoadOptions,
     ) -> Result<Self, ModelError> {
         let facts = config.variant.facts();
-        let weights = Weights::new(checkpoint, &backend);
+        let weights = Weights::new(checkpoint, &backend, config.fp8_block);
         let vision = VisionTower::load(&weights, &config.vision, processor)?;
         let projector = Projector::load(&weights, &config.vision, facts.projector_norm, config.text.hidden_size)?;
         let decoder = Decoder::load(&weights, &config.text)?;

@@ -1,6 +1,6 @@
 //! From the checkpoint's tensors to the backend's weights.
 
-use keye_backend::{Backend, BackendError, Dtype, WeightSource};
+use keye_backend::{Backend, BackendError, BlockScales, Dtype, WeightSource};
 use keye_processor::{Checkpoint, StoredTensor};
 
 use crate::ModelError;
@@ -32,17 +32,19 @@ impl<B: Backend> LayerNorm<B> {
 pub(crate) struct Weights<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     backend: &'a B,
+    fp8_block: [usize; 2],
     prefix: String,
 }
 
 impl<'a, B: Backend> Weights<'a, B> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, backend: &'a B) -> Self {
-        Self { checkpoint, backend, prefix: String::new() }
+    /// `fp8_block`: rows and columns of 8-bit weights that share a scale.
+    pub(crate) fn new(checkpoint: &'a Checkpoint, backend: &'a B, fp8_block: [usize; 2]) -> Self {
+        Self { checkpoint, backend, fp8_block, prefix: String::new() }
     }
 
     /// The weights below `name`.
     pub(crate) fn at(&self, name: impl std::fmt::Display) -> Self {
-        Self { checkpoint: self.checkpoint, backend: self.backend, prefix: format!("{}{name}.", self.prefix) }
+        Self { prefix: format!("{}{name}.", self.prefix), ..*self }
     }
 
     /// A stored tensor of any shape that has `shape`'s elements in `shape`'s order.
@@ -54,7 +56,21 @@ impl<'a, B: Backend> Weights<'a, B> {
             [rows, rest @ ..] => (*rows, rest.iter().product()),
             [] => (1, 1),
         };
-        Ok(WeightSource { dtype: dtype(&tensor)?, name, rows, cols, bytes: tensor.bytes, scales: None })
+        let dtype = dtype(&tensor)?;
+        let scales = if dtype == Dtype::F8E4M3 { Some(self.scales(&name, rows, cols)?) } else { None };
+        Ok(WeightSource { dtype, name, rows, cols, bytes: tensor.bytes, scales })
+    }
+
+    /// The blocks' scales of the 8-bit weight `name`: `name_scale_inv`, which is a factor despite its name (spec of 671B, §6).
+    fn scales(&self, name: &str, rows: usize, cols: usize) -> Result<BlockScales, ModelError> {
+        let block = self.fp8_block;
+        let shape = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
+        let tensor = self.checkpoint.tensor(&format!("{name}_scale_inv"), &shape)?;
+        if tensor.dtype != keye_processor::Dtype::F32 {
+            let reason = format!("{}: expected F32 scales, found {}", tensor.file.display(), tensor.dtype);
+            return Err(BackendError::Weight { name: tensor.name, reason }.into());
+        }
+        Ok(BlockScales { bytes: tensor.bytes, block, first_row: 0 })
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
@@ -112,9 +128,10 @@ fn dtype(tensor: &StoredTensor) -> Result<Dtype, ModelError> {
         Stored::F32 => Ok(Dtype::F32),
         Stored::Bf16 => Ok(Dtype::Bf16),
         Stored::F16 => Ok(Dtype::F16),
+        Stored::F8E4M3 => Ok(Dtype::F8E4M3),
         other => Err(BackendError::Weight {
             name: tensor.name.clone(),
-            reason: format!("{}: expected F32, BF16 or F16 elements, found {other:?}", tensor.file.display()),
+            reason: format!("{}: expected F32, BF16, F16 or F8_E4M3 elements, found {other}", tensor.file.display()),
         }
         .into()),
     }

@@ -1,4 +1,5 @@
-//! The models against the golden data, patches fed from the files: `fixtures/README.md`.
+//! The models against the golden data, patches fed from the files: `fixtures/README.md`; Keye-VL-671B's decoder, for which
+//! there are none, against its formulas.
 
 #[path = "golden/cases.rs"]
 mod cases;
@@ -6,5 +7,9 @@ mod cases;
 mod invariance;
 #[path = "golden/keye_2.rs"]
 mod keye_2;
+#[path = "golden/latent.rs"]
+mod latent;
+#[path = "golden/latent_reference.rs"]
+mod latent_reference;
 #[path = "golden/support.rs"]
 mod support;

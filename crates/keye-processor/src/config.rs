@@ -5,10 +5,11 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::files::{CONFIG_BYTES, Fields, read_json, whole};
+use crate::latent_config::{self, GroupConfig, LatentConfig};
 use crate::{Facts, ProcessorError, Variant};
 
-/// A feed-forward block of experts (2.0).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A feed-forward block of experts (2.0, 671B).
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExpertsConfig {
     /// Experts E of a layer.
     pub num_experts: usize,
@@ -18,6 +19,21 @@ pub struct ExpertsConfig {
     pub moe_intermediate_size: usize,
     /// The chosen experts' weights are scaled to sum to one.
     pub norm_topk_prob: bool,
+    /// Experts that every token goes through, as one of their common width.
+    pub n_shared_experts: usize,
+    /// First layer that may have experts; those before are dense.
+    pub first_k_dense_replace: usize,
+    /// From there on every how manieth layer has experts.
+    pub moe_layer_freq: usize,
+    /// Scores by sigmoid, chosen by groups with a bias; `None` is softmax over all experts.
+    pub groups: Option<GroupConfig>,
+}
+
+impl ExpertsConfig {
+    /// Whether this layer has experts; others are dense.
+    pub fn is_in_layer(&self, layer: usize) -> bool {
+        layer >= self.first_k_dense_replace && layer.is_multiple_of(self.moe_layer_freq)
+    }
 }
 
 /// Sparse attention (2.0, spec §7): which keys a query attends to is chosen by an indexer of its own.
@@ -66,6 +82,8 @@ pub struct TextConfig {
     pub experts: Option<ExpertsConfig>,
     /// Sparse attention; `None` is dense. Clearing it runs the same weights densely.
     pub indexer: Option<IndexerConfig>,
+    /// Latent attention (671B); `None` is attention with keys and values per head.
+    pub latent: Option<LatentConfig>,
 }
 
 /// The vision tower's dimensions.
@@ -118,17 +136,19 @@ pub struct ModelConfig {
     pub eos_token_id: Vec<u32>,
     /// Type of the stored weights, as written ("bfloat16").
     pub torch_dtype: String,
+    /// Rows and columns of the blocks in which 8-bit weights share a scale.
+    pub fp8_block: [usize; 2],
 }
 
 /// Ceilings: several times above every published model, low enough that products of a few of them fit 64 bits.
-const MAX_WIDTH: usize = 1 << 17;
-const MAX_FEED_FORWARD: usize = 1 << 19;
-const MAX_LAYERS: usize = 1024;
-const MAX_HEADS: usize = 1024;
-const MAX_HEAD_DIM: usize = 1024;
-const MAX_EXPERTS: usize = 4096;
-const MAX_VOCAB: usize = 1 << 22;
-const MAX_POSITIONS: usize = 1 << 24;
+pub(crate) const MAX_WIDTH: usize = 1 << 17;
+pub(crate) const MAX_FEED_FORWARD: usize = 1 << 19;
+pub(crate) const MAX_LAYERS: usize = 1024;
+pub(crate) const MAX_HEADS: usize = 1024;
+pub(crate) const MAX_HEAD_DIM: usize = 1024;
+pub(crate) const MAX_EXPERTS: usize = 4096;
+pub(crate) const MAX_VOCAB: usize = 1 << 22;
+pub(crate) const MAX_POSITIONS: usize = 1 << 24;
 const MAX_IMAGE_SIDE: usize = 1 << 14;
 const MAX_PATCH_SIDE: usize = 64;
 
@@ -145,16 +165,23 @@ impl ModelConfig {
         let top = Fields::of(path, value)?;
         let (variant, architecture) = variant(&top)?;
         let text_fields = top.object("text_config")?.unwrap_or_else(|| top.clone());
-        let text = text_config(&top, &text_fields, variant, &architecture)?;
+        let text = match variant {
+            Variant::V671b => latent_config::text_config(&top, &text_fields)?,
+            _ => text_config(&top, &text_fields, variant, &architecture)?,
+        };
         let vision_fields = top.object("vision_config")?.ok_or_else(|| top.error("vision_config", "missing"))?;
         let vision = vision_config(&vision_fields)?;
 
         let token = |name: &str, default: u32| match top.tokens(name, text.vocab_size as u64)?[..] {
             [id] => Ok(id),
-            [] if (default as usize) < text.vocab_size => Ok(default),
+            // 671B has a vocabulary of its own.
+            [] if variant != Variant::V671b && (default as usize) < text.vocab_size => Ok(default),
             [] => Err(top.error(name, "missing")),
             _ => Err(top.error(name, "expected one token id, found a list")),
         };
+        if variant == Variant::V671b {
+            token("fast_video_token_id", 0)?;
+        }
         let mut eos_token_id = top.tokens("eos_token_id", text.vocab_size as u64)?;
         if eos_token_id.is_empty() {
             eos_token_id = text_fields.tokens("eos_token_id", text.vocab_size as u64)?;
@@ -173,6 +200,7 @@ impl ModelConfig {
             vision_end_token_id: token("vision_end_token_id", 151_653)?,
             eos_token_id,
             torch_dtype: torch_dtype.to_owned(),
+            fp8_block: latent_config::fp8_block(&top)?,
             text,
         })
     }
@@ -184,7 +212,8 @@ impl ModelConfig {
 }
 
 const SUPPORTED: &str = "KeyeForConditionalGeneration (Keye-VL-8B-Preview), KeyeVL1_5ForConditionalGeneration (Keye-VL-1.5-8B), \
-     KeyeVL2MoeForConditionalGeneration and KeyeVL2ForConditionalGeneration (Keye-VL-2.0)";
+     KeyeVL2MoeForConditionalGeneration and KeyeVL2ForConditionalGeneration (Keye-VL-2.0), \
+     KeyeVLMoeForConditionalGeneration (Keye-VL-671B-A37B)";
 
 fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
     let architecture = match top.list("architectures")?.and_then(|list| list.first()) {
@@ -199,6 +228,7 @@ fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
         (None, Some(name)) if name.contains("KeyeVL1_5") => Variant::V1_5,
         (Some("KeyeVL2MoeForConditionalGeneration" | "KeyeVL2ForConditionalGeneration"), _) => Variant::V2,
         (None, Some("KeyeVL2")) => Variant::V2,
+        (Some("KeyeVLMoeForConditionalGeneration"), _) => Variant::V671b,
         (None, Some("Keye")) => Variant::Preview,
         (None, None) => return Err(top.error("architectures", format_args!("missing; supported are {SUPPORTED}"))),
         (architecture, model_type) => {
@@ -206,9 +236,7 @@ fn variant(top: &Fields) -> Result<(Variant, String), ProcessorError> {
                 Some(name) => ("architectures[0]", name),
                 None => ("model_type", model_type.unwrap_or_default()),
             };
-            let planned = ["KeyeVL671", "671B"].iter().any(|part| name.contains(part));
-            let found = if planned { "which is not supported yet" } else { "which is unknown" };
-            return Err(top.error(field, format_args!("found {name:?}, {found}; supported are {SUPPORTED}")));
+            return Err(top.error(field, format_args!("found {name:?}, which is unknown; supported are {SUPPORTED}")));
         }
     };
     Ok((variant, architecture.or(model_type).unwrap_or_default().to_owned()))
@@ -264,6 +292,7 @@ fn text_config(
         },
         experts: if moe { Some(experts(text)?) } else { None },
         indexer: if second { indexer(text, head_dim, mrope_section)? } else { None },
+        latent: None,
     })
 }
 
@@ -274,6 +303,10 @@ fn experts(text: &Fields) -> Result<ExpertsConfig, ProcessorError> {
         num_experts_per_tok: text.size("num_experts_per_tok", num_experts, None)?,
         moe_intermediate_size: text.size("moe_intermediate_size", MAX_FEED_FORWARD, None)?,
         norm_topk_prob: text.bool("norm_topk_prob")?.unwrap_or(true),
+        n_shared_experts: 0,
+        first_k_dense_replace: 0,
+        moe_layer_freq: 1,
+        groups: None,
     })
 }
 
@@ -375,11 +408,11 @@ fn vision_config(vision: &Fields) -> Result<VisionConfig, ProcessorError> {
     })
 }
 
-fn epsilon(fields: &Fields, name: &str, default: f64) -> Result<f32, ProcessorError> {
+pub(crate) fn epsilon(fields: &Fields, name: &str, default: f64) -> Result<f32, ProcessorError> {
     Ok(fields.number(name, 1e-30..=1.0)?.unwrap_or(default) as f32)
 }
 
-fn only(fields: &Fields, name: &str, supported: &str) -> Result<(), ProcessorError> {
+pub(crate) fn only(fields: &Fields, name: &str, supported: &str) -> Result<(), ProcessorError> {
     match fields.str(name)? {
         Some(found) if found != supported => {
             Err(fields.error(name, format_args!("expected {supported:?}, found {found:?}")))
@@ -498,7 +531,7 @@ mod tests {
         assert_eq!(name(Value::Null, "Keye").unwrap().variant, Variant::Preview);
         assert_eq!(name(json!(["KeyeVL2ForConditionalGeneration"]), "KeyeVL2").unwrap().variant, Variant::V2);
         let error = name(json!(["KeyeVL671BForConditionalGeneration"]), "x").unwrap_err().to_string();
-        assert!(error.contains("not supported yet") && error.contains("KeyeVL1_5ForConditionalGeneration"), "{error}");
+        assert!(error.contains("unknown") && error.contains("KeyeVLMoeForConditionalGeneration"), "{error}");
         let error = name(json!(["LlamaForCausalLM"]), "llama").unwrap_err().to_string();
         assert!(error.contains("LlamaForCausalLM") && error.contains("unknown"), "{error}");
     }

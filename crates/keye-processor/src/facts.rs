@@ -11,6 +11,8 @@ pub enum Variant {
     V1_5,
     /// Keye-VL-2.0, with experts (30B-A3B) or dense.
     V2,
+    /// Keye-VL-671B-A37B.
+    V671b,
 }
 
 /// Where the projector's LayerNorm sits.
@@ -42,6 +44,15 @@ pub enum FrameMarkers {
     SlowFast,
 }
 
+/// How tokens are counted for the decoder's rotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PositionRule {
+    /// By time, row and column (spec §6.2).
+    ThreeAxis,
+    /// 0, 1, 2, ... over all tokens, those of media included.
+    Sequential,
+}
+
 /// How a variant differs from the others (spec §1).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
@@ -51,6 +62,8 @@ pub struct Facts {
     pub vision_span: VisionSpan,
     /// Prompt form of clips.
     pub markers: FrameMarkers,
+    /// Counting of positions.
+    pub positions: PositionRule,
     /// Media rules before the checkpoint's own files are applied.
     pub media: MediaConfig,
 }
@@ -63,6 +76,7 @@ impl Variant {
                 projector_norm: ProjectorNorm::BeforeMerge,
                 vision_span: VisionSpan::Clip,
                 markers: FrameMarkers::None,
+                positions: PositionRule::ThreeAxis,
                 media: MediaConfig::preview(),
             },
             // 2.0 has the tower and the projector of 1.5, and the rules of its pictures; its adaptive sampling of clips (spec
@@ -74,9 +88,12 @@ impl Variant {
                     projector_norm: ProjectorNorm::AfterMerge,
                     vision_span: VisionSpan::Frame,
                     markers: FrameMarkers::SlowFast,
+                    positions: PositionRule::ThreeAxis,
                     media,
                 }
             }
+            // 1.5's tower and clips before a decoder that counts tokens (spec of 671B, §4 and §5).
+            Self::V671b => Facts { positions: PositionRule::Sequential, ..Self::V1_5.facts() },
         }
     }
 }

@@ -80,6 +80,11 @@ pub fn prompt_positions(
     positions(ids.len(), &blocks, 0.0)
 }
 
+/// Positions and `rope_delta` of a decoder that counts tokens whatever they are ([`crate::PositionRule::Sequential`]).
+pub fn sequential_positions(tokens: usize) -> Result<(Vec<[u32; 3]>, i64), ProcessorError> {
+    positions(tokens, &[], 0.0)
+}
+
 /// Counts up to token `end`; returns the next free position.
 fn text(out: &mut Vec<[u32; 3]>, next: u32, end: usize) -> Result<u32, ProcessorError> {
     let count = end.checked_sub(out.len()).ok_or_else(|| ProcessorError::Prompt("blocks of media overlap".into()))?;

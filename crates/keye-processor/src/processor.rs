@@ -6,10 +6,11 @@ use keye_media::{Media, MediaConfig};
 
 use crate::expand::Expander;
 use crate::files::file_error;
-use crate::positions::positions;
+use crate::positions::{positions, sequential_positions};
 use crate::preprocessor_config;
 use crate::{
-    ChatTemplate, Conversation, FeatureSpan, GenerationConfig, ModelConfig, ProcessorError, TemplateOptions, Tokenizer,
+    ChatTemplate, Conversation, FeatureSpan, GenerationConfig, ModelConfig, PositionRule, ProcessorError,
+    TemplateOptions, Tokenizer,
 };
 
 /// What the caller wants other than the checkpoint's files say.
@@ -91,7 +92,10 @@ impl Processor {
     /// Expands and tokenises a text as it is, without the chat template.
     pub fn raw_prompt(&self, text: String, media: &[&Media]) -> Result<Prompt, ProcessorError> {
         let (input_ids, blocks) = self.expander.expand(&text, media, &self.tokenizer)?;
-        let (positions, rope_delta) = positions(input_ids.len(), &blocks, self.config.vision.tokens_per_second)?;
+        let (positions, rope_delta) = match self.config.facts().positions {
+            PositionRule::ThreeAxis => positions(input_ids.len(), &blocks, self.config.vision.tokens_per_second)?,
+            PositionRule::Sequential => sequential_positions(input_ids.len())?,
+        };
         let features = blocks.into_iter().map(|block| block.span).collect();
         Ok(Prompt { text, input_ids, positions, rope_delta, features })
     }

@@ -146,7 +146,7 @@ fn source(
     }
     let text = match variant {
         Variant::Preview => format!("{DEFAULT_HEAD}{DEFAULT_REST}"),
-        Variant::V1_5 | Variant::V2 => format!("{DEFAULT_HEAD}{DEFAULT_SYSTEM}{DEFAULT_REST}"),
+        Variant::V1_5 | Variant::V2 | Variant::V671b => format!("{DEFAULT_HEAD}{DEFAULT_SYSTEM}{DEFAULT_REST}"),
     };
     Ok((path, text))
 }

@@ -19,14 +19,10 @@ pub struct CacheFit {
 pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
     let text = &config.text;
     let index_dim = text.indexer.map_or(0, |indexer| indexer.head_dim);
-    CacheSpec {
-        layers: text.num_hidden_layers,
-        kv_heads: text.num_key_value_heads,
-        head_dim: text.head_dim,
-        dtype,
-        index_dim,
-        latent_dim: 0,
-    }
+    let latent_dim = text.latent.map_or(0, |latent| latent.latent_dim());
+    // With latents nothing is kept per head.
+    let (kv_heads, head_dim) = if latent_dim > 0 { (0, 0) } else { (text.num_key_value_heads, text.head_dim) };
+    CacheSpec { layers: text.num_hidden_layers, kv_heads, head_dim, dtype, index_dim, latent_dim }
 }
 
 /// Tokens of the cache: `wanted`, or the model's longest sequence cut to half of the memory that is free.

@@ -82,7 +82,9 @@ impl Case {
                 let fps = self.json["sample_fps"][i].as_f64().unwrap();
                 media(MediaKind::Video, vec![self.grids("video_grid_thw")[i]], vec![], Some(fps))
             }
-            (MediaKind::Video, Variant::V1_5 | Variant::V2) => self.slow_fast_clip(videos.next().unwrap()),
+            (MediaKind::Video, Variant::V1_5 | Variant::V2 | Variant::V671b) => {
+                self.slow_fast_clip(videos.next().unwrap())
+            }
         });
         made.collect()
     }

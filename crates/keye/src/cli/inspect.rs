@@ -76,6 +76,7 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
             Variant::Preview => "Keye-VL-8B-Preview",
             Variant::V1_5 => "Keye-VL-1.5",
             Variant::V2 => "Keye-VL-2.0",
+            Variant::V671b => "Keye-VL-671B-A37B",
         },
         "text": {
             "layers": text.num_hidden_layers,

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use keye::{KvDtype, MediaKind};
 use keye_media::{Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureRows, LoadOptions, LogitRows, Runner, Tap};
-use keye_processor::{ModelConfig, Variant, prompt_positions};
+use keye_processor::{ModelConfig, PositionRule, Variant, prompt_positions, sequential_positions};
 
 use super::super::golden::{Golden, Tensor, Values};
 
@@ -32,8 +32,8 @@ pub struct Inputs {
 impl Inputs {
     /// Reads and checks them; `generate` tokens have to fit after them.
     pub fn read(path: &Path, config: &ModelConfig, generate: usize) -> Result<Self> {
-        if config.variant != Variant::V2 {
-            bail!("--inputs: expected a Keye-VL-2.0 checkpoint; others have a tokenizer, use --request");
+        if !matches!(config.variant, Variant::V2 | Variant::V671b) {
+            bail!("--inputs: expected a Keye-VL-2.0 or 671B checkpoint; others have a tokenizer, use --request");
         }
         let file = Golden::open(path)?;
         let at = path.display();
@@ -99,7 +99,12 @@ impl Inputs {
         let [image, video] = &grids;
         let merge = config.vision.spatial_merge_size as u32;
         let (image, video) = ((config.image_token_id, image.as_slice()), (config.video_token_id, video.as_slice()));
-        let (positions, rope_delta) = prompt_positions(&tokens, image, video, merge).with_context(|| at.to_string())?;
+        // They also tell whether pads and grids fit each other.
+        let by_axes = prompt_positions(&tokens, image, video, merge).with_context(|| at.to_string())?;
+        let (positions, rope_delta) = match config.facts().positions {
+            PositionRule::ThreeAxis => by_axes,
+            PositionRule::Sequential => sequential_positions(tokens.len())?,
+        };
         Ok(Self { tensors, tokens, positions, rope_delta, media, generate })
     }
 
