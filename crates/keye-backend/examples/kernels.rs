@@ -1,6 +1,6 @@
 //! How fast the CPU backend's kernels are, beside what the machine can do, both measured here and now.
 //!
-//! `cargo run --release -p keye-backend --example kernels [-- THREADS]`
+//! `cargo run --release -p keye-backend --example kernels [-- THREADS [PARTS]]`, parts of `products,packed,token,attention`
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -119,6 +119,8 @@ fn dot_limit(_threads: usize) -> Option<f64> {
 fn main() -> Result<(), BackendError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(cores);
+    let parts = std::env::args().nth(2);
+    let wants = |part: &str| parts.as_ref().is_none_or(|parts| parts.split(',').any(|p| p == part));
     let read = read_limit(threads);
     let dots = dot_limit(threads);
     println!("limit: {:.0} GOP/s in int8", dots.unwrap_or(f64::NAN) / 1e9);
@@ -136,13 +138,20 @@ fn main() -> Result<(), BackendError> {
             (512, 4304, 1152, "vision fc2"),
             (512, 4096, 4096, "decoder q"),
             (512, 4096, 12288, "decoder gate"),
-        ] {
+        ]
+        .into_iter()
+        .filter(|_| wants("products"))
+        {
             let (weight, x) = (cpu.load(&bf16(n, k))?, cpu.upload(m, k, &vec![0.5; m * k])?);
             let seconds = best(2, || drop(black_box(cpu.linear(&x, &weight, None, Activation::None))));
             let rate = (2 * m * k * n) as f64 / seconds;
             println!("  {what:13} {m} x {k} x {n}: {:6.1} GFLOP/s{}", rate / 1e9, part(rate, limit));
         }
-        for (dtype, m) in [Dtype::Int4, Dtype::Int8].into_iter().flat_map(|dtype| [512, 32, 8, 4].map(|m| (dtype, m))) {
+        for (dtype, m) in [Dtype::Int4, Dtype::Int8]
+            .into_iter()
+            .flat_map(|dtype| [512, 32, 8, 4].map(|m| (dtype, m)))
+            .filter(|_| wants("packed"))
+        {
             for (k, n) in [(1152, 4304), (4304, 1152), (4096, 4096), (4096, 12288), (12288, 4096)] {
                 let (weight, x) = (cpu.load(&packed(dtype, n, k))?, cpu.upload(m, k, &vec![0.5; m * k])?);
                 let seconds = best(2, || drop(black_box(cpu.linear(&x, &weight, None, Activation::None))));
@@ -150,7 +159,7 @@ fn main() -> Result<(), BackendError> {
                 println!("  {dtype:?} {m} x {k} x {n}: {:6.1} GOP/s{}", rate / 1e9, part(rate, dots));
             }
         }
-        for dtype in [Dtype::Int4, Dtype::Int8] {
+        for dtype in [Dtype::Int4, Dtype::Int8].into_iter().filter(|_| wants("token")) {
             let weights = (0..16).map(|_| cpu.load(&packed(dtype, 12288, 4096))).collect::<Result<Vec<_>, _>>()?;
             let x = cpu.upload(1, 4096, &vec![0.5; 4096])?;
             let seconds =
@@ -158,13 +167,15 @@ fn main() -> Result<(), BackendError> {
             let rate = (16 * dtype.stored_bytes(12288, 4096).unwrap_or(0)) as f64 / seconds;
             println!("  {dtype:?} one token 1 x 4096 x 12288: {:5.1} GB/s{}", rate / 1e9, part(rate, Some(read)));
         }
-        let weights = (0..8).map(|_| cpu.load(&bf16(12288, 4096))).collect::<Result<Vec<_>, _>>()?;
-        let x = cpu.upload(1, 4096, &vec![0.5; 4096])?;
-        let seconds =
-            best(2, || weights.iter().for_each(|w| drop(black_box(cpu.linear(&x, w, None, Activation::None)))));
-        let rate = (weights.len() * 12288 * 4096 * 2) as f64 / seconds;
-        println!("  one token     1 x 4096 x 12288: {:5.1} GB/s{}", rate / 1e9, part(rate, Some(read)));
-        for (rows, spans) in [(1024, 1), (4096, 8), (4096, 1)] {
+        if wants("token") {
+            let weights = (0..8).map(|_| cpu.load(&bf16(12288, 4096))).collect::<Result<Vec<_>, _>>()?;
+            let x = cpu.upload(1, 4096, &vec![0.5; 4096])?;
+            let seconds =
+                best(2, || weights.iter().for_each(|w| drop(black_box(cpu.linear(&x, w, None, Activation::None)))));
+            let rate = (weights.len() * 12288 * 4096 * 2) as f64 / seconds;
+            println!("  one token     1 x 4096 x 12288: {:5.1} GB/s{}", rate / 1e9, part(rate, Some(read)));
+        }
+        for (rows, spans) in [(1024, 1), (4096, 8), (4096, 1)].into_iter().filter(|_| wants("attention")) {
             let (heads, head_dim) = (16, 72);
             let shape = AttentionShape { heads, kv_heads: heads, head_dim, scale: 0.1 };
             let q = cpu.upload(rows, heads * head_dim, &vec![0.1; rows * heads * head_dim])?;

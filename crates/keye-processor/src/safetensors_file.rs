@@ -57,6 +57,10 @@ impl SafetensorsFile {
         // SAFETY: the map is read-only and private to this process. A file that another process shortens while it is mapped
         // ends in SIGBUS; checkpoints are replaced by rename, never written in place.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(read)?;
+        // Weights are streamed from end to end once a token, and a page of 2 MiB costs one walk of the page tables where
+        // small ones cost 512. Advice: a system without huge pages for files refuses, and nothing is lost.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
         Self::parse(path, Bytes::from_owner(map))
     }
 

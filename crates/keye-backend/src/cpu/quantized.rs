@@ -15,7 +15,10 @@ use crate::weight::f16_to_f32;
 /// Outputs of a task.
 pub(crate) const PANEL: usize = 4 * TILE_ROWS;
 /// Rows of activations in a tile.
-const MAX_ROWS: usize = 12;
+const MAX_ROWS: usize = 8;
+/// Up to this many rows of activations stay in the first-level cache whole: weights are read as they lie in memory, at its
+/// speed. One kernel call takes them all.
+const FEW_ROWS: usize = 4;
 /// Blocks of columns that a tile runs along before the next one: its rows of activations stay in the first-level cache.
 const K_BLOCKS: usize = 16;
 
@@ -62,25 +65,31 @@ pub(crate) fn panel(
     let tiles = n.div_ceil(TILE_ROWS);
     let bytes = &bytes[n0 / TILE_ROWS * tile..][..tiles * tile];
     let kernel = kernel(isa);
-    for first in (0..blocks).step_by(K_BLOCKS) {
+    let multiply = |tile: &[u8], first: usize, row: usize, rows: usize, sums: &mut [f32]| {
         let count = K_BLOCKS.min(blocks - first);
-        let mut row = 0;
-        while row < m {
-            let rows = at_once(m - row);
-            for (t, tile) in bytes.chunks_exact(tile).enumerate() {
-                let piece = Piece {
-                    dtype,
-                    blocks: match dtype {
-                        Dtype::Int4 => &tile[INT4_HEAD + first * INT4_BLOCK..][..count * INT4_BLOCK],
-                        _ => &tile[first * INT8_BLOCK..][..count * INT8_BLOCK],
-                    },
-                    x,
-                    row: m0 + row,
-                    first_group: first * BLOCK_COLS / GROUP,
-                };
-                kernel(&piece, rows, &mut sums[row * PANEL + t * TILE_ROWS..]);
+        let blocks = match dtype {
+            Dtype::Int4 => &tile[INT4_HEAD + first * INT4_BLOCK..][..count * INT4_BLOCK],
+            _ => &tile[first * INT8_BLOCK..][..count * INT8_BLOCK],
+        };
+        let piece = Piece { dtype, blocks, x, row: m0 + row, first_group: first * BLOCK_COLS / GROUP };
+        kernel(&piece, rows, sums);
+    };
+    if m <= FEW_ROWS {
+        for (t, tile) in bytes.chunks_exact(tile).enumerate() {
+            for first in (0..blocks).step_by(K_BLOCKS) {
+                multiply(tile, first, 0, m, &mut sums[t * TILE_ROWS..]);
             }
-            row += rows;
+        }
+    } else {
+        for first in (0..blocks).step_by(K_BLOCKS) {
+            let mut row = 0;
+            while row < m {
+                let rows = at_once(m - row);
+                for (t, tile) in bytes.chunks_exact(tile).enumerate() {
+                    multiply(tile, first, row, rows, &mut sums[row * PANEL + t * TILE_ROWS..]);
+                }
+                row += rows;
+            }
         }
     }
     if dtype == Dtype::Int4 {
@@ -100,7 +109,7 @@ pub(crate) fn panel(
 
 /// How many of `left` rows the next tile takes: a number that there is a kernel for.
 fn at_once(left: usize) -> usize {
-    [MAX_ROWS, 8, 6, 4, 3, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
+    [MAX_ROWS, 6, 4, 3, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
 }
 
 /// Some blocks of a tile and the activations to multiply them with.
@@ -151,18 +160,6 @@ impl Piece<'_> {
             negated_sums: x.negated_sums[group..].as_ptr(),
             groups,
         }
-    }
-}
-
-/// Asks for the block of `bytes` that will be used soon: far enough ahead for memory, near enough to stay in the cache.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(super) fn prefetch(block: *const u8, bytes: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    const AHEAD: usize = 2304;
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: a prefetch of an address that is not there does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast()) };
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::quantized::{PANEL, Piece, Rows, prefetch};
+use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
 use crate::packed::{GROUP, INT4_BLOCK, INT8_BLOCK};
 
@@ -60,9 +60,6 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, 
         }
         for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
             let block = block.as_ptr();
-            if M == 1 && half_tile == 0 {
-                prefetch(block, INT4_BLOCK);
-            }
             for half in 0..2 {
                 let group = 2 * b + half;
                 let at = 16 * half + 8 * half_tile;
@@ -111,9 +108,6 @@ unsafe fn int8<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, 
         }
         for (b, block) in piece.blocks.chunks_exact(INT8_BLOCK).enumerate() {
             let block = block.as_ptr();
-            if M == 1 && half_tile == 0 {
-                prefetch(block, INT8_BLOCK);
-            }
             for half in 0..2 {
                 let group = 2 * b + half;
                 let scale = _mm256_cvtph_ps(_mm_loadu_si128(block.add(32 * half + 16 * half_tile).cast()));

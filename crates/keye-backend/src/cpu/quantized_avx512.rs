@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::quantized::{PANEL, Piece, Rows, prefetch};
+use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
 use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT8_BLOCK};
 
@@ -19,8 +19,8 @@ pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
         };
     }
     match piece.dtype {
-        Dtype::Int4 => by_rows!(int4: 1 2 3 4 6 8 12),
-        _ => by_rows!(int8: 1 2 3 4 6 8 12),
+        Dtype::Int4 => by_rows!(int4: 1 2 3 4 6 8),
+        _ => by_rows!(int8: 1 2 3 4 6 8),
     }
 }
 
@@ -55,9 +55,6 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
         }
         for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
             let block = block.as_ptr();
-            if M <= 4 {
-                prefetch(block, INT4_BLOCK);
-            }
             for half in 0..2 {
                 let group = 2 * b + half;
                 let s = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(16 * half).cast()));
@@ -103,9 +100,6 @@ unsafe fn int8<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
         }
         for (b, block) in piece.blocks.chunks_exact(INT8_BLOCK).enumerate() {
             let block = block.as_ptr();
-            if M <= 4 {
-                prefetch(block, INT8_BLOCK);
-            }
             for half in 0..2 {
                 let group = 2 * b + half;
                 let scale = _mm512_cvtph_ps(_mm256_loadu_si256(block.add(32 * half).cast()));
