@@ -81,12 +81,7 @@ pub fn export(
         _ => {}
     }
     fs::create_dir_all(&partial).map_err(io(&partial))?;
-    for dir in files {
-        for file in small_files(dir)? {
-            let to = partial.join(file.file_name().unwrap_or_default());
-            fs::copy(&file, &to).map_err(io(&file))?;
-        }
-    }
+    gather(files, &partial)?;
     set_dtype(&partial.join("config.json"), dtype)?;
     let stored = match dtype {
         ExportDtype::F32 => Dtype::F32,
@@ -128,6 +123,16 @@ fn small_files(dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Copies the small files of several folders into one.
+pub(crate) fn gather(folders: &[PathBuf], to: &Path) -> Result<(), TrainError> {
+    for folder in folders {
+        for file in small_files(folder)? {
+            fs::copy(&file, to.join(file.file_name().unwrap_or_default())).map_err(io(&file))?;
+        }
+    }
+    Ok(())
 }
 
 fn set_dtype(path: &Path, dtype: ExportDtype) -> Result<(), TrainError> {

@@ -5,17 +5,24 @@
 mod checkpoint_dir;
 mod error;
 mod flops;
+mod metrics;
 mod model;
 mod ops;
 mod optimizer;
 mod pack;
 mod params;
+mod recipe;
+mod run;
+mod state;
 
 pub use checkpoint_dir::{ExportDtype, average, export, load_params};
 pub use error::TrainError;
 pub use flops::training_flops;
+pub use metrics::{StepMetrics, loss_svg};
 pub use model::Model;
 pub use model::contrast::{SigmoidLoss, sigmoid_loss};
 pub use optimizer::{AdamW, Group, Schedule, groups};
 pub use pack::{PATCH_VALUES, Pack, PackSource};
 pub use params::{Gradients, Layout, Params};
+pub use recipe::{Objective, Recipe, Weighting};
+pub use run::{Outcome, load_model, run, weights};

@@ -6,3 +6,5 @@ mod engine;
 mod gradients;
 #[path = "suite/support.rs"]
 mod support;
+#[path = "suite/training.rs"]
+mod training;

@@ -62,6 +62,11 @@ impl Model {
         &self.layout
     }
 
+    /// The instructions it computes with.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
     /// Random values: matrices normal with deviation `1/sqrt(inputs)`, embeddings 0.02, norms 1, biases 0.
     pub fn init(&self, seed: u64) -> Params {
         init::init(&self.layout, self.config.text.num_hidden_layers, seed)

@@ -1,0 +1,166 @@
+//! What a stage does, as a TOML file says it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::checkpoint_dir::io;
+use crate::{Layout, Schedule, TrainError};
+
+/// What is learnt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Objective {
+    /// To predict the next token of answers.
+    NextToken,
+    /// To match images and texts (SigLIP's sigmoid loss).
+    Contrastive,
+}
+
+/// How much a target counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Weighting {
+    /// All targets alike.
+    #[default]
+    Token,
+    /// All samples alike: `1/n` for each of a sample's n targets.
+    Sample,
+    /// Between both: `1/sqrt(n)`.
+    SquareRoot,
+}
+
+/// A stage. Paths are relative to the file.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Names the stage's folder under the output.
+    pub name: String,
+    /// What is learnt.
+    pub objective: Objective,
+    /// Folders with the small files of the exported directory: config.json, tokenizer, chat template, preprocessor and
+    /// generation config.
+    pub files: Vec<PathBuf>,
+    /// The stage (its name) or the checkpoint directory (a path with a slash) to start from; random values without.
+    pub start: Option<String>,
+    /// Tensors whose names begin with one of these are trained, all others are frozen.
+    pub trained: Vec<String>,
+    /// Random values and data follow from it.
+    #[serde(default)]
+    pub seed: u64,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Steps of rising learning rate.
+    pub warmup: u64,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Last learning rate.
+    pub min_lr: f64,
+    /// Factor of the learning rate for the vision tower.
+    #[serde(default = "vision_lr")]
+    pub vision_lr: f32,
+    /// Decay of matrices.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f32,
+    /// Largest global norm of the gradient.
+    #[serde(default = "clip")]
+    pub clip: f64,
+    /// Packs of a step.
+    #[serde(default = "accumulate")]
+    pub accumulate: usize,
+    /// How much a target counts.
+    #[serde(default)]
+    pub weighting: Weighting,
+    /// Compute layers again in the reverse instead of keeping all that they computed.
+    #[serde(default)]
+    pub recompute: bool,
+    /// Steps between checkpoints.
+    #[serde(default = "checkpoint_every")]
+    pub checkpoint_every: u64,
+    /// What the loader is told.
+    pub data: toml::Table,
+}
+
+fn vision_lr() -> f32 {
+    0.1
+}
+
+fn weight_decay() -> f32 {
+    0.1
+}
+
+fn clip() -> f64 {
+    1.0
+}
+
+fn accumulate() -> usize {
+    1
+}
+
+fn checkpoint_every() -> u64 {
+    200
+}
+
+impl Recipe {
+    /// Reads and checks a recipe; its paths become relative to the current directory.
+    pub fn load(path: &Path) -> Result<Self, TrainError> {
+        let text = fs::read_to_string(path).map_err(io(path))?;
+        let wrong = |reason: String| TrainError::Recipe { path: path.to_owned(), reason };
+        let mut recipe: Self = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        recipe.files.iter_mut().for_each(|file| *file = folder.join(&*file));
+        if let Some(start) = recipe.start.as_mut().filter(|start| start.contains('/')) {
+            *start = folder.join(&*start).to_string_lossy().into_owned();
+            if !start.contains('/') {
+                start.insert_str(0, "./");
+            }
+        }
+        recipe.check().map_err(wrong)?;
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if self.name.is_empty() || !self.name.chars().all(plain) {
+            return Err(format!("name: expected letters, digits, - and _, found {:?}", self.name));
+        }
+        if self.files.is_empty() {
+            return Err("files: expected at least the folder of config.json".into());
+        }
+        if self.steps == 0 || self.warmup >= self.steps {
+            return Err(format!(
+                "steps and warmup: expected 0 <= warmup < steps, found {} and {}",
+                self.warmup, self.steps
+            ));
+        }
+        if self.accumulate == 0 || self.checkpoint_every == 0 {
+            return Err("accumulate and checkpoint_every: expected 1 or more".into());
+        }
+        let positive = |v: f64| v.is_finite() && v > 0.0;
+        if !positive(self.lr) || !positive(self.clip) || !(0.0..=self.lr).contains(&self.min_lr) {
+            return Err("lr, min_lr, clip: expected 0 <= min_lr <= lr, and lr and clip above 0".into());
+        }
+        let rate = |v: f32| v.is_finite() && v >= 0.0;
+        if !rate(self.vision_lr) || !rate(self.weight_decay) {
+            return Err("vision_lr and weight_decay: expected 0 or more".into());
+        }
+        Ok(())
+    }
+
+    /// The learning rates of its steps.
+    pub fn schedule(&self) -> Schedule {
+        Schedule { peak: self.lr, min: self.min_lr, warmup: self.warmup, steps: self.steps }
+    }
+
+    /// Which tensors it trains. Error: a prefix that names none.
+    pub fn trained(&self, layout: &Layout) -> Result<Vec<bool>, TrainError> {
+        for prefix in &self.trained {
+            if !layout.tensors().iter().any(|tensor| tensor.name.starts_with(prefix)) {
+                return Err(TrainError::Model(format!("trained: no tensor's name begins with {prefix:?}")));
+            }
+        }
+        let trained = |name: &str| self.trained.iter().any(|prefix| name.starts_with(prefix));
+        Ok(layout.tensors().iter().map(|tensor| trained(&tensor.name)).collect())
+    }
+}

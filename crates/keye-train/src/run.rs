@@ -1,0 +1,165 @@
+//! A stage from its first step, or its last checkpoint, to its exported model.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use keye_backend::Isa;
+use keye_processor::{Overrides, Processor};
+use serde_json::Value;
+
+use crate::checkpoint_dir::{ExportDtype, export, gather, io, load_params};
+use crate::metrics::{Metrics, StepMetrics};
+use crate::optimizer::{AdamW, groups};
+use crate::params::{Gradients, Params};
+use crate::recipe::{Objective, Recipe, Weighting};
+use crate::state::State;
+use crate::{Model, Pack, PackSource, TrainError, training_flops};
+
+/// Steps in a row without a finite gradient after which a run gives up.
+const LOST: u32 = 10;
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done; the exported model is here.
+    Done(PathBuf),
+    /// It was told to stop, and can go on after this step.
+    Stopped(u64),
+}
+
+/// Reads the model that a recipe's files describe.
+pub fn load_model(recipe: &Recipe, isa: Isa) -> Result<Model, TrainError> {
+    let folder = tempfile::tempdir().map_err(io(Path::new("a temporary folder")))?;
+    gather(&recipe.files, folder.path())?;
+    let processor = Processor::load(folder.path(), &Overrides::default())?;
+    let mut model = Model::new(&processor.config, &processor.media.processor, isa)?;
+    model.recompute = recipe.recompute;
+    Ok(model)
+}
+
+/// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step; once `stop` is true the run
+/// saves and returns.
+pub fn run(
+    recipe: &Recipe,
+    model: &Model,
+    out: &Path,
+    source: &mut dyn PackSource,
+    stop: &dyn Fn() -> bool,
+    told: &mut dyn FnMut(&StepMetrics),
+) -> Result<Outcome, TrainError> {
+    let folder = out.join(&recipe.name);
+    let exported = folder.join("model");
+    if exported.exists() {
+        return Ok(Outcome::Done(exported));
+    }
+    fs::create_dir_all(&folder).map_err(io(&folder))?;
+    let layout = model.layout();
+    let trained = recipe.trained(layout)?;
+    let mut state =
+        State { step: 0, params: model.init(recipe.seed), optimizer: AdamW::new(layout), loader: Value::Null };
+    if state.resume(&folder, &trained)? {
+        source.restore(&state.loader)?;
+    } else if let Some(start) = &recipe.start {
+        load_params(model, &start_dir(start, out), &mut state.params)?;
+    }
+    let mut metrics = Metrics::open(&folder, state.step)?;
+    let groups = groups(layout, recipe.vision_lr, recipe.weight_decay);
+    let mut gradients = Gradients::zeros(layout, trained.clone());
+    let schedule = recipe.schedule();
+    let mut lost = 0;
+    while state.step < recipe.steps {
+        let begin = Instant::now();
+        let packs = (0..recipe.accumulate).map(|_| source.next_pack()).collect::<Result<Vec<_>, _>>()?;
+        let waiting = begin.elapsed().as_secs_f64();
+        gradients.clear();
+        let loss = accumulate(recipe, model, &state.params, &mut gradients, &packs)?;
+        let lr = schedule.at(state.step + 1);
+        let norm = state.optimizer.step(model.isa(), &mut state.params, &gradients, &groups, lr, recipe.clip);
+        lost = if norm.is_finite() { 0 } else { lost + 1 };
+        if lost == LOST {
+            let (step, lr) = (state.step + 1, recipe.lr);
+            return Err(TrainError::Model(format!(
+                "no finite gradient for {LOST} steps up to {step}; lower lr ({lr}) and start the stage again"
+            )));
+        }
+        state.step += 1;
+        let seconds = begin.elapsed().as_secs_f64();
+        let sum = |f: fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>() as u64;
+        let line = StepMetrics {
+            step: state.step,
+            loss,
+            lr,
+            gradient_norm: norm,
+            tokens: sum(Pack::len),
+            targets: sum(Pack::targets),
+            patches: sum(|pack| pack.patches.len() / crate::PATCH_VALUES),
+            seconds,
+            waiting,
+            gflops: packs.iter().map(|pack| training_flops(&model.config, pack)).sum::<f64>() / seconds / 1e9,
+        };
+        metrics.add(line)?;
+        told(&line);
+        let stopped = stop();
+        if stopped || state.step.is_multiple_of(recipe.checkpoint_every) || state.step == recipe.steps {
+            state.loader = source.state();
+            state.save(&folder, &trained)?;
+            metrics.draw()?;
+        }
+        if stopped {
+            return Ok(Outcome::Stopped(state.step));
+        }
+    }
+    export(model, &state.params, &recipe.files, &exported, ExportDtype::F32)?;
+    Ok(Outcome::Done(exported))
+}
+
+/// Adds up the gradients of a step; returns its loss.
+fn accumulate(
+    recipe: &Recipe,
+    model: &Model,
+    params: &Params,
+    gradients: &mut Gradients,
+    packs: &[Pack],
+) -> Result<f64, TrainError> {
+    let mut loss = 0.0;
+    match recipe.objective {
+        Objective::NextToken => {
+            let weights: Vec<Vec<f32>> = packs.iter().map(|pack| weights(pack, recipe.weighting)).collect();
+            let total: f64 = weights.iter().flatten().map(|w| f64::from(*w)).sum();
+            if total == 0.0 {
+                return Err(TrainError::Pack("no token of the step carries loss".into()));
+            }
+            for (pack, weights) in packs.iter().zip(&weights) {
+                loss += model.next_token(params, Some(gradients), pack, weights, (1.0 / total) as f32)? / total;
+            }
+        }
+        Objective::Contrastive => {
+            for pack in packs {
+                let share = 1.0 / packs.len() as f64;
+                loss += model.contrastive(params, Some(gradients), pack, share as f32)? * share;
+            }
+        }
+    }
+    Ok(loss)
+}
+
+/// The weight of every token, `[n]`; 0 where it carries no loss.
+pub fn weights(pack: &Pack, weighting: Weighting) -> Vec<f32> {
+    let mut weights: Vec<f32> = pack.loss_mask.iter().map(|m| f32::from(*m)).collect();
+    for rows in pack.cu_seqlens.windows(2) {
+        let sample = &mut weights[rows[0] as usize..rows[1] as usize];
+        let n = sample.iter().sum::<f32>().max(1.0);
+        let factor = match weighting {
+            Weighting::Token => 1.0,
+            Weighting::Sample => 1.0 / n,
+            Weighting::SquareRoot => n.powf(-0.5),
+        };
+        sample.iter_mut().for_each(|w| *w *= factor);
+    }
+    weights
+}
+
+fn start_dir(start: &str, out: &Path) -> PathBuf {
+    if start.contains('/') { PathBuf::from(start) } else { out.join(start).join("model") }
+}

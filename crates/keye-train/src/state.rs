@@ -1,0 +1,132 @@
+//! Checkpoints of a run: all that is needed to go on as if nothing had happened.
+//!
+//! `STAGE/step-N/` holds `state.safetensors` (parameters, and the optimiser's two means as `exp_avg.NAME` and
+//! `exp_avg_sq.NAME` for what is trained) and `state.json` (step, loader); `STAGE/latest` names the newest. Directories
+//! and the pointer appear by renaming, so a kill at any time leaves the last one whole.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use keye_processor::{Checkpoint, Dtype, NewTensor, write_file};
+use serde_json::{Value, json};
+
+use crate::TrainError;
+use crate::checkpoint_dir::{io, partial};
+use crate::optimizer::AdamW;
+use crate::params::Params;
+
+/// Checkpoints that stay.
+const KEPT: usize = 2;
+const LATEST: &str = "latest";
+const MEANS: [&str; 2] = ["exp_avg.", "exp_avg_sq."];
+
+/// Where a run is.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct State {
+    /// Steps done.
+    pub(crate) step: u64,
+    pub(crate) params: Params,
+    pub(crate) optimizer: AdamW,
+    /// The loader's, after the packs of the last step.
+    pub(crate) loader: Value,
+}
+
+impl State {
+    /// Writes `folder/step-N`, points `latest` to it and removes old ones.
+    pub(crate) fn save(&self, folder: &Path, trained: &[bool]) -> Result<(), TrainError> {
+        let name = format!("step-{:08}", self.step);
+        let out = folder.join(&name);
+        let temporary = partial(&out);
+        remove(&temporary)?;
+        fs::create_dir_all(&temporary).map_err(io(&temporary))?;
+        let layout = &self.params.layout;
+        let mut bytes = Vec::new();
+        let mut add = |prefix: &str, values: &[f32], i: usize| {
+            let tensor = &layout.tensors()[i];
+            let name = format!("{prefix}{}", tensor.name);
+            let data: Vec<u8> = values[layout.range(i)].iter().flat_map(|v| v.to_le_bytes()).collect();
+            bytes.push((NewTensor { name, dtype: Dtype::F32, shape: tensor.shape.clone() }, data));
+        };
+        for (i, trained) in trained.iter().enumerate() {
+            add("", &self.params.values, i);
+            if *trained {
+                add(MEANS[0], &self.optimizer.m, i);
+                add(MEANS[1], &self.optimizer.v, i);
+            }
+        }
+        let tensors: Vec<(NewTensor, &[u8])> = bytes.iter().map(|(t, data)| (t.clone(), data.as_slice())).collect();
+        write_file(&temporary.join("state.safetensors"), &tensors)?;
+        let state = json!({"step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader});
+        let path = temporary.join("state.json");
+        fs::write(&path, format!("{state:#}\n")).map_err(io(&path))?;
+        // A step that was saved before the run was killed and is reached again.
+        remove(&out)?;
+        fs::rename(&temporary, &out).map_err(io(&out))?;
+        let pointer = folder.join(LATEST);
+        let temporary = partial(&pointer);
+        fs::write(&temporary, &name).map_err(io(&temporary))?;
+        fs::rename(&temporary, &pointer).map_err(io(&pointer))?;
+        let old = checkpoints(folder)?;
+        old.iter().rev().filter(|dir| **dir != out).skip(KEPT - 1).try_for_each(|dir| remove(dir))
+    }
+
+    /// Goes on from the newest checkpoint; `self` is the state of a run that begins. False without a checkpoint.
+    pub(crate) fn resume(&mut self, folder: &Path, trained: &[bool]) -> Result<bool, TrainError> {
+        let pointer = folder.join(LATEST);
+        let name = match fs::read_to_string(&pointer) {
+            Ok(name) => name,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(io(&pointer)(error)),
+        };
+        let dir = folder.join(name.trim());
+        let path = dir.join("state.json");
+        let wrong = |reason: String| TrainError::Recipe { path: path.clone(), reason };
+        let text = fs::read(&path).map_err(io(&path))?;
+        let state: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        let number = |name: &str| state[name].as_u64().ok_or_else(|| wrong(format!("{name}: expected a number")));
+        (self.step, self.optimizer.steps) = (number("step")?, number("optimizer_steps")?);
+        self.loader = state["loader"].clone();
+        let file = Checkpoint::open_file(&dir.join("state.safetensors"))?;
+        let layout = self.params.layout.clone();
+        for (i, trained) in trained.iter().enumerate() {
+            let tensor = &layout.tensors()[i];
+            let range = layout.range(i);
+            let read = |prefix: &str, to: &mut [f32]| -> Result<(), TrainError> {
+                let stored = file.tensor(&format!("{prefix}{}", tensor.name), &tensor.shape)?;
+                if stored.dtype != Dtype::F32 {
+                    return Err(TrainError::Model(format!("{}: expected F32, found {:?}", stored.name, stored.dtype)));
+                }
+                let values = stored.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                to.iter_mut().zip(values).for_each(|(to, v)| *to = v);
+                Ok(())
+            };
+            read("", &mut self.params.values[range.clone()])?;
+            if *trained {
+                read(MEANS[0], &mut self.optimizer.m[range.clone()])?;
+                read(MEANS[1], &mut self.optimizer.v[range])?;
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Whole checkpoints of a stage, oldest first.
+fn checkpoints(folder: &Path) -> Result<Vec<PathBuf>, TrainError> {
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(folder).map_err(io(folder))? {
+        let path = entry.map_err(io(folder))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.strip_prefix("step-").is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit())) {
+            dirs.push(path);
+        }
+    }
+    dirs.sort();
+    Ok(dirs)
+}
+
+fn remove(dir: &Path) -> Result<(), TrainError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io(dir)(error)),
+        _ => Ok(()),
+    }
+}
