@@ -125,8 +125,8 @@ pub(crate) struct Branch {
 
 /// What the handle and the threads share.
 pub(crate) struct Shared {
-    /// Requests without media and with.
-    pub submissions: [Queue<Submission>; 2],
+    /// Plain text, text with a grammar to compile, and requests with media: none waits behind the slower ones.
+    pub submissions: [Queue<Submission>; 3],
     pub prepared: Queue<PreparedRequest>,
     pub max_model_len: usize,
     pub stopping: AtomicBool,
@@ -139,7 +139,7 @@ impl Shared {
     pub fn new(info: &RunnerInfo, options: &EngineOptions) -> Self {
         let longest = info.max_positions.min(info.num_blocks.saturating_mul(info.block_tokens));
         Self {
-            submissions: [Queue::new(), Queue::new()],
+            submissions: [Queue::new(), Queue::new(), Queue::new()],
             prepared: Queue::new(),
             max_model_len: options.max_model_len.map_or(longest, |wanted| wanted.min(longest)),
             stopping: AtomicBool::new(false),
@@ -192,7 +192,7 @@ impl Engine {
         let worker = Worker::new(runner, Arc::clone(&shared), &options);
         let preparer = Arc::new(Preparer::new(processor, loader, Arc::clone(&shared), options.media_cache_bytes));
         let mut threads = vec![spawn("keye-engine", move || worker.run())];
-        for (queue, count) in [(0, 1), (1, options.media_threads.max(1))] {
+        for (queue, count) in [(0, 1), (1, 1), (2, options.media_threads.max(1))] {
             for _ in 0..count {
                 let (preparer, shared) = (Arc::clone(&preparer), Arc::clone(&shared));
                 threads.push(spawn("keye-prepare", move || preparer.run(&shared.submissions[queue])));
@@ -255,7 +255,12 @@ impl Engine {
             branches.push(Branch { seed, events, place });
             streams.push(stream);
         }
-        let queue = &shared.submissions[usize::from(!request.conversation.media().is_empty())];
+        let queue = match (request.conversation.media().is_empty(), &request.grammar) {
+            (true, None) => 0,
+            (true, Some(_)) => 1,
+            (false, _) => 2,
+        };
+        let queue = &shared.submissions[queue];
         let order = shared.arrivals.fetch_add(1, Ordering::Relaxed);
         let submission = Submission { order, request, branches, clock: Clock::start(), pool };
         queue.push(submission).map_err(|_| EngineError::Stopped)?;

@@ -1,5 +1,6 @@
 //! The threads that turn requests into prompts: media are fetched and decoded here, so that generation never waits for
-//! them. One thread serves requests without media, which never wait behind others' media.
+//! them. Requests without media have threads of their own and never wait behind others' media, nor plain text behind
+//! others' grammars.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

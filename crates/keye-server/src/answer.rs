@@ -61,11 +61,11 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// `tools` are the names of those that may be called.
-    pub fn new(model: &str, format: Format, prompts: usize, per_prompt: usize, tools: &[String]) -> Self {
+    /// `tools` are the names of those that may be called; with `form` the answer has one that was asked for.
+    pub fn new(model: &str, format: Format, prompts: usize, per_prompt: usize, tools: &[String], form: bool) -> Self {
         let prefix = if format.shape == Shape::Chat { "chatcmpl" } else { "cmpl" };
         let choice = |_| Choice {
-            parts: Parts::new(tools),
+            parts: Parts::new(tools, form),
             reasoning: String::new(),
             content: String::new(),
             calls: Vec::new(),
@@ -287,7 +287,7 @@ mod tests {
 
     fn run(streamed: bool) -> (Answer, Vec<Value>) {
         let format = Format { shape: Shape::Chat, streamed, include_usage: true };
-        let mut answer = Answer::new("m", format, 1, 2, &[]);
+        let mut answer = Answer::new("m", format, 1, 2, &[], false);
         let mut chunks = answer.begin();
         for text in THOUGHT {
             chunks.extend(answer.token(0, text, None));
@@ -307,7 +307,7 @@ mod tests {
         let text = "<think>Hm.</think>Wait.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>";
         let run = |streamed| {
             let format = Format { shape: Shape::Chat, streamed, include_usage: false };
-            let mut answer = Answer::new("m", format, 1, 1, &["f".into()]);
+            let mut answer = Answer::new("m", format, 1, 1, &["f".into()], false);
             let mut chunks: Vec<Value> = text.split_inclusive(' ').flat_map(|t| answer.token(0, t, None)).collect();
             chunks.extend(answer.finished(0, FinishReason::Stop, &Usage::default()));
             (chunks, answer.whole())

@@ -20,6 +20,8 @@ pub(crate) struct App {
     pub defaults: SamplingParams,
     pub config: ServerConfig,
     pub metrics: Metrics,
+    #[cfg(feature = "otel")]
+    pub exporter: Option<crate::otel::Exporter>,
     /// A permit for each choice that is generated or waits.
     pub streams: Arc<Semaphore>,
     /// A permit for each KiB of body in memory.
@@ -39,6 +41,8 @@ impl App {
             processor,
             defaults,
             metrics: Metrics::new(),
+            #[cfg(feature = "otel")]
+            exporter: None,
             streams: permits(config.max_streams),
             bodies: permits(config.total_body_bytes.div_ceil(1024)),
             created: seconds_since_1970(),

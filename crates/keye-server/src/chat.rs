@@ -26,7 +26,7 @@ const CALL_END: &str = "</tool_call>";
 
 pub(crate) async fn chat(
     State(app): State<Arc<App>>,
-    Extension(RequestId(id)): Extension<RequestId>,
+    Extension(id): Extension<RequestId>,
     request: HttpRequest,
 ) -> Result<Response, ApiError> {
     let mut lease = Lease::default();
@@ -39,9 +39,9 @@ pub(crate) async fn chat(
     .await?;
     lease.take_streams(&app, common.choices - 1)?;
     let format = Format { shape: Shape::Chat, streamed: common.stream, include_usage: common.include_usage };
-    let answer = Answer::new(&app.config.model, format, 1, common.choices, &tools.names);
+    let answer = Answer::new(&app.config.model, format, 1, common.choices, &tools.names, common.grammar.is_some());
     let generation = Generation::start(&app, &id, vec![asked], common.choices, lease, common.include_progress)?;
-    sse::respond(generation, answer, common.stream).await
+    sse::respond(generation, answer, common.stream).await.map_err(|error| common.blame(error))
 }
 
 /// Runs work that takes a while, such as decoding base64, away from the threads that serve connections.
@@ -66,13 +66,16 @@ fn read(body: &[u8], app: &App) -> Result<(Common, Tools, Request), ApiError> {
     let (think, template) = template(&fields, &tools)?;
     let logprobs = sampling_fields::chat_logprobs(&fields)?;
     let request = Request { conversation, think, template, logprobs, ..common.request() };
-    sampling_fields::refuse_unread(&fields, &request)?;
     Ok((common, tools, request))
 }
 
 /// Settings of generation that follow from the tools.
 pub(crate) fn prepare_for(tools: &Tools, common: &mut Common) -> Result<(), ApiError> {
-    common.grammar = tools.grammar(common.grammar.take())?;
+    let form = common.grammar.take();
+    if form.is_none() {
+        common.grammar_field = "tools";
+    }
+    common.grammar = tools.grammar(form)?;
     // A call counts without its closing tag, so the answer may end there.
     if tools.single && !tools.names.is_empty() && common.grammar.is_none() {
         common.sampling.stop.push(CALL_END.to_owned());

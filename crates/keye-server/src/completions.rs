@@ -6,6 +6,7 @@ use axum::Extension;
 use axum::extract::{Request as HttpRequest, State};
 use axum::response::Response;
 use keye_engine::Request;
+use keye_processor::ThinkMode;
 use serde_json::Value;
 
 use crate::admission::Lease;
@@ -21,7 +22,7 @@ use crate::sse;
 
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
-    Extension(RequestId(id)): Extension<RequestId>,
+    Extension(id): Extension<RequestId>,
     request: HttpRequest,
 ) -> Result<Response, ApiError> {
     let mut lease = Lease::default();
@@ -34,9 +35,13 @@ pub(crate) async fn completions(
     .await?;
     lease.take_streams(&app, requests.len() * common.choices - 1)?;
     let format = Format { shape: Shape::Text, streamed: common.stream, include_usage: common.include_usage };
-    let answer = Answer::new(&app.config.model, format, requests.len(), common.choices, &[]);
+    let answer = Answer::new(&app.config.model, format, requests.len(), common.choices, &[], false);
     let generation = Generation::start(&app, &id, requests, common.choices, lease, common.include_progress)?;
-    sse::respond(generation, answer, common.stream).await
+    sse::respond(generation, answer, common.stream).await.map_err(|error| match error.param.as_deref() {
+        // There are no messages here.
+        Some("messages") => ApiError { param: Some("prompt".into()), ..error },
+        _ => common.blame(error),
+    })
 }
 
 fn read(body: &[u8], app: &App) -> Result<(Common, Vec<Request>), ApiError> {
@@ -54,9 +59,10 @@ fn read(body: &[u8], app: &App) -> Result<(Common, Vec<Request>), ApiError> {
         Some(Value::Bool(false)) => None,
         _ => sampling_fields::logprobs_in_range(&fields, "logprobs")?,
     };
-    let request = |prompt| Request { raw_prompt: Some(prompt), logprobs, ..common.request() };
+    // The text is all that there is: with a grammar it begins with it, unless the prompt itself has opened a tag.
+    let think = ThinkMode::NoThink;
+    let request = |prompt| Request { raw_prompt: Some(prompt), think, logprobs, ..common.request() };
     let requests: Vec<Request> = prompts.into_iter().map(request).collect();
-    requests.iter().try_for_each(|request| sampling_fields::refuse_unread(&fields, request))?;
     Ok((common, requests))
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use keye_media::{Access, ItemOptions, Limits, MediaItem, RemotePolicy, Source, VideoConfig};
 
 use crate::error::ApiError;
+use crate::tls::TlsFiles;
 
 /// Settings of a server. The defaults serve one machine's own users.
 #[derive(Debug, Clone)]
@@ -15,6 +16,8 @@ pub struct ServerConfig {
     pub host: IpAddr,
     /// Port; 0 lets the system choose.
     pub port: u16,
+    /// Speak TLS with this identity; `None` is plain HTTP.
+    pub tls: Option<TlsFiles>,
     /// Name of the model in answers and in `/v1/models`.
     pub model: String,
     /// Clients have to send one of these as a bearer token; empty lets everyone in.
@@ -37,6 +40,9 @@ pub struct ServerConfig {
     pub keep_alive: Duration,
     /// After being told to stop: time for open streams to finish.
     pub shutdown_timeout: Duration,
+    /// Collector of OpenTelemetry traces, like `http://localhost:4318`.
+    #[cfg(feature = "otel")]
+    pub otlp_endpoint: Option<String>,
     /// Media that requests may name.
     pub media: MediaAccess,
     /// Largest values of request options.
@@ -48,6 +54,7 @@ impl Default for ServerConfig {
         Self {
             host: IpAddr::V4(Ipv4Addr::LOCALHOST),
             port: 8000,
+            tls: None,
             model: "keye".into(),
             api_keys: Vec::new(),
             cors_origins: Vec::new(),
@@ -59,6 +66,8 @@ impl Default for ServerConfig {
             reader_timeout: Duration::from_secs(60),
             keep_alive: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(30),
+            #[cfg(feature = "otel")]
+            otlp_endpoint: None,
             media: MediaAccess::default(),
             ceilings: Ceilings::default(),
         }

@@ -18,6 +18,9 @@ pub(crate) struct ApiError {
     pub retry_after: Option<u32>,
 }
 
+/// Code of a form of the answer that cannot be.
+pub(crate) const INVALID_GRAMMAR: &str = "invalid_grammar";
+
 const RETRY_SECONDS: u32 = 2;
 
 impl ApiError {
@@ -116,7 +119,7 @@ impl From<EngineError> for ApiError {
                 Self { code: Some("context_length_exceeded"), ..Self::invalid("messages", message) }
             }
             EngineError::Grammar(_) => {
-                Self { code: Some("invalid_grammar"), ..Self::invalid("response_format", message) }
+                Self { code: Some(INVALID_GRAMMAR), ..Self::invalid("response_format", message) }
             }
             EngineError::Refused(_) => with(StatusCode::BAD_REQUEST),
             EngineError::QueueFull(_) => Self::busy(message),

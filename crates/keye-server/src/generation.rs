@@ -6,7 +6,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use keye_engine::{Canceller, EngineError, Event, EventStream, FinishReason, NothingYet, Request, Stage, Usage};
+use keye_engine::{
+    Canceller, EngineError, Event, EventStream, FinishReason, NothingYet, Request, Stage, Timings, Usage,
+};
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -15,6 +17,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use crate::admission::Lease;
 use crate::app::App;
 use crate::error::ApiError;
+use crate::guard::RequestId;
 use crate::logprobs::Logprob;
 use crate::progress;
 
@@ -49,7 +52,7 @@ impl Generation {
     /// work before its tokens; the others do the same work.
     pub fn start(
         app: &Arc<App>,
-        id: &str,
+        id: &RequestId,
         requests: Vec<Request>,
         n: usize,
         lease: Lease,
@@ -67,7 +70,7 @@ impl Generation {
         for (choice, stream) in streams.into_iter().enumerate() {
             let carrier = Carrier {
                 app: Arc::clone(app),
-                id: id.to_owned(),
+                id: id.clone(),
                 choice,
                 progress: progress && choice == 0,
                 updates: sender.clone(),
@@ -76,7 +79,7 @@ impl Generation {
             };
             let thread = std::thread::Builder::new().name("keye-answer".into());
             thread.spawn(move || carrier.run(stream)).map_err(|error| {
-                tracing::error!(request_id = id, %error, "cannot start a thread");
+                tracing::error!(request_id = id.id, %error, "cannot start a thread");
                 ApiError::internal()
             })?;
         }
@@ -103,7 +106,7 @@ impl Drop for Generation {
 /// Carries the events of one choice.
 struct Carrier {
     app: Arc<App>,
-    id: String,
+    id: RequestId,
     choice: usize,
     progress: bool,
     updates: mpsc::Sender<Update>,
@@ -115,17 +118,34 @@ struct Carrier {
 /// Nobody reads any more.
 struct Gone;
 
+/// How an answer ended that somebody read.
+enum End {
+    /// In order.
+    #[cfg_attr(not(feature = "otel"), expect(dead_code, reason = "read by the exporter of traces"))]
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+        timings: Timings,
+    },
+    Failed,
+}
+
 impl Carrier {
     fn run(self, stream: EventStream) {
-        if let Err(Gone) = self.carry(stream) {
+        #[cfg(feature = "otel")]
+        let begun = Instant::now();
+        let end = self.carry(stream);
+        #[cfg(feature = "otel")]
+        self.trace(&end, begun.elapsed());
+        if let Err(Gone) = end {
             self.app.metrics.cancelled.add(1);
-            tracing::info!(request_id = self.id, choice = self.choice, outcome = "cancelled", "answer");
+            tracing::info!(request_id = self.id.id, choice = self.choice, outcome = "cancelled", "answer");
         }
     }
 
-    fn carry(&self, mut stream: EventStream) -> Result<(), Gone> {
+    fn carry(&self, mut stream: EventStream) -> Result<End, Gone> {
         let keep_alive = self.app.config.keep_alive;
-        let (mut accepted, mut told) = (false, Instant::now());
+        let (mut accepted, mut told, mut end) = (false, Instant::now(), End::Failed);
         loop {
             let update = match stream.next_timeout(keep_alive) {
                 Err(NothingYet) => None,
@@ -145,7 +165,7 @@ impl Carrier {
                 Ok(Some(Event::Finished { reason, usage, timings, .. })) => {
                     self.app.metrics.finished(&usage, &timings);
                     tracing::info!(
-                        request_id = self.id,
+                        request_id = self.id.id,
                         choice = self.choice,
                         outcome = if reason == FinishReason::Stop { "stop" } else { "length" },
                         prompt_tokens = usage.prompt_tokens,
@@ -159,6 +179,7 @@ impl Carrier {
                         total_ms = timings.total.as_millis() as u64,
                         "answer"
                     );
+                    end = End::Finished { reason: reason.clone(), usage, timings };
                     Some(Update::Finished { choice: self.choice, reason, usage })
                 }
                 Ok(Some(Event::Failed(error))) => Some(Update::Failed(self.failed(error)?)),
@@ -173,9 +194,24 @@ impl Carrier {
             self.send(update)?;
             told = Instant::now();
             if last {
-                return Ok(());
+                return Ok(end);
             }
         }
+    }
+
+    /// Tells the collector of traces.
+    #[cfg(feature = "otel")]
+    fn trace(&self, end: &Result<End, Gone>, total: std::time::Duration) {
+        let Some(exporter) = &self.app.exporter else { return };
+        let (outcome, total, counts) = match end {
+            Ok(End::Finished { reason: FinishReason::Stop, usage, timings }) => {
+                ("stop", timings.total, Some((usage, timings)))
+            }
+            Ok(End::Finished { usage, timings, .. }) => ("length", timings.total, Some((usage, timings))),
+            Ok(End::Failed) => ("failed", total, None),
+            Err(Gone) => ("cancelled", total, None),
+        };
+        exporter.ended(&crate::otel::Ended { request: &self.id, choice: self.choice, outcome, total, counts });
     }
 
     /// Logs and counts a failure.
@@ -186,7 +222,7 @@ impl Carrier {
         self.app.metrics.failed.add(1);
         let said = error.to_string();
         let error = ApiError::from(error);
-        let (request_id, choice, status) = (&self.id, self.choice, error.status.as_u16());
+        let (request_id, choice, status) = (&self.id.id, self.choice, error.status.as_u16());
         // What is wrong with a request may quote it, and is told to its client; the log gets the server's own failures.
         if error.status.is_server_error() {
             tracing::error!(request_id, choice, outcome = "failed", status, error = said, "answer");

@@ -16,9 +16,34 @@ use crate::app::{App, random};
 use crate::error::ApiError;
 use crate::page;
 
-/// The id of a request, in its extensions and in the response's `x-request-id`.
+/// What a request is known by, in its extensions.
 #[derive(Debug, Clone)]
-pub(crate) struct RequestId(pub String);
+pub(crate) struct RequestId {
+    /// Also the response's `x-request-id`.
+    pub id: String,
+    #[cfg(feature = "otel")]
+    pub route: String,
+    /// The header of that name: a trace that this request is part of.
+    #[cfg(feature = "otel")]
+    pub traceparent: Option<String>,
+}
+
+#[cfg(feature = "otel")]
+impl RequestId {
+    /// Ids of the trace and of the span that this request belongs to, as W3C's Trace Context has them.
+    pub fn trace_parent(&self) -> (Option<&str>, Option<&str>) {
+        let hex = |text: &&str, len: usize| {
+            text.len() == len
+                && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+                && text.bytes().any(|b| b != b'0')
+        };
+        let mut parts = self.traceparent.as_deref().unwrap_or_default().split('-').skip(1);
+        match (parts.next().filter(|trace| hex(trace, 32)), parts.next().filter(|span| hex(span, 16))) {
+            (Some(trace), Some(span)) => (Some(trace), Some(span)),
+            _ => (None, None),
+        }
+    }
+}
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Answered without a key, for whatever watches the server.
@@ -31,7 +56,14 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
     let origin = allowed_origin(&app, request.headers());
-    request.extensions_mut().insert(RequestId(id.clone()));
+    let known_by = RequestId {
+        id: id.clone(),
+        #[cfg(feature = "otel")]
+        route: route.clone(),
+        #[cfg(feature = "otel")]
+        traceparent: request.headers().get("traceparent").and_then(|value| value.to_str().ok()).map(str::to_owned),
+    };
+    request.extensions_mut().insert(known_by);
 
     let preflight = method == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if preflight {

@@ -28,6 +28,7 @@ mod app;
 mod chat;
 mod completions;
 mod config;
+mod embeddings;
 mod error;
 mod fields;
 mod generation;
@@ -36,6 +37,8 @@ mod logprobs;
 mod metrics;
 mod openapi;
 mod openapi_schemas;
+#[cfg(feature = "otel")]
+mod otel;
 mod page;
 mod parts;
 mod progress;
@@ -47,8 +50,10 @@ mod server;
 mod sse;
 mod stall;
 mod structured;
+mod tls;
 mod tokens;
 mod tools;
 
 pub use config::{Ceilings, MediaAccess, ServerConfig};
 pub use server::{ServeError, Server, Shutdown};
+pub use tls::TlsFiles;

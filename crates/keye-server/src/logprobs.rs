@@ -24,7 +24,7 @@ const LOWEST: f32 = -9999.0;
 impl Logprob {
     pub fn new(tokenizer: &Tokenizer, id: u32, found: &TokenLogprob) -> Self {
         let likely = |id, logprob: f32| Likely {
-            bytes: token_bytes(&tokenizer.id_to_token(id).unwrap_or_default()),
+            bytes: tokenizer.token_bytes(id),
             // Not a number compares as smaller here.
             logprob: logprob.max(LOWEST),
         };
@@ -63,8 +63,12 @@ pub(crate) fn completion(tokens: &[Logprob], mut offset: usize) -> Value {
         offset += token.characters();
     }
     let top = tokens.iter().map(|token| {
-        let likely = token.top.iter().map(|likely| (likely.text(), likely.logprob.into()));
-        likely.collect::<Map<String, Value>>()
+        let mut map = Map::new();
+        // Broken characters look alike: the likeliest counts. The chosen token is always there, as OpenAI has it.
+        for likely in token.top.iter().chain([&token.chosen]) {
+            map.entry(likely.text()).or_insert_with(|| likely.logprob.into());
+        }
+        map
     });
     json!({
         "tokens": tokens.iter().map(|token| token.chosen.text()).collect::<Vec<_>>(),
@@ -74,40 +78,21 @@ pub(crate) fn completion(tokens: &[Logprob], mut offset: usize) -> Value {
     })
 }
 
-/// Bytes of a token of a byte-level vocabulary: printable Latin-1 characters stand for their own byte, those from U+0100 on for
-/// the others in order. Added tokens of other characters stand for themselves.
-fn token_bytes(token: &str) -> Vec<u8> {
-    let own = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let others: Vec<u8> = (0..=255).filter(|byte| !own(*byte)).collect();
-    let byte = |c: char| match u32::from(c) {
-        code @ 0..=255 => u8::try_from(code).ok().filter(|byte| own(*byte)),
-        code => others.get(code as usize - 256).copied(),
-    };
-    token.chars().map(byte).collect::<Option<Vec<u8>>>().unwrap_or_else(|| token.as_bytes().to_vec())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn bytes_of_tokens() {
-        assert_eq!(token_bytes("Ġcat"), b" cat");
-        assert_eq!(token_bytes("Ċ"), b"\n");
-        assert_eq!(token_bytes("çĮ«"), "猫".as_bytes());
-        assert_eq!(token_bytes("<|im_end|>"), b"<|im_end|>");
-        assert_eq!(token_bytes("<a b>猫"), "<a b>猫".as_bytes());
-    }
-
-    #[test]
     fn shapes() {
         let of = |bytes: &[u8], logprob| Likely { bytes: bytes.to_vec(), logprob };
-        let token = Logprob { chosen: of(b" a", -0.5), top: vec![of(b"\xe7", -0.25)] };
+        let token = Logprob { chosen: of(b" a", -0.5), top: vec![of(b"\xe7", -0.25), of(b"\xe8", -0.75)] };
         let entry = json!({"token": " a", "logprob": -0.5, "bytes": [32, 97], "top_logprobs": [
-            {"token": "\u{fffd}", "logprob": -0.25, "bytes": [231]}]});
+            {"token": "\u{fffd}", "logprob": -0.25, "bytes": [231]},
+            {"token": "\u{fffd}", "logprob": -0.75, "bytes": [232]}]});
         assert_eq!(token.chat(), entry);
+        let top = json!({" a": -0.5, "\u{fffd}": -0.25});
         let both = json!({"tokens": [" a", " a"], "token_logprobs": [-0.5, -0.5], "text_offset": [3, 5],
-                          "top_logprobs": [{"\u{fffd}": -0.25}, {"\u{fffd}": -0.25}]});
+                          "top_logprobs": [top, top]});
         assert_eq!(completion(&[token.clone(), token], 3), both);
     }
 }

@@ -106,6 +106,13 @@ impl Metrics {
         }
     }
 
+    /// A prompt that became a vector.
+    pub fn embedded(&self, usage: &Usage) {
+        self.prompt_tokens.add(usage.prompt_tokens as u64);
+        self.cached_tokens.add(usage.cached_tokens as u64);
+        self.media_tokens.add(usage.media_tokens as u64);
+    }
+
     /// All of them, with what the engine tells of itself.
     pub fn text(&self, app: &App) -> String {
         let mut out = Text(String::new());

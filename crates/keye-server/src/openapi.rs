@@ -40,6 +40,7 @@ pub(crate) fn document() -> Value {
             "/v1/chat/completions": {"post": stream("a chunk", "Answer a conversation", "ChatRequest", "Chat")},
             "/v1/completions": {"post": stream("a chunk", "Continue a text", "TextRequest", "Text")},
             "/v1/responses": {"post": stream("named by its `type`", "Answer a conversation", "ResponseRequest", "Response")},
+            "/v1/embeddings": {"post": post("Texts or a conversation to vectors of length 1", "EmbeddingRequest", "Embeddings")},
             "/tokenize": {"post": post("Text or messages to token ids", "TokenizeRequest", "Tokens")},
             "/detokenize": {"post": post("Token ids to text", "DetokenizeRequest", "Detokenized")},
         },

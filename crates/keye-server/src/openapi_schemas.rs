@@ -58,6 +58,7 @@ fn sampling() -> Value {
         "guided_grammar": or_null("string"),
         "json_schema": {"type": ["object", "string", "null"]},
         "regex": or_null("string"),
+        "ebnf": or_null("string"),
         "structured_outputs": or_null("object"),
         "stream_options": {"type": ["object", "null"], "properties": {"include_usage": flag, "include_progress": flag}},
     })
@@ -133,11 +134,37 @@ fn requests() -> Map<String, Value> {
         "include": {"type": ["array", "null"], "items": {"type": "string"}},
         "store": {"enum": [false, null]}, "background": {"enum": [false, null]}, "previous_response_id": {"type": "null"},
     })]));
-    all.insert("TokenizeRequest".into(), request(&[], &[&json!({
-        "prompt": {"type": "string"}, "messages": messages, "chat_template_kwargs": kwargs, "return_token_strs": flag,
-        "tools": chat_tools["tools"],
-    })]));
-    all["TokenizeRequest"]["anyOf"] = json!([{"required": ["prompt"]}, {"required": ["messages"]}]);
+    all.insert(
+        "EmbeddingRequest".into(),
+        request(
+            &[],
+            &[&json!({
+                "model": or_null("string"), "chat_template_kwargs": kwargs,
+                "add_generation_prompt": flag, "encoding_format": {"enum": ["float", "base64", null]},
+                "pooling": {"enum": ["last", "mean", null]}, "dimensions": {"type": "null"},
+            })],
+        ),
+    );
+    // Null is as good as absent.
+    let either = |name: &str, value: &Value| {
+        json!([
+            {"required": [name], "properties": {name: value, "messages": {"type": "null"}}},
+            {"required": ["messages"], "properties": {name: {"type": "null"}, "messages": messages}},
+        ])
+    };
+    all["EmbeddingRequest"]["oneOf"] = either("input", &input);
+    all.insert(
+        "TokenizeRequest".into(),
+        request(
+            &[],
+            &[&json!({
+                "model": or_null("string"), "chat_template_kwargs": kwargs,
+                "return_token_strs": flag, "add_generation_prompt": flag, "tools": chat_tools["tools"],
+                "tool_choice": chat_tools["tool_choice"], "parallel_tool_calls": flag,
+            })],
+        ),
+    );
+    all["TokenizeRequest"]["oneOf"] = either("prompt", &json!({"type": "string"}));
     all.insert("DetokenizeRequest".into(), request(&["tokens"], &[&json!({
         "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}}, "skip_special_tokens": flag,
     })]));
@@ -227,6 +254,23 @@ fn answers() -> Map<String, Value> {
                 json!({
                     "count": count, "max_model_len": count, "tokens": {"type": "array", "items": count},
                     "token_strs": {"type": "array", "items": text_or_null},
+                }),
+            ),
+        ),
+        (
+            "Embeddings",
+            object(
+                &["object", "data", "model", "usage"],
+                json!({
+                    "object": {"const": "list"}, "model": text,
+                    "data": {"type": "array", "items": object(&["object", "index", "embedding"], json!({
+                        "object": {"const": "embedding"}, "index": count,
+                        "embedding": {"type": ["array", "string"], "items": {"type": "number"},
+                                      "description": "numbers, or with base64 their f32 in little-endian order"},
+                    }))},
+                    "usage": object(&["prompt_tokens", "total_tokens"], json!({
+                        "prompt_tokens": count, "total_tokens": count,
+                    })),
                 }),
             ),
         ),

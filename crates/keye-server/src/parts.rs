@@ -21,25 +21,104 @@ pub(crate) struct Parts {
     calls: Option<ToolCallSplitter>,
     /// The last part that was not the answer.
     reasoning_part: Option<Part>,
+    form: Form,
 }
 
+/// Whether the answer has a form that was asked for: then tags count before it only, since its texts may quote them.
+#[derive(Debug)]
+enum Form {
+    /// It has none.
+    Free,
+    /// It has, and has not begun.
+    Ahead {
+        /// Text that may be the beginning of a tag.
+        held: String,
+        /// The tag that ends the thinking which goes on.
+        inside: Option<&'static str>,
+        /// There was thinking: white space behind it is no part of the answer.
+        thought: bool,
+    },
+    /// It has begun.
+    Begun,
+}
+
+/// Tags of thinking.
+const TAGS: [(&str, &str); 2] = [("<think>", "</think>"), ("<analysis>", "</analysis>")];
+
 impl Parts {
-    /// `tools` are the names of those that may be called.
-    pub fn new(tools: &[String]) -> Self {
+    /// `tools` are the names of those that may be called; with `form` the answer has one that was asked for.
+    pub fn new(tools: &[String], form: bool) -> Self {
         let calls = (!tools.is_empty()).then(|| ToolCallSplitter::new(tools.to_vec()));
-        Self { splitter: ThinkSplitter::new(), calls, reasoning_part: None }
+        let form = match form {
+            true => Form::Ahead { held: String::new(), inside: None, thought: false },
+            false => Form::Free,
+        };
+        Self { splitter: ThinkSplitter::new(), calls, reasoning_part: None, form }
     }
 
     /// Takes the next text; returns what is settled, in order.
     pub fn push(&mut self, text: &str) -> Vec<Piece> {
+        match &mut self.form {
+            Form::Free => self.split(text),
+            Form::Begun => self.sort(vec![(Part::Answer, text.to_owned())]),
+            Form::Ahead { held, inside, thought } => {
+                let held = std::mem::take(held) + text;
+                let (inside, thought) = (*inside, *thought);
+                self.ahead(held, inside, thought)
+            }
+        }
+    }
+
+    /// Looks for the beginning of the answer behind thinking that may come first.
+    fn ahead(&mut self, mut held: String, mut inside: Option<&'static str>, mut thought: bool) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        loop {
+            if let Some(close) = inside {
+                let end = held.find(close).map(|at| at + close.len());
+                let kept = (1..close.len()).rev().find(|n| held.ends_with(&close[..*n])).unwrap_or(0);
+                let settled: String = held.drain(..end.unwrap_or(held.len() - kept)).collect();
+                pieces.extend(self.split(&settled));
+                if end.is_none() {
+                    break;
+                }
+                (inside, thought) = (None, true);
+                continue;
+            }
+            let begun = held.trim_start();
+            if let Some(&(open, close)) = TAGS.iter().find(|(open, _)| begun.starts_with(open)) {
+                pieces.extend(self.split(open));
+                (held, inside) = (begun[open.len()..].to_owned(), Some(close));
+            } else if TAGS.iter().any(|(open, _)| open.starts_with(begun)) {
+                break;
+            } else {
+                self.form = Form::Begun;
+                // A call begins with a tag, other forms may quote one.
+                if !begun.starts_with('<') {
+                    self.calls = None;
+                }
+                let text = if thought { begun.to_owned() } else { held };
+                pieces.extend(self.sort(vec![(Part::Answer, text)]));
+                return pieces;
+            }
+        }
+        self.form = Form::Ahead { held, inside, thought };
+        pieces
+    }
+
+    fn split(&mut self, text: &str) -> Vec<Piece> {
         let pieces = self.splitter.push(text);
         self.sort(pieces)
     }
 
     /// What is left at the end.
     pub fn finish(&mut self) -> Vec<Piece> {
-        let pieces = self.splitter.finish();
-        let mut pieces = self.sort(pieces);
+        let held = match &mut self.form {
+            Form::Ahead { held, .. } => std::mem::take(held),
+            Form::Free | Form::Begun => String::new(),
+        };
+        let mut pieces = self.split(&held);
+        let rest = self.splitter.finish();
+        pieces.extend(self.sort(rest));
         pieces.extend(self.calls.iter_mut().flat_map(ToolCallSplitter::finish).map(Piece::from));
         pieces
     }
@@ -70,5 +149,52 @@ impl From<ToolPiece> for Piece {
             ToolPiece::Text(text) => Self::Content(text),
             ToolPiece::Call(call) => Self::Call(call),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pieces of a text that comes in parts of `size` characters: thinking and answer.
+    fn parts(text: &str, size: usize, form: bool) -> (String, String) {
+        let mut parts = Parts::new(&["f".into()], form);
+        let chars: Vec<char> = text.chars().collect();
+        let mut pieces: Vec<Piece> =
+            chars.chunks(size).flat_map(|part| parts.push(&part.iter().collect::<String>())).collect();
+        pieces.extend(parts.finish());
+        let (mut thinking, mut answer) = (String::new(), String::new());
+        for piece in pieces {
+            match piece {
+                Piece::Reasoning(text) => thinking.push_str(&text),
+                Piece::Content(text) => answer.push_str(&text),
+                Piece::Call(call) => answer.push_str(&format!("[{}]", call.name)),
+            }
+        }
+        (thinking, answer)
+    }
+
+    #[test]
+    fn texts_inside_a_form_are_left_alone() {
+        let call = "<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>";
+        let quoting = format!("{{\"a\": \"<think>x</think> </answer>{call}\"}} ");
+        let thinking = "<analysis>Hard.</analysis>\n<think>1 < 2, {\"a\"}</think>\n\n";
+        let cases = [
+            (quoting.clone(), "", &*quoting),
+            (format!("{thinking}{quoting}"), "Hard.\n\n1 < 2, {\"a\"}", &quoting),
+            (format!("<think>Hm.</think>{call}"), "Hm.", "[f]"),
+            (" yes ".to_owned(), "", " yes "),
+            ("<b> and <think>".to_owned(), "", "<b> and <think>"),
+            ("<think>cut </thi".to_owned(), "cut </thi", ""),
+            ("<thi".to_owned(), "", "<thi"),
+            (String::new(), "", ""),
+        ];
+        for (text, thinking, answer) in cases {
+            for size in [1, 2, 3, 7, 1000] {
+                assert_eq!(parts(&text, size, true), (thinking.into(), answer.into()), "{text} by {size}");
+            }
+        }
+        // Without a form the model's own tags count wherever they stand.
+        assert_eq!(parts("So: <think>Hm.</think> yes", 3, false), ("Hm.".into(), "So:yes".into()));
     }
 }

@@ -47,15 +47,15 @@ pub(crate) struct ResponseAnswer {
 }
 
 impl ResponseAnswer {
-    /// `tools` are the names of those that may be called.
-    pub fn new(model: &str, streamed: bool, tools: &[String], echo: Map<String, Value>) -> Self {
+    /// `tools` are the names of those that may be called; with `form` the answer has one that was asked for.
+    pub fn new(model: &str, streamed: bool, tools: &[String], form: bool, echo: Map<String, Value>) -> Self {
         Self {
             id: new_id("resp"),
             created: seconds_since_1970(),
             model: model.to_owned(),
             streamed,
             echo,
-            parts: Parts::new(tools),
+            parts: Parts::new(tools, form),
             output: Vec::new(),
             open: None,
             logprobs: Vec::new(),
@@ -292,7 +292,7 @@ mod tests {
         "<think>Hm, well.</think>Wait a moment. <tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>";
 
     fn run(streamed: bool) -> (Vec<Value>, Value) {
-        let mut answer = ResponseAnswer::new("m", streamed, &["f".into()], Map::new());
+        let mut answer = ResponseAnswer::new("m", streamed, &["f".into()], false, Map::new());
         let mut events = answer.begin();
         for text in TEXT.split_inclusive(' ') {
             events.extend(answer.token(0, text, None));

@@ -22,7 +22,7 @@ use crate::{sse, structured, tools};
 
 pub(crate) async fn responses(
     State(app): State<Arc<App>>,
-    Extension(RequestId(id)): Extension<RequestId>,
+    Extension(id): Extension<RequestId>,
     request: HttpRequest,
 ) -> Result<Response, ApiError> {
     respond(app, id, request).await.map_err(|error| match &error.param {
@@ -32,7 +32,7 @@ pub(crate) async fn responses(
     })
 }
 
-async fn respond(app: Arc<App>, id: String, request: HttpRequest) -> Result<Response, ApiError> {
+async fn respond(app: Arc<App>, id: RequestId, request: HttpRequest) -> Result<Response, ApiError> {
     let mut lease = Lease::default();
     lease.take_streams(&app, 1)?;
     let body = lease.read_body(&app, request).await?;
@@ -42,7 +42,7 @@ async fn respond(app: Arc<App>, id: String, request: HttpRequest) -> Result<Resp
     })
     .await?;
     let generation = Generation::start(&app, &id, vec![request], 1, lease, common.include_progress)?;
-    sse::respond(generation, answer, common.stream).await
+    sse::respond(generation, answer, common.stream).await.map_err(|error| common.blame(error))
 }
 
 fn read(body: &[u8], app: &App) -> Result<(Common, Request, ResponseAnswer), ApiError> {
@@ -56,7 +56,9 @@ fn read(body: &[u8], app: &App) -> Result<(Common, Request, ResponseAnswer), Api
     if let Some(format) = fields.object("text")?.and_then(|text| text.get("format")).filter(|format| !format.is_null())
     {
         let format = format.as_object().ok_or_else(|| ApiError::invalid("text", "text.format: expected an object"))?;
-        common.grammar = structured::format_grammar(format, "text.format")?.or(common.grammar);
+        if let Some(grammar) = structured::format_grammar(format, "text.format")? {
+            (common.grammar, common.grammar_field) = (Some(grammar), "text.format");
+        }
     }
     let tools = tools::read(&fields)?;
     prepare_for(&tools, &mut common)?;
@@ -78,8 +80,8 @@ fn read(body: &[u8], app: &App) -> Result<(Common, Request, ResponseAnswer), Api
     let top = sampling_fields::logprobs_in_range(&fields, "top_logprobs")?;
     let logprobs = if fields.get("include").is_some_and(wanted) { Some(top.unwrap_or(0)) } else { top };
     let request = Request { conversation, think, template, logprobs, ..common.request() };
-    sampling_fields::refuse_unread(&fields, &request)?;
-    let answer = ResponseAnswer::new(&app.config.model, common.stream, &tools.names, echo(&fields, &common));
+    let (form, echo) = (common.grammar.is_some(), echo(&fields, &common));
+    let answer = ResponseAnswer::new(&app.config.model, common.stream, &tools.names, form, echo);
     Ok((common, request, answer))
 }
 

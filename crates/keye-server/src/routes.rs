@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::error::{ApiError, json_response};
-use crate::{chat, completions, guard, openapi, page, responses, tokens};
+use crate::{chat, completions, embeddings, guard, openapi, page, responses, tokens};
 
-fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 11] {
+fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 12] {
     [
         ("/health", get(health)),
         ("/ready", get(ready)),
@@ -26,6 +26,7 @@ fn routes() -> [(&'static str, MethodRouter<Arc<App>>); 11] {
         ("/v1/chat/completions", post(chat::chat)),
         ("/v1/completions", post(completions::completions)),
         ("/v1/responses", post(responses::responses)),
+        ("/v1/embeddings", post(embeddings::embeddings)),
         ("/tokenize", post(tokens::tokenize)),
         ("/detokenize", post(tokens::detokenize)),
     ]

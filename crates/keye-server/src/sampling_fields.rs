@@ -4,7 +4,7 @@ use keye_engine::{Grammar, MAX_LOGPROBS, Request, SamplingParams};
 use serde_json::Value;
 
 use crate::app::{App, random};
-use crate::error::ApiError;
+use crate::error::{ApiError, INVALID_GRAMMAR};
 use crate::fields::Fields;
 use crate::structured;
 
@@ -19,10 +19,20 @@ pub(crate) struct Common {
     pub include_progress: bool,
     /// What the text of the answer has to look like.
     pub grammar: Option<Grammar>,
+    /// The field that says so.
+    pub grammar_field: &'static str,
     pub max_reasoning_tokens: Option<usize>,
 }
 
 impl Common {
+    /// Names the field that a grammar came from in an error about it.
+    pub fn blame(&self, error: ApiError) -> ApiError {
+        if error.code == Some(INVALID_GRAMMAR) {
+            return ApiError { param: Some(self.grammar_field.to_owned()), ..error };
+        }
+        error
+    }
+
     /// A request with these settings and no prompt.
     pub fn request(&self) -> Request {
         Request {
@@ -101,13 +111,15 @@ pub(crate) fn read(fields: &Fields, app: &App) -> Result<Common, ApiError> {
         None => (false, false),
     };
     let include_progress = progress && stream;
+    let (grammar_field, grammar) = structured::read(fields)?.unzip();
     Ok(Common {
         sampling: sampling(fields, app)?,
         choices,
         stream,
         include_usage,
         include_progress,
-        grammar: structured::read(fields)?,
+        grammar,
+        grammar_field: grammar_field.unwrap_or_default(),
         max_reasoning_tokens: max_reasoning_tokens(fields)?,
     })
 }
@@ -120,36 +132,6 @@ fn max_reasoning_tokens(fields: &Fields) -> Result<Option<usize>, ApiError> {
         }
     }
     Ok(None)
-}
-
-/// Fields that are read here and that the engine takes no notice of yet; the last is where a grammar comes from when no other
-/// field says so.
-const GRAMMARS: [&str; 10] = [
-    "response_format",
-    "text",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "json_schema",
-    "regex",
-    "structured_outputs",
-    "tool_choice",
-];
-
-/// Refuses what the engine would leave out in silence.
-pub(crate) fn refuse_unread(fields: &Fields, request: &Request) -> Result<(), ApiError> {
-    if request.grammar.is_some() {
-        let named = GRAMMARS.into_iter().find(|name| fields.get(name).is_some());
-        return Err(ApiError::unsupported(named.unwrap_or("tool_choice")));
-    }
-    if request.logprobs.is_some() {
-        return Err(ApiError::unsupported("logprobs"));
-    }
-    if request.max_reasoning_tokens.is_some() {
-        return Err(ApiError::unsupported("max_reasoning_tokens"));
-    }
-    Ok(())
 }
 
 /// `logprobs` (a switch) and `top_logprobs` of chats.

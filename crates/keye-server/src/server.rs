@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,17 +13,24 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use keye_engine::{Engine, SamplingParams};
 use keye_processor::Processor;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 
 use crate::ServerConfig;
 use crate::app::App;
+#[cfg(feature = "otel")]
+use crate::otel::Exporter;
 use crate::routes::router;
 use crate::stall::StallGuard;
+use crate::tls::TlsFiles;
 
 /// Time for the head of a request to arrive, which is also how long an idle connection stays.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// Time to agree on TLS.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a head, and of what is read and written at a time.
 const BUFFER_BYTES: usize = 64 << 10;
 /// Threads that serve connections; they only pass bytes on.
@@ -44,6 +52,14 @@ pub enum ServeError {
         /// Why.
         source: io::Error,
     },
+    /// A certificate or key is missing, damaged, or does not belong to the other.
+    #[error("cannot use {path} for TLS: {reason}")]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What was found instead.
+        reason: String,
+    },
     /// The system gives no threads or sockets.
     #[error("cannot start the server: {0}")]
     Start(#[from] io::Error),
@@ -52,6 +68,7 @@ pub enum ServeError {
 /// A server that has its address and has not begun to answer.
 pub struct Server {
     listener: std::net::TcpListener,
+    tls: Option<TlsAcceptor>,
     app: Arc<App>,
     stop: Arc<watch::Sender<bool>>,
 }
@@ -79,11 +96,20 @@ impl Server {
         defaults: SamplingParams,
         config: ServerConfig,
     ) -> Result<Self, ServeError> {
+        let tls = config.tls.as_ref().map(TlsFiles::acceptor).transpose()?;
         let address = SocketAddr::new(config.host, config.port);
         let listener = std::net::TcpListener::bind(address).map_err(|source| ServeError::Bind { address, source })?;
         listener.set_nonblocking(true)?;
-        let app = Arc::new(App::new(engine, processor, defaults, config));
-        Ok(Self { listener, app, stop: Arc::new(watch::Sender::new(false)) })
+        #[cfg(feature = "otel")]
+        let exporter = config.otlp_endpoint.as_deref().map(Exporter::start).transpose()?;
+        #[cfg_attr(not(feature = "otel"), expect(unused_mut, reason = "for the exporter"))]
+        let mut app = App::new(engine, processor, defaults, config);
+        #[cfg(feature = "otel")]
+        {
+            app.exporter = exporter;
+        }
+        let app = Arc::new(app);
+        Ok(Self { listener, tls, app, stop: Arc::new(watch::Sender::new(false)) })
     }
 
     /// Where it listens.
@@ -101,8 +127,12 @@ impl Server {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         runtime.worker_threads(WORKERS).max_blocking_threads(PARSERS).thread_name("keye-http");
         let runtime = runtime.enable_io().enable_time().build()?;
+        #[cfg(feature = "otel")]
+        let app = Arc::clone(&self.app);
         runtime.block_on(self.serve())?;
         runtime.shutdown_timeout(Duration::from_secs(1));
+        #[cfg(feature = "otel")]
+        app.exporter.iter().for_each(Exporter::flush);
         Ok(())
     }
 
@@ -128,9 +158,13 @@ impl Server {
                     // Tokens are small and should not wait for more.
                     let _ = stream.set_nodelay(true);
                     let (router, stop) = (router.clone(), self.stop.subscribe());
-                    let reader_timeout = self.app.config.reader_timeout;
+                    let stream = StallGuard::new(stream, self.app.config.reader_timeout);
+                    let tls = self.tls.clone();
                     connections.spawn(async move {
-                        connection(StallGuard::new(stream, reader_timeout), router, stop).await;
+                        match tls {
+                            None => connection(stream, router, stop).await,
+                            Some(tls) => encrypted(tls, stream, router, stop).await,
+                        }
                         drop(place);
                     });
                 }
@@ -152,7 +186,26 @@ impl Server {
     }
 }
 
-async fn connection(stream: StallGuard<TcpStream>, router: Router, stop: watch::Receiver<bool>) {
+/// Agrees on TLS first. Who cannot, such as somebody who speaks plain HTTP, is let go.
+async fn encrypted<S>(tls: TlsAcceptor, stream: S, router: Router, stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let agreed = tokio::select! {
+        agreed = tokio::time::timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)) => agreed,
+        () = told(stop.clone()) => return,
+    };
+    match agreed {
+        Ok(Ok(stream)) => connection(stream, router, stop).await,
+        Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
+        Err(_) => tracing::debug!("TLS handshake took too long"),
+    }
+}
+
+async fn connection<S>(stream: S, router: Router, stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(BUFFER_BYTES);
     let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));

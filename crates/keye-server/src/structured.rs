@@ -6,9 +6,9 @@ use serde_json::{Map, Value};
 use crate::error::ApiError;
 use crate::fields::Fields;
 
-/// Reads them; two at once contradict each other.
-pub(crate) fn read(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
-    let mut found: Vec<(&str, Grammar)> = Vec::new();
+/// Reads them, with the name that was used; two at once contradict each other.
+pub(crate) fn read(fields: &Fields) -> Result<Option<(&'static str, Grammar)>, ApiError> {
+    let mut found: Vec<(&'static str, Grammar)> = Vec::new();
     if let Some(format) = fields.object("response_format")? {
         found.extend(format_grammar(format, "response_format")?.map(|grammar| ("response_format", grammar)));
     }
@@ -37,7 +37,7 @@ pub(crate) fn read(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
         let message = format!("{second}: {first} already says what the answer has to look like");
         return Err(ApiError::invalid(second, message));
     }
-    Ok(found.pop().map(|(_, grammar)| grammar))
+    Ok(found.pop())
 }
 
 /// `response_format` of chats, or `text.format` of responses, where the schema stands one level higher.
@@ -100,7 +100,8 @@ mod tests {
 
     fn grammar(body: Value) -> Result<Option<Grammar>, String> {
         let fields = Fields::of(&body).unwrap();
-        read(&fields).map_err(|error| error.param.unwrap_or_default())
+        let found = read(&fields).map_err(|error| error.param.unwrap_or_default())?;
+        Ok(found.map(|(_, grammar)| grammar))
     }
 
     #[test]

@@ -20,10 +20,15 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: HttpRequest) 
     blocking(move || {
         let body = fields::parse(&body)?;
         let fields = Fields::of(&body)?;
+        fields.string("model")?;
+        let tools = tools::read(&fields)?;
+        let (think, options) = template(&fields, &tools)?;
         let text = match fields.string("prompt")? {
+            Some(_) if fields.get("messages").is_some() => {
+                return Err(ApiError::invalid("messages", "messages: a prompt is there too; send one of them"));
+            }
             Some(prompt) => prompt.to_owned(),
             None => {
-                let tools = tools::read(&fields)?;
                 let messages = fields
                     .get("messages")
                     .ok_or_else(|| ApiError::invalid("messages", "prompt or messages: missing"))?;
@@ -32,7 +37,6 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: HttpRequest) 
                     let message = "messages: media become tokens only when they are decoded; send text";
                     return Err(ApiError::invalid("messages", message));
                 }
-                let (think, options) = template(&fields, &tools)?;
                 app.processor.template.render(conversation.with_think(think).messages(), &options)?
             }
         };

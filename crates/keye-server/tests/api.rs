@@ -4,12 +4,19 @@
 mod answers;
 #[path = "api/client.rs"]
 mod client;
+#[path = "api/embeddings.rs"]
+mod embeddings;
+#[path = "api/forms.rs"]
+mod forms;
 #[path = "api/limits.rs"]
 mod limits;
 #[path = "api/media.rs"]
 mod media;
 #[path = "api/newer.rs"]
 mod newer;
+#[cfg(feature = "otel")]
+#[path = "api/otel.rs"]
+mod otel;
 #[path = "api/page.rs"]
 mod page;
 #[path = "api/python.rs"]
@@ -20,3 +27,5 @@ mod routes;
 mod shutdown;
 #[path = "api/support.rs"]
 mod support;
+#[path = "api/tls.rs"]
+mod tls;

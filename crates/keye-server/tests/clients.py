@@ -4,9 +4,12 @@ python clients.py BASE_URL DIRECTORY_OF_MEDIA
 """
 
 import base64
+import json
 import sys
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 import requests
 
 BASE, MEDIA = sys.argv[1:3]
@@ -75,6 +78,43 @@ turns = [{"role": "user", "content": "Look."}, called, {"role": "tool", "tool_ca
 answer = client.chat.completions.create(model="", messages=turns, tools=[tool], max_completion_tokens=5)
 assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
+# Calls that are demanded, forms of answers, how likely tokens were, vectors.
+cool = dict(model="", temperature=1.2, seed=3, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+tool["function"]["parameters"] = {"type": "object", "required": ["side"], "additionalProperties": False,
+                                  "properties": {"side": {"enum": ["left", "right"]}}}
+for choice in ["required", {"type": "function", "function": {"name": "look"}}]:
+    asked = dict(cool, messages=turns[:1], tools=[tool], tool_choice=choice, parallel_tool_calls=False)
+    answer = client.chat.completions.create(**asked).choices[0]
+    call = answer.message.tool_calls[0]
+    assert answer.finish_reason == "tool_calls" and call.function.name == "look"
+    assert json.loads(call.function.arguments)["side"] in ("left", "right")
+    with client.chat.completions.stream(**asked) as stream:
+        final = stream.get_final_completion().choices[0].message.tool_calls[0]
+    assert final.function.arguments == call.function.arguments
+
+
+class Finding(pydantic.BaseModel):
+    model_config = {"extra": "forbid"}
+    kind: Literal["clip", "photo"]
+    scores: Annotated[list[Annotated[int, pydantic.Field(ge=0, le=9)]], pydantic.Field(min_length=1, max_length=3)]
+
+
+found = client.chat.completions.parse(**cool, messages=turns[:1], response_format=Finding, max_completion_tokens=200)
+assert isinstance(found.choices[0].message.parsed, Finding), found
+found = client.responses.parse(model="", input="Look.", text_format=Finding, reasoning={"effort": "none"}, temperature=1.2)
+assert isinstance(found.output_parsed, Finding), found
+answer = client.chat.completions.create(**cool, messages=turns[:1], logprobs=True, top_logprobs=2, max_completion_tokens=4)
+tokens = answer.choices[0].logprobs.content
+assert len(tokens) == answer.usage.completion_tokens and len(tokens[0].top_logprobs) == 2, tokens
+assert all(token.logprob <= 0 and token.token == bytes(token.bytes).decode(errors="replace") for token in tokens), tokens
+answer = client.completions.create(model="", prompt="Once", max_tokens=5, logprobs=2)
+assert len(answer.choices[0].logprobs.tokens) == len(answer.choices[0].logprobs.token_logprobs) == 5, answer
+vectors = [client.embeddings.create(model="", input=["A cat.", "Rain."], encoding_format=form).data
+           for form in (openai.omit, "float")]
+for packed, plain in zip(*vectors, strict=True):
+    assert abs(sum(x * x for x in plain.embedding) - 1) < 1e-4
+    assert all(abs(a - b) < 1e-6 for a, b in zip(packed.embedding, plain.embedding, strict=True))
+
 # The newer API: the same answer, whole and streamed.
 parts = [{"type": "input_image", "image_url": image, "detail": "high"}, {"type": "input_text", "text": "What is it?"}]
 asked = dict(model=model, input=[{"role": "user", "content": parts}], max_output_tokens=20, extra_body={"seed": 5})
@@ -105,7 +145,8 @@ else:
 
 for change, error in [
     ({"temperature": -1}, openai.BadRequestError),
-    ({"response_format": {"type": "json_object"}}, openai.BadRequestError),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/no"}}}},
+     openai.BadRequestError),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]},
      openai.BadRequestError),
 ]:

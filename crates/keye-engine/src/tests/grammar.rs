@@ -4,9 +4,10 @@ use keye_processor::ThinkMode;
 use serde_json::{Value, json};
 
 use super::handle::{engine, processor, request};
+use crate::constraint::Constraint;
 use crate::fake::FakeRunner;
 use crate::random::philox;
-use crate::{Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, Request};
+use crate::{Engine, EngineError, EngineOptions, Event, FinishReason, Grammar, Request, SamplingParams};
 
 fn noisy(max_running: usize) -> Engine {
     let runner = FakeRunner::new(500, 64).with_vocabulary(processor().tokenizer.vocab_size());
@@ -221,8 +222,37 @@ fn a_mask_over_150_000_tokens() {
             matcher.consume_token(allowed[dice.roll(allowed.len())]).expect("allowed");
             tokens += 1;
         }
-        times.sort();
-        let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
-        println!("{name}: compiled in {compiled:?}; {tokens} masks, median {median:?}, worst {worst:?}");
+        let (count, median, worst) = spread(times);
+        println!("{name}: compiled in {compiled:?}; {count} masks, median {median:?}, worst {worst:?}");
+        // All that a token costs the step's thread, beside the same without a grammar.
+        let matcher = compiler.compile(&grammar).expect("a grammar");
+        let end_tokens = std::sync::Arc::from([end]);
+        let mut constraint =
+            Constraint::new(tokenizer.clone(), Some(matcher), end_tokens, ThinkMode::NoThink, "", None);
+        let params = SamplingParams { temperature: 1.0, top_k: 20, top_p: 0.9, ..SamplingParams::default() };
+        let (mut with, mut without) = (Vec::new(), Vec::new());
+        for step in 0..200 {
+            let mut logits: Vec<f32> = (0..tokenizer.vocab_size()).map(|_| dice.roll(1000) as f32 / 100.0).collect();
+            let mut free = logits.clone();
+            let start = std::time::Instant::now();
+            crate::sample(&mut free, &params, &[], &[], step);
+            without.push(start.elapsed());
+            let start = std::time::Instant::now();
+            constraint.restrict(&mut logits).expect("a way on");
+            let token = crate::sample(&mut logits.clone(), &params, &[], &[], step);
+            let over = constraint.push(token).expect("allowed");
+            with.push(start.elapsed());
+            if over {
+                break;
+            }
+        }
+        let ((count, median, worst), (_, free, _)) = (spread(with), spread(without));
+        println!("{name}: {count} tokens, median {median:?}, worst {worst:?}; without a grammar median {free:?}");
     }
+}
+
+/// Number, median and largest.
+fn spread(mut times: Vec<std::time::Duration>) -> (usize, std::time::Duration, std::time::Duration) {
+    times.sort();
+    (times.len(), times[times.len() / 2], times[times.len() - 1])
 }

@@ -21,11 +21,6 @@ fn fields_that_would_change_the_answer_are_refused_by_name() {
     let server = shared();
     let tool = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
     for (field, value) in [
-        ("response_format", json!({"type": "json_object"})),
-        ("logprobs", json!(true)),
-        ("max_reasoning_tokens", json!(5)),
-        ("guided_json", json!({"type": "object"})),
-        ("regex", json!("a+")),
         ("logit_bias", json!({"5": 1})),
         ("best_of", json!(2)),
         ("suffix", json!("x")),
@@ -100,6 +95,10 @@ fn wrong_values_are_refused_by_name() {
         ("guided_json", json!(3)),
         ("top_logprobs", json!(3)),
         ("max_reasoning_tokens", json!(-1)),
+        ("regex", json!(3)),
+        ("ebnf", json!("root ::= x")),
+        ("top_logprobs", json!(21)),
+        ("structured_outputs", json!({"magic": "x"})),
         ("chat_template_kwargs", json!([])),
     ] {
         assert_eq!(server.chat(&hello_with(field, value.clone())).error(), (400, field.into()), "{field} {value}");

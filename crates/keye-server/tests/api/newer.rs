@@ -61,7 +61,9 @@ fn what_responses_refuse() {
         (json!({"input": "x", "store": true}), "store"),
         (json!({"input": "x", "max_output_tokens": 0}), "max_output_tokens"),
         (json!({"input": "x", "tools": [{"type": "web_search"}]}), "tools"),
-        (json!({"input": "x", "text": {"format": {"type": "json_object"}}}), "text"),
+        (json!({"input": "x", "text": {"format": {"type": "yaml"}}}), "text.format"),
+        (json!({"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}), "text.format"),
+        (json!({"input": "x", "tool_choice": "required"}), "tool_choice"),
     ] {
         assert_eq!(server.post("/v1/responses", &body).error(), (400, param.into()), "{body}");
     }
@@ -83,6 +85,9 @@ fn tools_are_in_the_prompt() {
     let plain = count(json!({}));
     assert!(count(json!({"tools": tools})) > plain + 50);
     assert_eq!(count(json!({"tools": tools, "tool_choice": "none"})), plain);
-    let body = json!({"messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required"});
-    assert_eq!(server.chat(&body).error(), (400, "tool_choice".into()));
+    for body in
+        [json!({"messages": [{"role": "user", "content": "x"}], "tools": 3}), json!({"prompt": "x", "tools": 3})]
+    {
+        assert_eq!(server.post("/tokenize", &body).error(), (400, "tools".into()), "{body}");
+    }
 }

@@ -97,6 +97,7 @@ fn of_engine(error: &EngineError) -> Option<u8> {
     match error {
         EngineError::Media(error) => Some(of_media(error)),
         EngineError::Processor(ProcessorError::Messages { .. }) => Some(USAGE),
+        EngineError::Refused(_) | EngineError::Grammar(_) | EngineError::ContextLength { .. } => Some(USAGE),
         EngineError::Cancelled => Some(INTERRUPTED),
         _ => None,
     }
@@ -105,6 +106,14 @@ fn of_engine(error: &EngineError) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_user_can_change_is_usage() {
+        let code = |error: EngineError| exit_code(&error.into());
+        assert_eq!(code(EngineError::ContextLength { tokens: 9, max: 8 }), USAGE);
+        assert_eq!(code(EngineError::Grammar("no".into())), USAGE);
+        assert_eq!(code(EngineError::Internal("no".into())), FAILED);
+    }
 
     #[test]
     fn causes_are_told_once() {

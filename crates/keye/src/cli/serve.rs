@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use keye::Keye;
 use keye_engine::EngineOptions;
 use keye_media::RemotePolicy;
-use keye_server::{Ceilings, MediaAccess, Server, ServerConfig};
+use keye_server::{Ceilings, MediaAccess, Server, ServerConfig, TlsFiles};
 
 use super::args::ModelArgs;
 use super::failure::Usage;
@@ -20,6 +20,7 @@ const AFTER_HELP: &str = "\
 Examples:
   keye serve -m Kwai-Keye/Keye-VL-1_5-8B
   keye serve -m ./model --host 0.0.0.0 --port 8000 --api-key \"$KEY\"
+  keye serve -m ./model --tls-cert cert.pem --tls-key key.pem
   keye serve -m ./model --media-path /srv/clips          file:///srv/clips/a.mp4 and a.mp4 may be named
   keye serve -m ./model --allow-remote-media             http(s) URLs with public addresses may be named
   curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
@@ -39,6 +40,12 @@ pub struct Args {
     /// Port; 0 takes a free one
     #[arg(long, value_name = "PORT", default_value = "8000")]
     port: u16,
+    /// Speak HTTPS: a certificate and those that vouch for it, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// With --tls-cert: its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Name of the model for clients [default: what --model says]
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
@@ -51,6 +58,10 @@ pub struct Args {
     /// Form of the log on standard error
     #[arg(long, value_name = "FORM", default_value = "text")]
     log: Log,
+    /// Collector of OpenTelemetry traces (OTLP over HTTP), like http://localhost:4318
+    #[cfg(feature = "otel")]
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
     #[command(flatten)]
     media: MediaFlags,
     #[command(flatten)]
@@ -80,6 +91,10 @@ struct LimitFlags {
     /// Answers that are generated in the same steps
     #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..))]
     max_running: u16,
+    /// Most tokens to guess ahead from what stands in prompt and answer already; changes no answer, pauses where it does not
+    /// pay, 0 is off
+    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(..=64))]
+    speculate: u16,
     /// Answers that are generated or wait; more get status 429
     #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..))]
     max_streams: u16,
@@ -136,10 +151,16 @@ enum Log {
 
 pub fn run(args: Args) -> Result<()> {
     let config = args.config()?;
+    let encrypted = config.tls.is_some();
     start_log(args.log);
     let mut options = args.model.options(config.media.access());
     let max_queue = usize::from(args.limits.max_streams);
-    options.engine = EngineOptions { max_running: usize::from(args.limits.max_running), max_queue, ..options.engine };
+    options.engine = EngineOptions {
+        max_running: usize::from(args.limits.max_running),
+        max_queue,
+        speculation: usize::from(args.limits.speculate),
+        ..options.engine
+    };
 
     let mut status = Status::new(false);
     let ceilings = config.ceilings.clone();
@@ -152,7 +173,8 @@ pub fn run(args: Args) -> Result<()> {
     let server = Server::bind(keye.engine().clone(), keye.shared_processor(), keye.default_sampling(), config)?;
     let address = server.address()?;
     status.line(&format!("{} on {}", args.model.model, keye.device()));
-    status.line(&format!("listening on http://{address}, up to {} tokens", keye.engine().max_model_len()));
+    let scheme = if encrypted { "https" } else { "http" };
+    status.line(&format!("listening on {scheme}://{address}, up to {} tokens", keye.engine().max_model_len()));
     let stop = server.shutdown();
     let guard = signals::guard();
     std::thread::Builder::new().name("keye-signals".into()).spawn(move || {
@@ -180,6 +202,11 @@ impl Args {
         Ok(ServerConfig {
             host: self.host,
             port: self.port,
+            tls: self
+                .tls_cert
+                .clone()
+                .zip(self.tls_key.clone())
+                .map(|(certificates, key)| TlsFiles { certificates, key }),
             model: self.served_model_name.clone().unwrap_or_else(|| self.model.model.clone()),
             api_keys: self.api_key.clone(),
             cors_origins: self.cors_origin.clone(),
@@ -188,6 +215,8 @@ impl Args {
             max_connections: usize::from(limits.max_connections),
             max_streams: usize::from(limits.max_streams),
             shutdown_timeout: Duration::from_secs(limits.shutdown_timeout.into()),
+            #[cfg(feature = "otel")]
+            otlp_endpoint: self.otlp_endpoint.clone(),
             media: self.media.access()?,
             ceilings: Ceilings {
                 fps: limits.max_fps,
