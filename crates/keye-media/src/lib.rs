@@ -28,6 +28,7 @@ mod item;
 mod loader;
 mod measure;
 mod media;
+mod memory;
 mod options;
 mod patches;
 mod probe;
@@ -54,6 +55,7 @@ pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
 pub use loader::{Access, Limits, Loader, Progress, TimestampRule};
 pub use measure::{MediaCost, media_cost, write_sample_clip, write_sample_photo};
 pub use media::{Frame, FrameKind, Media, Patches, Pixels};
+pub use memory::RgbClip;
 pub use remote_policy::{RemotePolicy, is_global};
 
 #[cfg(test)]

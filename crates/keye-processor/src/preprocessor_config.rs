@@ -1,8 +1,12 @@
 //! preprocessor_config.json.
+//!
+//! The published files hold the image processor alone; the limits of clips are part of a variant. A checkpoint of another
+//! size than the published ones says its own under `video`: any of `fps`, `min_pixels` and `max_pixels` (of a frame),
+//! `total_pixels`, `fast_token_ratio`, `min_frame_similarity`.
 
 use std::path::Path;
 
-use keye_media::{ProcessorConfig, Resample};
+use keye_media::{ProcessorConfig, Resample, VideoConfig};
 use serde_json::Value;
 
 use crate::ProcessorError;
@@ -10,13 +14,36 @@ use crate::files::{CONFIG_BYTES, Fields, read_json_if_present};
 
 const MAX_PIXELS: u64 = 1 << 40;
 
-/// Reads `preprocessor_config.json` of a checkpoint directory; without the file, the published values (spec §10.1).
-pub(crate) fn load(dir: &Path) -> Result<ProcessorConfig, ProcessorError> {
+/// Reads `preprocessor_config.json` of a checkpoint directory; without the file, the published values (spec §10.1) and
+/// the limits of clips as `video` has them.
+pub(crate) fn load(dir: &Path, video: VideoConfig) -> Result<(ProcessorConfig, VideoConfig), ProcessorError> {
     let path = dir.join("preprocessor_config.json");
     match read_json_if_present(&path, CONFIG_BYTES)? {
-        Some(value) => from_value(&path, &value),
-        None => Ok(ProcessorConfig::default()),
+        Some(value) => Ok((from_value(&path, &value)?, clips(&path, &value, video)?)),
+        None => Ok((ProcessorConfig::default(), video)),
     }
+}
+
+/// The limits of clips: those of `video` in the file, else those of the variant.
+fn clips(path: &Path, value: &Value, variant: VideoConfig) -> Result<VideoConfig, ProcessorError> {
+    let file = Fields::of(path, value)?;
+    let Some(own) = file.object("video")? else { return Ok(variant) };
+    let pixels =
+        |name: &str, default: u64| Ok::<u64, ProcessorError>(own.uint(name, 1..=MAX_PIXELS)?.unwrap_or(default));
+    let video = VideoConfig {
+        fps: own.number("fps", 1e-3..=1e3)?.unwrap_or(variant.fps),
+        min_pixels: pixels("min_pixels", variant.min_pixels)?,
+        max_pixels: pixels("max_pixels", variant.max_pixels)?,
+        total_pixels: pixels("total_pixels", variant.total_pixels)?,
+        fast_token_ratio: own.number("fast_token_ratio", 0.0..=1.0)?.unwrap_or(variant.fast_token_ratio),
+        min_frame_similarity: own.number("min_frame_similarity", 0.0..=1.1)?.unwrap_or(variant.min_frame_similarity),
+        ..variant
+    };
+    if video.min_pixels > video.max_pixels {
+        let found = format_args!("expected at most max_pixels ({}), found {}", video.max_pixels, video.min_pixels);
+        return Err(own.error("min_pixels", found));
+    }
+    Ok(video)
 }
 
 /// Checks the contents of a preprocessor_config.json.
@@ -87,6 +114,7 @@ fn channels(
 
 #[cfg(test)]
 mod tests {
+    use keye_media::MediaConfig;
     use serde_json::json;
 
     use super::*;
@@ -107,6 +135,27 @@ mod tests {
         let config = load(json!({"size": {"min_pixels": 784, "max_pixels": 7840}, "max_pixels": 9000})).unwrap();
         assert_eq!((config.min_pixels, config.max_pixels), (784, 9000));
         assert_eq!(load(json!({"image_std": 0.25})).unwrap().image_std, [0.25; 3]);
+    }
+
+    #[test]
+    fn a_checkpoint_may_have_limits_of_its_own_for_clips() {
+        let load = |value: Value| clips(Path::new("preprocessor_config.json"), &value, MediaConfig::slow_fast().video);
+        assert_eq!(load(json!({})).unwrap(), MediaConfig::slow_fast().video);
+        let own = json!({"video": {"min_pixels": 3136, "max_pixels": 12544, "fps": 4, "min_frame_similarity": 0.95}});
+        let found = load(own).unwrap();
+        assert_eq!(
+            (found.min_pixels, found.max_pixels, found.fps, found.min_frame_similarity),
+            (3136, 12544, 4.0, 0.95)
+        );
+        assert_eq!(found.total_pixels, MediaConfig::slow_fast().video.total_pixels);
+        for (value, named) in [
+            (json!({"video": {"min_pixels": 9, "max_pixels": 8}}), "video.min_pixels"),
+            (json!({"video": {"fast_token_ratio": 2}}), "video.fast_token_ratio"),
+            (json!({"video": 3}), "video"),
+        ] {
+            let error = load(value.clone()).expect_err(named).to_string();
+            assert!(error.contains(named), "{value}: {error}");
+        }
     }
 
     #[test]

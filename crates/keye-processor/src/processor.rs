@@ -103,7 +103,8 @@ impl Processor {
 
 /// The variant's rules, then preprocessor_config.json, then the overrides.
 fn media_config(dir: &Path, config: &ModelConfig, overrides: &Overrides) -> Result<MediaConfig, ProcessorError> {
-    let mut processor = preprocessor_config::load(dir)?;
+    let variant = config.facts().media;
+    let (mut processor, video) = preprocessor_config::load(dir, variant.video)?;
     let path = dir.join("preprocessor_config.json");
     for (name, found, vision) in [
         ("patch_size", processor.patch_size, config.vision.patch_size),
@@ -121,5 +122,5 @@ fn media_config(dir: &Path, config: &ModelConfig, overrides: &Overrides) -> Resu
         let reason = format!("processor min_pixels and max_pixels: expected 1 or more, in rising order, found {found}");
         return Err(file_error(&path, reason));
     }
-    Ok(MediaConfig { processor, ..config.facts().media })
+    Ok(MediaConfig { processor, video, ..variant })
 }
