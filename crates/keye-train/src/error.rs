@@ -9,6 +9,9 @@ pub enum TrainError {
     /// A pack that contradicts itself or the model.
     #[error("pack: {0}")]
     Pack(String),
+    /// Training data: records, media, the state of reading.
+    #[error("data: {0}")]
+    Data(String),
     /// A model that is not trained here.
     #[error("model: {0}")]
     Model(String),

@@ -3,6 +3,7 @@
 //! **In**: packed samples ([`Pack`]). **Out**: a checkpoint directory in Hugging Face layout that the engine loads.
 
 mod checkpoint_dir;
+pub mod data;
 mod error;
 mod flops;
 mod metrics;

@@ -1,5 +1,7 @@
 //! The crate's behaviour through its public interface.
 
+#[path = "suite/data.rs"]
+mod data;
 #[path = "suite/engine.rs"]
 mod engine;
 #[path = "suite/gradients.rs"]

@@ -1,0 +1,129 @@
+//! What is trained on.
+
+use std::path::PathBuf;
+
+use keye_world::Split;
+use serde::Deserialize;
+
+use crate::TrainError;
+
+/// Samples of the world.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Clips with questions.
+    Clip,
+    /// Stills with questions.
+    Still,
+    /// The world in words alone.
+    Text,
+    /// Stills with captions, for contrastive training.
+    Pair,
+}
+
+/// Where samples come from: the world, or files of records.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceConfig {
+    /// Samples of the world; excludes `parquet`.
+    pub world: Option<Kind>,
+    /// Part of the world: train, validation or test.
+    #[serde(default = "train")]
+    pub split: String,
+    /// Files of records (§3.4); excludes `world`.
+    #[serde(default)]
+    pub parquet: Vec<PathBuf>,
+    /// How often it is drawn, beside the weights of the others.
+    #[serde(default = "one")]
+    pub weight: u32,
+}
+
+/// Samples and how they are packed.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// At least one. Pairs do not mix with the others.
+    pub sources: Vec<SourceConfig>,
+    /// Most tokens of a pack.
+    pub max_tokens: usize,
+    /// Pictures of a contrastive pack.
+    #[serde(default = "pairs")]
+    pub pairs: usize,
+    /// Cut the last sample of a pack to fit; otherwise it begins the next pack.
+    #[serde(default)]
+    pub cut: bool,
+    /// Chooses the order of sources and rows.
+    #[serde(default)]
+    pub seed: u64,
+    /// Packs that are prepared ahead.
+    #[serde(default = "ahead")]
+    pub ahead: usize,
+}
+
+fn train() -> String {
+    "train".into()
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn pairs() -> usize {
+    64
+}
+
+fn ahead() -> usize {
+    4
+}
+
+impl SourceConfig {
+    /// Samples of the world's training split.
+    pub fn of_world(kind: Kind, weight: u32) -> Self {
+        Self { world: Some(kind), split: train(), parquet: Vec::new(), weight }
+    }
+
+    /// The part of the world.
+    ///
+    /// # Errors
+    /// A name that is no split.
+    pub fn split(&self) -> Result<Split, TrainError> {
+        self.split.parse().map_err(|reason| TrainError::Data(format!("split: {reason}")))
+    }
+}
+
+impl DataConfig {
+    /// A mix of the world's training split.
+    pub fn of_world(kinds: &[(Kind, u32)], max_tokens: usize, seed: u64) -> Self {
+        let sources = kinds.iter().map(|&(kind, weight)| SourceConfig::of_world(kind, weight)).collect();
+        Self { sources, max_tokens, pairs: pairs(), cut: false, seed, ahead: ahead() }
+    }
+
+    /// Whether packs are for contrastive training.
+    pub fn contrastive(&self) -> bool {
+        self.sources.iter().any(|source| source.world == Some(Kind::Pair))
+    }
+
+    /// Checks what can be checked without reading data.
+    ///
+    /// # Errors
+    /// No source or no weight; sources of no kind or two; pairs beside others; sizes of 0.
+    pub fn check(&self) -> Result<(), TrainError> {
+        let wrong = |what: String| Err(TrainError::Data(what));
+        if self.sources.iter().all(|source| source.weight == 0) {
+            return wrong("sources: expected at least one with a weight above 0".into());
+        }
+        for (i, source) in self.sources.iter().enumerate() {
+            source.split()?;
+            if source.world.is_some() != source.parquet.is_empty() {
+                return wrong(format!("source {i}: expected either world or parquet, found both or neither"));
+            }
+            if self.contrastive() && source.world != Some(Kind::Pair) {
+                return wrong(format!("source {i}: pairs are trained on their own, without other sources"));
+            }
+        }
+        match self.max_tokens == 0 || self.pairs == 0 || self.ahead == 0 {
+            true => wrong("max_tokens, pairs and ahead: expected 1 or more".into()),
+            false => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! A sample to tokens, patches and targets.
+
+use std::sync::Arc;
+
+use keye_media::{ItemOptions, Loader, Media, MediaConfig, MediaKind, Pixels, RgbClip};
+use keye_processor::{Processor, TemplateOptions};
+
+use super::example::{Body, Example, Visual};
+use super::mask::{completion_mask, conversation_mask};
+use crate::{Pack, TrainError};
+
+/// Most tokens of a caption in contrastive training (§2.2).
+const CAPTION_TOKENS: usize = 64;
+/// A sample that is too long is processed again with limits this much smaller (§3.5).
+const SHRINK: f64 = 0.7;
+/// How often.
+const SHRINKS: u32 = 10;
+/// What ends a training text (§1.1).
+const END: &str = "<|endoftext|>";
+
+/// Makes samples ready, by the rules of one checkpoint directory.
+pub struct Encoder {
+    processor: Arc<Processor>,
+    loader: Loader,
+}
+
+/// A sample, ready.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Encoded {
+    /// A pack of this sample alone.
+    pub pack: Pack,
+    /// First token and end of each image or frame, in the order of `pack.grids`.
+    pub spans: Vec<[usize; 2]>,
+}
+
+impl Encoder {
+    /// By the tokenizer, template and media rules of `processor`; records may name local files.
+    pub fn new(processor: Arc<Processor>) -> Self {
+        let loader = Loader::new(processor.media.clone());
+        Self { processor, loader }
+    }
+
+    /// Tokens, positions, patches and targets of a sample of at most `max_tokens`; `None` when it stays too long however
+    /// small its pictures, or has nothing to learn.
+    ///
+    /// # Errors
+    /// Media that cannot be read; messages that the template refuses.
+    pub fn encode(&self, example: &Example, max_tokens: usize) -> Result<Option<Encoded>, TrainError> {
+        let mut encoded = self.encode_with(example, &self.loader)?;
+        let mut shrunk: f64 = 1.0;
+        for _ in 0..SHRINKS {
+            if encoded.pack.len() <= max_tokens || example.media.is_empty() {
+                break;
+            }
+            shrunk *= SHRINK;
+            let loader = Loader { config: smaller(&self.loader.config, shrunk), ..self.loader.clone() };
+            encoded = self.encode_with(example, &loader)?;
+        }
+        let useful = matches!(example.body, Body::Caption(_)) || encoded.pack.targets() > 0;
+        Ok((encoded.pack.len() <= max_tokens && useful).then_some(encoded))
+    }
+
+    fn encode_with(&self, example: &Example, loader: &Loader) -> Result<Encoded, TrainError> {
+        let of_sample = |reason: String| TrainError::Data(format!("{}: {reason}", example.uuid));
+        let media = example.media.iter().map(|visual| load(loader, &example.uuid, visual));
+        let media = media.collect::<Result<Vec<Media>, _>>().map_err(|error| of_sample(error.to_string()))?;
+        let borrowed: Vec<&Media> = media.iter().collect();
+        let tokenizer = &self.processor.tokenizer;
+        // The answer is in the messages: no header of one to come.
+        let whole = TemplateOptions { add_generation_prompt: false, ..TemplateOptions::default() };
+
+        let (ids, positions, loss_mask, spans) = match &example.body {
+            Body::Caption(text) => {
+                let mut ids = tokenizer.encode(text)?;
+                ids.truncate(CAPTION_TOKENS);
+                let positions = (0..ids.len() as u32).map(|at| [at; 3]).collect();
+                let mask = vec![false; ids.len()];
+                (ids, positions, mask, Vec::new())
+            }
+            Body::Messages(messages) => {
+                let text = self.processor.template.render(messages, &whole)?;
+                let prompt = self.processor.raw_prompt(text + END, &borrowed)?;
+                let mask = conversation_mask(&prompt.input_ids, tokenizer)?;
+                (prompt.input_ids, prompt.positions, mask, prompt.features)
+            }
+            Body::Segments(parts) => {
+                let text: String = parts
+                    .iter()
+                    .map(|part| match part["type"].as_str() {
+                        Some("image") => "<|vision_start|><|image_pad|><|vision_end|>",
+                        Some("video") => "<|vision_start|><|video_pad|><|vision_end|>",
+                        _ => part["text"].as_str().unwrap_or_default(),
+                    })
+                    .collect();
+                let prompt = self.processor.raw_prompt(text + END, &borrowed)?;
+                let mask = completion_mask(&prompt.input_ids, tokenizer)?;
+                (prompt.input_ids, prompt.positions, mask, prompt.features)
+            }
+        };
+        if ids.is_empty() {
+            return Err(of_sample("it has no text".into()));
+        }
+        let mut pack = Pack { cu_seqlens: vec![0, ids.len() as u32], ids, loss_mask, positions, ..Pack::default() };
+        for item in &media {
+            pack.grids.extend(item.frame_grids().map(|[_, h, w]| [h, w]));
+            match &item.patches.pixels {
+                Pixels::U8(bytes) => pack.patches.extend(bytes),
+                Pixels::F32(_) => return Err(of_sample("its pixels are floats, expected bytes".into())),
+            }
+        }
+        let spans = spans.iter().map(|span| [span.start, span.start + span.len]).collect();
+        pack.check()?;
+        Ok(Encoded { pack, spans })
+    }
+}
+
+impl Encoded {
+    /// The beginning of the sample, at most `tokens` long: a picture is kept whole or left out with all that follows.
+    /// `None` when nothing to learn is left.
+    pub fn cut(&self, tokens: usize) -> Option<Pack> {
+        let torn = self.spans.iter().find(|[start, end]| *start < tokens && *end > tokens);
+        let end = torn.map_or(tokens, |[start, _]| *start).min(self.pack.len());
+        let grids: Vec<[u32; 2]> =
+            self.pack.grids.iter().zip(&self.spans).filter(|(_, span)| span[1] <= end).map(|(grid, _)| *grid).collect();
+        let patches: usize = grids.iter().map(|[h, w]| (h * w) as usize * crate::PATCH_VALUES).sum();
+        let pack = Pack {
+            ids: self.pack.ids[..end].to_vec(),
+            loss_mask: self.pack.loss_mask[..end].to_vec(),
+            positions: self.pack.positions[..end].to_vec(),
+            cu_seqlens: vec![0, end as u32],
+            patches: self.pack.patches[..patches].to_vec(),
+            grids,
+        };
+        (pack.targets() > 0).then_some(pack)
+    }
+}
+
+/// Limits of pictures, frames and clips times `factor`.
+fn smaller(config: &MediaConfig, factor: f64) -> MediaConfig {
+    let mut config = config.clone();
+    let scaled = |pixels: u64, least: u64| ((pixels as f64 * factor) as u64).max(least);
+    config.image.max_pixels = scaled(config.image.max_pixels, config.image.min_pixels);
+    config.processor.max_pixels = scaled(config.processor.max_pixels, config.processor.min_pixels);
+    config.video.max_pixels = scaled(config.video.max_pixels, config.video.min_pixels);
+    config.video.total_pixels = scaled(config.video.total_pixels, config.video.min_pixels);
+    config
+}
+
+fn load(loader: &Loader, name: &str, visual: &Visual) -> Result<Media, keye_media::MediaError> {
+    let options = ItemOptions::default();
+    match visual {
+        Visual::World(MediaKind::Image, clip) => {
+            loader.load_rgb(name, (clip.height(), clip.width()), clip.frame(0), &options)
+        }
+        Visual::World(MediaKind::Video, clip) => {
+            let mut frame = |index: u64| clip.frame(index as u32);
+            let (height, width, frames) = (clip.height(), clip.width(), u64::from(clip.len()));
+            loader
+                .load_frames(&mut RgbClip { name, height, width, fps: clip.fps(), frames, frame: &mut frame }, &options)
+        }
+        Visual::Item(item) => loader.load(item, &mut |_| true),
+    }
+}

@@ -1,0 +1,69 @@
+//! One sample before it becomes tokens, wherever it comes from.
+
+use keye_media::{MediaItem, MediaKind};
+use keye_world::{Clip, Media, Sample};
+use serde_json::Value;
+
+/// What is said.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Body {
+    /// Messages as the chat template takes them.
+    Messages(Vec<Value>),
+    /// Text and media without roles: every text token is learnt.
+    Segments(Vec<Value>),
+    /// Text that belongs to the one picture of the sample.
+    Caption(String),
+}
+
+/// A picture or clip.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Visual {
+    /// Of the world, rendered in this process.
+    World(MediaKind, Clip),
+    /// Bytes or a file.
+    Item(MediaItem),
+}
+
+/// A sample.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Example {
+    /// Its name, for errors.
+    pub uuid: String,
+    /// What is said.
+    pub body: Body,
+    /// In the order in which the body mentions them.
+    pub media: Vec<Visual>,
+}
+
+impl Visual {
+    /// Picture or clip.
+    pub fn kind(&self) -> MediaKind {
+        match self {
+            Self::World(kind, _) => *kind,
+            Self::Item(item) => item.kind,
+        }
+    }
+}
+
+impl Example {
+    /// A conversation of the world.
+    pub fn conversation(sample: &Sample) -> Self {
+        let messages = sample.messages();
+        let values = messages.iter().map(|message| serde_json::to_value(message).unwrap_or_default()).collect();
+        Self { uuid: sample.uuid.clone(), body: Body::Messages(values), media: visuals(sample) }
+    }
+
+    /// A picture of the world and its caption.
+    pub fn pair(sample: &Sample) -> Self {
+        let caption = sample.turns.first().map(|turn| turn.answer.clone()).unwrap_or_default();
+        Self { uuid: sample.uuid.clone(), body: Body::Caption(caption), media: visuals(sample) }
+    }
+}
+
+fn visuals(sample: &Sample) -> Vec<Visual> {
+    let visual = |media: &Media| match media {
+        Media::Image(clip) => Visual::World(MediaKind::Image, clip.clone()),
+        Media::Video(clip) => Visual::World(MediaKind::Video, clip.clone()),
+    };
+    sample.media.iter().map(|(_, media)| visual(media)).collect()
+}

@@ -1,0 +1,96 @@
+//! Packs prepared ahead.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+
+use keye_processor::Processor;
+use serde_json::Value;
+
+use super::config::DataConfig;
+use super::packer::{Packer, State};
+use crate::{Pack, PackSource, TrainError};
+
+/// Packs of a [`DataConfig`], made on a thread of their own, a few ahead.
+pub struct Stream {
+    config: DataConfig,
+    processor: Arc<Processor>,
+    /// After the last pack handed out.
+    state: State,
+    worker: Option<Worker>,
+}
+
+struct Worker {
+    packs: Receiver<Result<(Pack, State), TrainError>>,
+    thread: JoinHandle<()>,
+}
+
+impl Stream {
+    /// Starts at the first sample of every source.
+    ///
+    /// # Errors
+    /// A config that contradicts itself; files that cannot be read.
+    pub fn new(config: DataConfig, processor: Arc<Processor>) -> Result<Self, TrainError> {
+        let packer = Packer::new(config.clone(), Arc::clone(&processor))?;
+        let state = packer.state.clone();
+        let worker = Some(Worker::start(packer, config.ahead)?);
+        Ok(Self { config, processor, state, worker })
+    }
+
+    fn stop(&mut self) {
+        if let Some(Worker { packs, thread }) = self.worker.take() {
+            // A worker that waits for room ends when nobody can receive any more.
+            drop(packs);
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Worker {
+    fn start(mut packer: Packer, ahead: usize) -> Result<Self, TrainError> {
+        let (send, packs) = sync_channel(ahead);
+        let work = move || {
+            loop {
+                let made = packer.next_pack().map(|pack| (pack, packer.state.clone()));
+                let failed = made.is_err();
+                if send.send(made).is_err() || failed {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("data".into()).spawn(work);
+        let thread = thread.map_err(|error| TrainError::Data(format!("no thread for reading data: {error}")))?;
+        Ok(Self { packs, thread })
+    }
+}
+
+impl PackSource for Stream {
+    fn next_pack(&mut self) -> Result<Pack, TrainError> {
+        let ended = || TrainError::Data("reading has ended after an error".into());
+        let worker = self.worker.as_ref().ok_or_else(ended)?;
+        let (pack, state) = worker.packs.recv().map_err(|_| ended())??;
+        self.state = state;
+        Ok(pack)
+    }
+
+    fn state(&self) -> Value {
+        serde_json::to_value(&self.state).unwrap_or_default()
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), TrainError> {
+        let wrong = |error| TrainError::Data(format!("the state of the data cannot be read: {error}"));
+        let state: State = serde_json::from_value(state.clone()).map_err(wrong)?;
+        let mut packer = Packer::new(self.config.clone(), Arc::clone(&self.processor))?;
+        packer.restore(state.clone())?;
+        self.stop();
+        self.worker = Some(Worker::start(packer, self.config.ahead)?);
+        self.state = state;
+        Ok(())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

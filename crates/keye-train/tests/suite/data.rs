@@ -1,0 +1,195 @@
+//! The loader: what becomes a target, what a pack holds, going on from a state.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use keye_media::{ItemOptions, Loader, MediaItem, MediaKind, Source};
+use keye_processor::{Overrides, Processor};
+use keye_train::data::{Body, DataConfig, Encoder, Example, Kind, Stream, Visual, completion_mask, conversation_mask};
+use keye_train::{Pack, PackSource, TrainError};
+use keye_world::{Split, World};
+
+/// A directory of keye-nano's tokenizer with the fixture's config and limits of small frames.
+fn nano() -> (tempfile::TempDir, Arc<Processor>) {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../recipes/keye-nano/tokenizer"));
+    for file in ["tokenizer.json", "chat_template.json"] {
+        std::fs::copy(tokenizer.join(file), dir.path().join(file)).unwrap();
+    }
+    let text = std::fs::read_to_string(crate::support::fixture().join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let words: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(tokenizer.join("tokenizer.json")).unwrap()).unwrap();
+    let id = |name: &str| {
+        words["added_tokens"].as_array().unwrap().iter().find(|t| t["content"] == name).unwrap()["id"].clone()
+    };
+    for (field, token) in [
+        ("image_token_id", "<|image_pad|>"),
+        ("video_token_id", "<|video_pad|>"),
+        ("fast_video_token_id", "<|fast_video_pad|>"),
+        ("vision_token_id", "<|vision_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+        ("bos_token_id", "<|endoftext|>"),
+        ("eos_token_id", "<|im_end|>"),
+    ] {
+        config[field] = id(token);
+    }
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let limits = serde_json::json!({
+        "min_pixels": 3136, "max_pixels": 12544, "patch_size": 14, "merge_size": 2,
+        "video": {"min_pixels": 3136, "max_pixels": 12544, "total_pixels": 200_704},
+    });
+    std::fs::write(dir.path().join("preprocessor_config.json"), limits.to_string()).unwrap();
+    let processor = Arc::new(Processor::load(dir.path(), &Overrides::default()).unwrap());
+    (dir, processor)
+}
+
+fn targets(processor: &Processor, pack: &Pack) -> String {
+    let ids: Vec<u32> = pack.ids.iter().zip(&pack.loss_mask).filter(|(_, mask)| **mask).map(|(id, _)| *id).collect();
+    processor.tokenizer.decode(&ids, false).unwrap()
+}
+
+/// Acceptance test 2 of the spec, the loss mask.
+#[test]
+fn loss_is_on_answers_and_what_closes_them() {
+    let (_dir, processor) = nano();
+    let text = "<|im_start|>user\nassistant?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n<|im_start|>user\nmore\
+                <|im_end|>\n<|im_start|>assistant\n2\n3<|im_end|>\n<|endoftext|>";
+    let ids = processor.tokenizer.encode(text).unwrap();
+    let mask = conversation_mask(&ids, &processor.tokenizer).unwrap();
+    let pack = Pack { ids, loss_mask: mask, ..Pack::default() };
+    assert_eq!(targets(&processor, &pack), "red<|im_end|>\n2\n3<|im_end|>\n");
+
+    let ids = processor.tokenizer.encode("a red<|vision_start|><|image_pad|><|vision_end|> ring<|endoftext|>").unwrap();
+    let mask = completion_mask(&ids, &processor.tokenizer).unwrap();
+    let first = processor.tokenizer.decode(&ids[..1], false).unwrap();
+    let pack = Pack { ids, loss_mask: mask, ..Pack::default() };
+    assert_eq!(first + &targets(&processor, &pack), "a red ring");
+}
+
+#[test]
+fn a_sample_of_the_world_becomes_what_inference_would_see() {
+    let (_dir, processor) = nano();
+    let encoder = Encoder::new(Arc::clone(&processor));
+    let mut fast = 0;
+    for index in 0..40 {
+        let sample = World::new(Split::Train).clip(index);
+        let encoded = encoder.encode(&Example::conversation(&sample), 2048).unwrap().unwrap();
+        let pack = &encoded.pack;
+        let answers: String = sample.turns.iter().map(|turn| turn.answer.clone() + "<|im_end|>\n").collect();
+        assert_eq!(targets(&processor, pack), answers);
+        let tokens: u32 = pack.grids.iter().map(|[h, w]| h * w / 4).sum();
+        let pads = pack.ids.iter().filter(|id| **id == processor.config.video_token_id).count();
+        assert_eq!(pads, tokens as usize);
+        assert!(pack.grids.len() as u32 >= sample.story.frames / 2 && pack.grids.iter().all(|[h, w]| h * w <= 64));
+        fast += pack.grids.iter().filter(|[h, w]| h * w < 40).count();
+    }
+    assert!(fast > 20, "{fast} fast frames");
+}
+
+#[test]
+fn packs_keep_their_length_and_go_on_from_a_state() {
+    let (_dir, processor) = nano();
+    let config = DataConfig::of_world(&[(Kind::Clip, 2), (Kind::Still, 1), (Kind::Text, 1)], 1024, 7);
+    for config in [config.clone(), DataConfig { cut: true, ..config }] {
+        let mut stream = Stream::new(config.clone(), Arc::clone(&processor)).unwrap();
+        let mut used = 0;
+        for _ in 0..6 {
+            let pack = stream.next_pack().unwrap();
+            pack.check().unwrap();
+            assert!(pack.len() <= 1024 && pack.targets() > 0);
+            used += pack.len();
+        }
+        assert!(used > 6 * 1024 * 6 / 10, "{used} of {}", 6 * 1024);
+        let state = stream.state();
+        let next: Vec<Pack> = (0..5).map(|_| stream.next_pack().unwrap()).collect();
+        let mut other = Stream::new(config, Arc::clone(&processor)).unwrap();
+        other.restore(&state).unwrap();
+        assert!((0..5).all(|i| other.next_pack().unwrap() == next[i]));
+        stream.restore(&state).unwrap();
+        assert!(stream.next_pack().unwrap() == next[0] && next[0] != next[1]);
+    }
+}
+
+#[test]
+fn pairs_are_pictures_with_a_caption_each() {
+    let (_dir, processor) = nano();
+    let config = DataConfig { pairs: 8, ..DataConfig::of_world(&[(Kind::Pair, 1)], 4096, 0) };
+    let pack = Stream::new(config, Arc::clone(&processor)).unwrap().next_pack().unwrap();
+    assert_eq!((pack.grids.len(), pack.cu_seqlens.len(), pack.targets()), (8, 9, 0));
+    let first = processor.tokenizer.decode(&pack.ids[..pack.cu_seqlens[1] as usize], false).unwrap();
+    assert!(World::new(Split::Train).pair(0).turns[0].answer.starts_with(&first), "{first}");
+}
+
+#[test]
+fn what_does_not_fit_is_cut_before_a_picture() {
+    let (_dir, processor) = nano();
+    let encoder = Encoder::new(Arc::clone(&processor));
+    let sample = World::new(Split::Train).still(3);
+    let whole = encoder.encode(&Example::conversation(&sample), 2048).unwrap().unwrap();
+    let [[start, end]] = whole.spans[..] else { panic!("one picture: {:?}", whole.spans) };
+    assert_eq!(whole.cut(end - 1), None, "nothing is learnt before the picture");
+    let cut = whole.cut(whole.pack.len() - 1).unwrap();
+    assert_eq!((cut.len(), cut.grids.len()), (whole.pack.len() - 1, 1));
+    cut.check().unwrap();
+    assert!(start > 0 && whole.cut(start).is_none());
+}
+
+#[test]
+fn long_samples_shrink_or_are_left_out() {
+    let (_dir, processor) = nano();
+    let encoder = Encoder::new(Arc::clone(&processor));
+    let sample = (0..).map(|i| World::new(Split::Train).clip(i)).find(|s| s.story.frames == 32).unwrap();
+    let example = Example::conversation(&sample);
+    let whole = encoder.encode(&example, 4096).unwrap().unwrap().pack;
+    let smaller = encoder.encode(&example, whole.len() - 20).unwrap().unwrap().pack;
+    assert!(smaller.len() <= whole.len() - 20 && smaller.grids.len() == whole.grids.len());
+    assert!(smaller.patches.len() < whole.patches.len());
+    assert_eq!(encoder.encode(&example, 30).unwrap(), None);
+    let config = DataConfig::of_world(&[(Kind::Text, 1)], 16, 0);
+    let error = Stream::new(config, processor).unwrap().next_pack().unwrap_err();
+    assert!(matches!(&error, TrainError::Data(text) if text.contains("max_tokens")), "{error}");
+}
+
+/// A picture from memory is processed like the same picture in a file.
+#[test]
+fn memory_and_files_give_the_same_patches() {
+    let (_dir, processor) = nano();
+    let loader = Loader::new(processor.media.clone());
+    let file = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/keye-1_5-tiny/inputs/one.png"));
+    let item = MediaItem { kind: MediaKind::Image, source: Source::Path(file.into()), options: ItemOptions::default() };
+    let from_file = loader.load(&item, &mut |_| true).unwrap();
+    let encoder = Encoder::new(Arc::clone(&processor));
+    let messages = serde_json::json!([
+        {"role": "user", "content": [{"type": "image", "image": "one"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "red"},
+    ]);
+    let body = Body::Messages(messages.as_array().unwrap().clone());
+    let example = Example { uuid: "one".into(), body, media: vec![Visual::Item(item)] };
+    let encoded = encoder.encode(&example, 2048).unwrap().unwrap();
+    assert_eq!(keye_media::Pixels::U8(encoded.pack.patches), from_file.patches.pixels);
+
+    let still = World::new(Split::Train).still(0);
+    let clip = still.media[0].1.clip();
+    let (size, rgb) = ((clip.height(), clip.width()), clip.frame(0));
+    let from_memory = loader.load_rgb("still", size, rgb.clone(), &ItemOptions::default()).unwrap();
+    let header = format!("P6\n{} {}\n255\n", clip.width(), clip.height());
+    assert!(loader.load_rgb("still", (1, 1), [header.as_bytes(), &rgb].concat(), &ItemOptions::default()).is_err());
+    assert_eq!(from_memory.patches.len() as u32, clip.height() / 28 * 2 * (clip.width() / 28 * 2));
+}
+
+#[test]
+fn configs_that_contradict_themselves_are_refused() {
+    let (_dir, processor) = nano();
+    let good = DataConfig::of_world(&[(Kind::Clip, 1)], 512, 0);
+    let mut both = good.clone();
+    both.sources[0].parquet = vec!["a.parquet".into()];
+    let mixed = DataConfig::of_world(&[(Kind::Pair, 1), (Kind::Clip, 1)], 512, 0);
+    let mut split = good.clone();
+    split.sources[0].split = "dev".into();
+    let none = DataConfig { sources: Vec::new(), ..good.clone() };
+    for config in [both, mixed, split, none, DataConfig { max_tokens: 0, ..good }] {
+        assert!(matches!(Stream::new(config, Arc::clone(&processor)), Err(TrainError::Data(_))));
+    }
+}
