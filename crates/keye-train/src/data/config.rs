@@ -98,6 +98,16 @@ impl DataConfig {
         Self { sources, max_tokens, pairs: pairs(), cut: false, seed, ahead: ahead() }
     }
 
+    /// Reads the table `data` of a recipe.
+    ///
+    /// # Errors
+    /// Fields that are missing, unknown or of another type; what [`DataConfig::check`] refuses.
+    pub fn from_table(table: &toml::Table) -> Result<Self, TrainError> {
+        let config: Self = table.clone().try_into().map_err(|error| TrainError::Data(format!("{error}")))?;
+        config.check()?;
+        Ok(config)
+    }
+
     /// Whether packs are for contrastive training.
     pub fn contrastive(&self) -> bool {
         self.sources.iter().any(|source| source.world == Some(Kind::Pair))

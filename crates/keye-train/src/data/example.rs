@@ -21,7 +21,7 @@ pub enum Visual {
     /// Of the world, rendered in this process.
     World(MediaKind, Clip),
     /// Bytes or a file.
-    Item(MediaItem),
+    Item(Box<MediaItem>),
 }
 
 /// A sample.

@@ -152,6 +152,17 @@ fn long_samples_shrink_or_are_left_out() {
     assert!(matches!(&error, TrainError::Data(text) if text.contains("max_tokens")), "{error}");
 }
 
+#[test]
+fn a_recipe_names_its_data() {
+    let table = |text: &str| toml::from_str::<toml::Table>(text).unwrap();
+    let text = "max_tokens = 512\n[[sources]]\nworld = \"clip\"\nweight = 3\n[[sources]]\nworld = \"text\"";
+    let config = DataConfig::from_table(&table(text)).unwrap();
+    assert_eq!(config, DataConfig::of_world(&[(Kind::Clip, 3), (Kind::Text, 1)], 512, 0));
+    for wrong in ["max_tokens = 512", "max_tokens = 1\nsources = [{world = \"song\"}]", "tokens = 1\nsources = []"] {
+        assert!(matches!(DataConfig::from_table(&table(wrong)), Err(TrainError::Data(_))), "{wrong}");
+    }
+}
+
 /// A picture from memory is processed like the same picture in a file.
 #[test]
 fn memory_and_files_give_the_same_patches() {
@@ -166,7 +177,7 @@ fn memory_and_files_give_the_same_patches() {
         {"role": "assistant", "content": "red"},
     ]);
     let body = Body::Messages(messages.as_array().unwrap().clone());
-    let example = Example { uuid: "one".into(), body, media: vec![Visual::Item(item)] };
+    let example = Example { uuid: "one".into(), body, media: vec![Visual::Item(Box::new(item))] };
     let encoded = encoder.encode(&example, 2048).unwrap().unwrap();
     assert_eq!(keye_media::Pixels::U8(encoded.pack.patches), from_file.patches.pixels);
 
