@@ -3,6 +3,7 @@
 //! Inputs come from a fixed seed and have shapes that are not multiples of anything, besides those of the models.
 
 mod latent;
+mod sparse;
 
 use crate::{
     Activation, AttentionShape, Backend, BackendError, BlockScales, CacheSpec, Dtype, KvDtype, QkNorm, Reference,
@@ -346,6 +347,8 @@ pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, Backen
     suite.rows()?;
     suite.vision_attention()?;
     suite.paged_attention()?;
+    suite.experts()?;
+    suite.sparse_attention()?;
     Ok(suite.checks)
 }
 

@@ -110,6 +110,9 @@ pub struct TokenLogprob {
 pub enum Event {
     /// Work before the first token.
     Stage(Stage),
+    /// The prompt ends with an opening `<think>`: the text of the tokens begins inside thinking. At most once, before the
+    /// first token.
+    Thinking,
     /// A generated token. `text` is what it adds to the answer; it may be empty while a character is incomplete or while a
     /// stop string may be forming.
     Token {
@@ -218,6 +221,10 @@ impl EventSender {
         let same = |last: &Event| matches!(last, Event::Stage(last) if last.updates() == stage.updates());
         let event = Event::Stage(stage.clone());
         self.channel.events.push_or_replace(event, same);
+    }
+
+    pub fn thinking(&self) {
+        let _ = self.channel.events.push(Event::Thinking);
     }
 
     pub fn token(&self, id: u32, text: String, logprob: Option<TokenLogprob>) {

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keye_media::{Loader, Media};
-use keye_processor::{Processor, Prompt};
+use keye_processor::{Processor, Prompt, opens_thinking};
 
 use crate::constraint::Constraint;
 use crate::engine::{Branch, Shared, Submission};
@@ -135,6 +135,9 @@ impl Preparer {
             }
         };
         clock.lap(|timings| &mut timings.media);
+        if opens_thinking(&prompt.text) {
+            branches.iter().for_each(|branch| branch.events.thinking());
+        }
         let constraint = (matcher.is_some() || request.max_reasoning_tokens.is_some()).then(|| {
             let (tokenizer, end_tokens) = (self.processor.tokenizer.clone(), Arc::clone(&self.end_tokens));
             let (think, budget) = (request.think, request.max_reasoning_tokens);

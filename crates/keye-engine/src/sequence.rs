@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use keye_media::Media;
 use keye_model::{FeatureId, FeatureRows, LogitRows};
-use keye_processor::{FeatureSpan, ProcessorError, Prompt, parse_answer};
+use keye_processor::{FeatureSpan, ProcessorError, Prompt, opens_thinking, parse_answer, parse_opened_answer};
 
 use crate::block_manager::ContentSpan;
 use crate::constraint::{Constraint, forbid};
@@ -294,7 +294,8 @@ impl Sequence {
         self.usage.completion_tokens = self.generated.len();
         let mut timings = self.request.clock.timings;
         timings.total = self.request.clock.submitted.elapsed();
-        let answer = parse_answer(&self.text);
+        let opened = opens_thinking(&self.request.prompt.text);
+        let answer = if opened { parse_opened_answer(&self.text) } else { parse_answer(&self.text) };
         let event = Event::Finished { reason, text: self.text, answer, usage: self.usage, timings };
         self.request.events.end(event);
     }

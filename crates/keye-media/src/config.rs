@@ -25,6 +25,8 @@ pub enum VideoRule {
     WholeClip,
     /// Keye-VL-1.5: slow and fast frames of two sizes with time stamps (spec §10.3).
     SlowFast,
+    /// Keye-VL-2.0: frames of one size with time stamps, within a budget (`docs/spec/keye-vl-2.md` §5.4 and §5.5).
+    Adaptive,
 }
 
 /// First resizing stage of still pictures (spec §10.1).
@@ -43,14 +45,11 @@ pub struct ImageConfig {
 pub struct VideoConfig {
     /// The variant's rule.
     pub rule: VideoRule,
-    /// False for models whose own rule is not implemented: their videos are refused, rather than sampled in a way that the
-    /// model was not made for.
-    pub available: bool,
     /// Frames per second when the item names none.
     pub fps: f64,
-    /// Fewest frames (`WholeClip`).
+    /// Fewest frames (`WholeClip`, `Adaptive`).
     pub min_frames: u32,
-    /// Most frames (`WholeClip`; `SlowFast` derives its own from the budget).
+    /// Most frames (`WholeClip`; the others derive their own from the budget).
     pub max_frames: u32,
     /// Smallest number of pixels of a frame.
     pub min_pixels: u64,
@@ -62,6 +61,9 @@ pub struct VideoConfig {
     pub fast_token_ratio: f64,
     /// Below this similarity a frame is slow (`SlowFast`).
     pub min_frame_similarity: f64,
+    /// `(seconds, share)`, ascending: a clip of at most so many seconds gets this share of the budget, a longer one all
+    /// of it (`Adaptive`). Empty: every clip gets all of it.
+    pub budget_shares: &'static [(f64, f64)],
 }
 
 /// The image processor: preprocessor_config.json. Its limits cap every still picture, whatever the item says.
@@ -90,6 +92,12 @@ pub struct ProcessorConfig {
     /// False: mean and standard deviation are not applied.
     pub do_normalize: bool,
 }
+
+/// 2.0's shares of the budget as its server has them behind a switch, for [`VideoConfig::budget_shares`].
+pub const BUDGET_SHARES: &[(f64, f64)] = &[(259.0, 0.09), (518.0, 0.18), (1036.0, 0.36), (2016.0, 0.7)];
+
+/// 2.0's shares of the budget as its report has them.
+pub const REPORTED_BUDGET_SHARES: &[(f64, f64)] = &[(256.0, 0.125), (512.0, 0.25), (1024.0, 0.5)];
 
 /// Everything that shapes patches.
 #[derive(Debug, Clone, PartialEq)]
@@ -135,7 +143,6 @@ impl MediaConfig {
             image: ImageConfig { min_pixels: 4 * 784, max_pixels: 16_384 * 784, alpha: Alpha::CompositeRgbaOnWhite },
             video: VideoConfig {
                 rule: VideoRule::WholeClip,
-                available: true,
                 fps: 2.0,
                 min_frames: 4,
                 max_frames: 768,
@@ -144,6 +151,7 @@ impl MediaConfig {
                 total_pixels: 90_316_800,
                 fast_token_ratio: 1.0,
                 min_frame_similarity: 0.0,
+                budget_shares: &[],
             },
             processor: ProcessorConfig::default(),
         }
@@ -155,7 +163,6 @@ impl MediaConfig {
             image: ImageConfig { min_pixels: 4 * 784, max_pixels: 20_480 * 784, alpha: Alpha::Drop },
             video: VideoConfig {
                 rule: VideoRule::SlowFast,
-                available: true,
                 fps: 2.0,
                 min_frames: 1,
                 max_frames: u32::MAX,
@@ -164,6 +171,27 @@ impl MediaConfig {
                 total_pixels: 65_536 * 784,
                 fast_token_ratio: 0.3,
                 min_frame_similarity: 0.9,
+                budget_shares: &[],
+            },
+            processor: ProcessorConfig::default(),
+        }
+    }
+
+    /// Keye-VL-2.0 (`docs/spec/keye-vl-2.md` §5.1), with the same budget for clips of any length, as served by default.
+    pub fn adaptive() -> Self {
+        Self {
+            image: ImageConfig { min_pixels: 4 * 784, max_pixels: 20_480 * 784, alpha: Alpha::Drop },
+            video: VideoConfig {
+                rule: VideoRule::Adaptive,
+                fps: 2.0,
+                min_frames: 2,
+                max_frames: u32::MAX,
+                min_pixels: 64 * 784,
+                max_pixels: 256 * 784,
+                total_pixels: 184_320 * 784,
+                fast_token_ratio: 1.0,
+                min_frame_similarity: 0.0,
+                budget_shares: &[],
             },
             processor: ProcessorConfig::default(),
         }

@@ -1,12 +1,13 @@
 //! Clips given as a list of pictures (spec §10.2.7 and §10.3.6).
 
+use crate::adaptive_sampling::{adaptive_plan, adaptive_size};
 use crate::error::Refusal;
 use crate::options::{self, Target};
 use crate::patches;
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
-use crate::sampling::{reference_timestamp, slow_fast_plan};
+use crate::sampling::{quotient_timestamp, reference_timestamp, slow_fast_plan};
 use crate::similarity::Classifier;
-use crate::sizes::slow_fast_sizes;
+use crate::sizes::{SlowFastSizes, slow_fast_sizes};
 use crate::still::{self, Picture, PixelRange};
 use crate::{Frame, FrameItem, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Progress, VideoRule};
 
@@ -30,11 +31,11 @@ pub(crate) fn load(
     for frame in list {
         if let Some(own) = &frame.options {
             let own_options = match loader.config.video.rule {
-                VideoRule::SlowFast => options::check(own, Target::Picture, VideoRule::SlowFast),
+                rule @ (VideoRule::SlowFast | VideoRule::Adaptive) => options::check(own, Target::Picture, rule),
                 VideoRule::WholeClip if *own == ItemOptions::default() => Ok(()),
                 VideoRule::WholeClip => Err(Refusal::new(
                     "options",
-                    "frames of Keye-VL-8B-Preview take none of their own; Keye-VL-1.5's do",
+                    "frames of Keye-VL-8B-Preview take none of their own; those of later models do",
                 )),
             };
             own_options.map_err(|refusal| refusal.of(&frame.source.name()))?;
@@ -42,7 +43,7 @@ pub(crate) fn load(
     }
     match loader.config.video.rule {
         VideoRule::WholeClip => whole_clip(loader, list, options, fetch, progress),
-        VideoRule::SlowFast => slow_fast(loader, list, options, fetch, progress),
+        VideoRule::SlowFast | VideoRule::Adaptive => budgeted(loader, list, options, fetch, progress),
     }
 }
 
@@ -80,9 +81,9 @@ fn whole_clip(
     Ok(patches::assemble(MediaKind::Video, frames, pixels, patch, Some(sample_fps)))
 }
 
-/// 1.5: frames are first brought to a size as pictures with the limits of video frames, then sampled, classified and
-/// resized like the frames of a clip. Only sampled frames are read; there are time stamps only when `fps` is given.
-fn slow_fast(
+/// 1.5 and 2.0: frames are first brought to a size as pictures with the limits of video frames, then sampled, classified
+/// (1.5) and resized like the frames of a clip. Only sampled frames are read; there are time stamps only when `fps` is given.
+fn budgeted(
     loader: &Loader,
     list: &[FrameItem],
     options: &ItemOptions,
@@ -91,7 +92,9 @@ fn slow_fast(
 ) -> Result<Media, MediaError> {
     let (video, patch) = (&loader.config.video, loader.config.processor.patch_size);
     let list_fps = options.fps.unwrap_or(video.fps);
-    let plan = slow_fast_plan(list.len() as u64, list_fps, options, video).map_err(|refusal| refusal.of(NAME))?;
+    let adaptive = video.rule == VideoRule::Adaptive;
+    let plan = if adaptive { adaptive_plan } else { slow_fast_plan };
+    let plan = plan(list.len() as u64, list_fps, options, video).map_err(|refusal| refusal.of(NAME))?;
     let total = plan.indices.len();
     check_count(loader, total as u64)?;
     let range = PixelRange {
@@ -111,10 +114,11 @@ fn slow_fast(
         same_size(kept.first().map(|first| (first.height, first.width)), size, index)?;
         check_patches(loader, size, total)?;
         let classifier = match &mut classifier {
-            Some(classifier) => classifier,
-            None => classifier.insert(Classifier::new(size.0, size.1, threshold).map_err(unreadable)?),
+            _ if adaptive => None,
+            Some(classifier) => Some(classifier),
+            None => Some(classifier.insert(Classifier::new(size.0, size.1, threshold).map_err(unreadable)?)),
         };
-        kinds.push(classifier.push(&picture.rgb));
+        kinds.push(classifier.map_or(FrameKind::Slow, |classifier| classifier.push(&picture.rgb)));
         kept.push(picture);
     }
     let Some((h, w)) = kept.first().map(|first| (first.height, first.width)) else {
@@ -122,8 +126,12 @@ fn slow_fast(
     };
 
     let slow_count = kinds.iter().filter(|kind| **kind == FrameKind::Slow).count();
-    let sizes =
-        slow_fast_sizes(h, w, slow_count as u64, (total - slow_count) as u64, options, video).map_err(unreadable)?;
+    let sizes = match adaptive {
+        true => adaptive_size(h, w, total as u64, plan.total_pixels, options, video)
+            .map(|size| SlowFastSizes { slow: size, fast: size }),
+        false => slow_fast_sizes(h, w, slow_count as u64, (total - slow_count) as u64, options, video),
+    };
+    let sizes = sizes.map_err(unreadable)?;
     check_patches(loader, sizes.slow, slow_count)?;
     check_patches(loader, sizes.fast, total - slow_count)?;
     let resizer = |(to_h, to_w)| Resizer::new(h, w, to_h, to_w, Kernel::Bilinear, Mode::Int16);
@@ -136,7 +144,8 @@ fn slow_fast(
         };
         resizer.run(&picture.rgb, &mut resized, &mut scratch);
         patches::cut(&resized, height, width, patch, &mut pixels);
-        let timestamp = options.fps.map(|fps| reference_timestamp(index, fps));
+        let time = if adaptive { quotient_timestamp } else { reference_timestamp };
+        let timestamp = options.fps.map(|fps| time(index, fps));
         frames.push(Frame { index: index as usize, timestamp, kind, height, width });
     }
     tell(progress, total, total)?;

@@ -17,6 +17,7 @@
 //!
 //! No tensor, tokenizer or checkpoint types: those live further up.
 
+mod adaptive_sampling;
 mod config;
 mod decode;
 mod error;
@@ -49,7 +50,10 @@ mod spill;
 mod still;
 mod video;
 
-pub use config::{Alpha, ImageConfig, MediaConfig, ProcessorConfig, Resample, VideoConfig, VideoRule};
+pub use config::{
+    Alpha, BUDGET_SHARES, ImageConfig, MediaConfig, ProcessorConfig, REPORTED_BUDGET_SHARES, Resample, VideoConfig,
+    VideoRule,
+};
 pub use error::MediaError;
 pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
 pub use loader::{Access, Limits, Loader, Progress, TimestampRule};

@@ -111,13 +111,6 @@ impl Loader {
     /// [`MediaError::Cancelled`] and every child process is gone before this returns.
     pub fn load(&self, item: &MediaItem, progress: &mut dyn FnMut(Progress) -> bool) -> Result<Media, MediaError> {
         let name = item.source.name();
-        if item.kind == MediaKind::Video && !self.config.video.available {
-            let reason =
-                "videos for this model cannot be sampled yet; images and text work: pass frames as images, or \
-                          take a Keye-VL-1.5 model"
-                    .into();
-            return Err(MediaError::Unreadable { input: name, reason });
-        }
         let frame_list = matches!(item.source, Source::Frames(_));
         let target = match (item.kind, frame_list) {
             (MediaKind::Image, _) => Target::Picture,

@@ -59,7 +59,7 @@ impl Loader {
         let config = &self.config.video;
         let unreadable =
             |reason: &str| MediaError::Unreadable { input: clip.name.to_owned(), reason: reason.to_owned() };
-        if config.rule != VideoRule::SlowFast || !config.available {
+        if config.rule != VideoRule::SlowFast {
             return Err(unreadable("frames in memory are taken for Keye-VL-1.5 only; give the clip as a file"));
         }
         options::check(options, Target::ClipFile, config.rule).map_err(|refusal| refusal.of(clip.name))?;

@@ -16,6 +16,7 @@ pub(crate) enum Target {
 
 const PREVIEW: &str = "Keye-VL-8B-Preview";
 const SLOW_FAST: &str = "Keye-VL-1.5";
+const ADAPTIVE: &str = "Keye-VL-2.0";
 
 /// Refuses options that are out of range or that nothing would read.
 pub(crate) fn check(options: &ItemOptions, target: Target, rule: VideoRule) -> Result<(), Refusal> {
@@ -30,6 +31,8 @@ pub(crate) fn check(options: &ItemOptions, target: Target, rule: VideoRule) -> R
             (Target::Picture, _) => "pictures do".to_owned(),
             (Target::ClipFile, VideoRule::WholeClip) => format!("video files of {PREVIEW} do"),
             (Target::ClipFile, VideoRule::SlowFast) => format!("video files of {SLOW_FAST} do"),
+            (Target::ClipFile, VideoRule::Adaptive) => format!("video files of {ADAPTIVE} do"),
+            (Target::FrameList, VideoRule::Adaptive) => format!("frame lists of {ADAPTIVE} do"),
             (Target::FrameList, VideoRule::WholeClip) => format!("frame lists of {PREVIEW} do"),
             (Target::FrameList, VideoRule::SlowFast) => format!("frame lists of {SLOW_FAST} do"),
         };
@@ -74,6 +77,27 @@ fn takes(target: Target, rule: VideoRule) -> &'static [&'static str] {
             "min_frame_similarity",
             "video_start",
             "video_end",
+        ],
+        (Target::ClipFile, VideoRule::Adaptive) => &[
+            "fps",
+            "min_frames",
+            "max_frames",
+            "min_pixels",
+            "max_pixels",
+            "video_total_pixels",
+            "video_start",
+            "video_end",
+        ],
+        (Target::FrameList, VideoRule::Adaptive) => &[
+            "fps",
+            "min_frames",
+            "max_frames",
+            "min_pixels",
+            "max_pixels",
+            "resized_height",
+            "resized_width",
+            "video_total_pixels",
+            "exif",
         ],
         (Target::FrameList, VideoRule::WholeClip) => {
             &["fps", "min_pixels", "max_pixels", "resized_height", "resized_width", "exif"]

@@ -13,6 +13,8 @@ pub(crate) struct SamplePlan {
     pub indices: Vec<u64>,
     /// Sampled frames per second of the clip.
     pub sample_fps: f64,
+    /// Pixels that its frames may have together.
+    pub total_pixels: f64,
 }
 
 /// Preview's sampling of a clip of `total` frames at `video_fps`.
@@ -45,7 +47,8 @@ pub(crate) fn whole_clip_plan(
         return Err(Refusal::new(option, reason));
     }
     let indices = linspace(start, end, wanted as u64);
-    Ok(SamplePlan { indices, sample_fps: wanted / frames.max(1e-6) * video_fps })
+    let total_pixels = options.total_pixels.unwrap_or(config.total_pixels) as f64;
+    Ok(SamplePlan { indices, sample_fps: wanted / frames.max(1e-6) * video_fps, total_pixels })
 }
 
 /// 1.5's sampling of a clip of `total` frames at `video_fps`. At least one frame is sampled, where the reference fails
@@ -61,7 +64,8 @@ pub(crate) fn slow_fast_plan(
     let frames = end - start + 1;
     let wanted = slow_fast_count(frames, video_fps, options, config);
     let indices = linspace(start, end, wanted);
-    Ok(SamplePlan { indices, sample_fps: wanted as f64 / frames as f64 * video_fps })
+    let total_pixels = options.video_total_pixels.unwrap_or(config.total_pixels) as f64;
+    Ok(SamplePlan { indices, sample_fps: wanted as f64 / frames as f64 * video_fps, total_pixels })
 }
 
 /// `min(int(frames / video_fps * fps), int(total_pixels / min_pixels), max_frames)`, at least 1.
@@ -78,6 +82,11 @@ fn slow_fast_count(frames: u64, video_fps: f64, options: &ItemOptions, config: &
 /// Time of frame `i` as the reference has it: the double product `(1/fps)*i`, rounded to float32.
 pub(crate) fn reference_timestamp(i: u64, fps: f64) -> f32 {
     ((1.0 / fps) * i as f64) as f32
+}
+
+/// Time of frame `i` as 2.0's reference has it: the quotient, rounded to float32.
+pub(crate) fn quotient_timestamp(i: u64, fps: f64) -> f32 {
+    (i as f64 / fps) as f32
 }
 
 /// First and last frame of the wanted part, both included; a part named by the options has at least `shortest` frames.
@@ -109,14 +118,15 @@ pub(crate) fn frame_range(
     Ok((start, end))
 }
 
-/// `torch.linspace(start, end, n).round()` in float32; both ends included, `n` = 1 gives `start`.
+/// `torch.linspace(start, end, n).round()` in float32, products fused into sums as torch's build does (seen in clips of
+/// more than 60,000 frames); both ends included, `n` = 1 gives `start`.
 pub(crate) fn linspace(start: u64, end: u64, n: u64) -> Vec<u64> {
     if n == 1 {
         return vec![start];
     }
     let (first, last) = (start as f32, end as f32);
     let step = (last - first) / (n - 1) as f32;
-    let at = |i: u64| if i < n / 2 { first + step * i as f32 } else { last - step * (n - 1 - i) as f32 };
+    let at = |i: u64| if i < n / 2 { step.mul_add(i as f32, first) } else { (-step).mul_add((n - 1 - i) as f32, last) };
     (0..n).map(|i| (at(i).round_ties_even() as u64).clamp(start, end)).collect()
 }
 

@@ -1,8 +1,8 @@
 //! Clips: from a file to patches (spec §10.2 and §10.3), one frame at a time.
 //!
 //! [`probe`](crate::probe) tells what there is, [`sampling`](crate::sampling) which frames are wanted,
-//! [`decode`](crate::decode) streams them. A `WholeClip` frame is resized and cut as it comes; the frames of a `SlowFast`
-//! clip go through [`slow_fast`](crate::slow_fast).
+//! [`decode`](crate::decode) streams them. A frame of a `WholeClip` or `Adaptive` clip is resized and cut as it comes;
+//! the frames of a `SlowFast` clip go through [`slow_fast`](crate::slow_fast).
 //!
 //! **Frames that do not come.** The packets promise a number of frames. When the decoder gives fewer of the wanted ones
 //! (a cut or damaged file, fields in packets of their own), the decodable frames are counted by decoding once, and the
@@ -12,12 +12,13 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
+use crate::adaptive_sampling::{adaptive_plan, adaptive_size};
 use crate::decode::{self, Frames};
 use crate::ffmpeg::{Programs, Watch};
 use crate::patches;
 use crate::probe::{Clip, probe};
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
-use crate::sampling::{SamplePlan, reference_timestamp, slow_fast_plan, whole_clip_plan};
+use crate::sampling::{SamplePlan, quotient_timestamp, reference_timestamp, slow_fast_plan, whole_clip_plan};
 use crate::sizes::whole_clip_size;
 use crate::slow_fast::{SlowFast, SlowFastClip};
 use crate::smart_resize::smart_resize_hub;
@@ -99,7 +100,7 @@ impl Work<'_, '_> {
         (self.watch.done, self.watch.total) = (0, wanted as u32);
         self.watch.check()?;
         let media = match self.loader.config.video.rule {
-            VideoRule::WholeClip => self.whole_clip(&plan)?,
+            VideoRule::WholeClip | VideoRule::Adaptive => self.one_size(&plan)?,
             VideoRule::SlowFast => self.slow_fast(&plan, accept_short)?,
         };
         Ok(media.filter(|media| media.frames.len() == wanted || (accept_short && !media.frames.is_empty())))
@@ -112,6 +113,7 @@ impl Work<'_, '_> {
         let rule = match video.rule {
             VideoRule::WholeClip => whole_clip_plan,
             VideoRule::SlowFast => slow_fast_plan,
+            VideoRule::Adaptive => adaptive_plan,
         };
         let times = &self.clip.times;
         if self.loader.timestamps == TimestampRule::Reference || self.clip.has_constant_rate() {
@@ -136,18 +138,30 @@ impl Work<'_, '_> {
         Ok(SamplePlan {
             indices: plan.indices.iter().map(|index| index + start as u64).collect(),
             sample_fps: real.unwrap_or(plan.sample_fps),
+            total_pixels: plan.total_pixels,
         })
     }
 
-    fn whole_clip(&mut self, plan: &SamplePlan) -> Result<Option<Media>, MediaError> {
+    fn one_size(&mut self, plan: &SamplePlan) -> Result<Option<Media>, MediaError> {
         let (config, patch) = (&self.loader.config, self.loader.config.processor.patch_size);
         let (n, clip) = (plan.indices.len(), &self.clip);
-        let size = whole_clip_size(clip.height, clip.width, n as u64, self.options, &config.video);
+        let adaptive = config.video.rule == VideoRule::Adaptive;
+        let (size, kernel, mode) = match adaptive {
+            true => {
+                let total = plan.total_pixels;
+                let size = adaptive_size(clip.height, clip.width, n as u64, total, self.options, &config.video);
+                (size, Kernel::Bilinear, Mode::Int16)
+            }
+            false => {
+                let size = whole_clip_size(clip.height, clip.width, n as u64, self.options, &config.video);
+                (size, Kernel::Bicubic, Mode::Float)
+            }
+        };
         let (height, width) = size.map_err(|reason| self.watch.unreadable(reason))?;
-        let first = Resizer::new(clip.height, clip.width, height, width, Kernel::Bicubic, Mode::Float);
-        // The image processor resizes frames too if its limits say so; with the published ones it never has to.
+        let first = Resizer::new(clip.height, clip.width, height, width, kernel, mode);
+        // Preview's image processor resizes frames too if its limits say so; with the published ones it never has to.
         let processor = &config.processor;
-        let (height, width, second) = match processor.do_resize {
+        let (height, width, second) = match processor.do_resize && !adaptive {
             true => {
                 let hub =
                     smart_resize_hub(height, width, processor.factor(), processor.min_pixels, processor.max_pixels);
@@ -243,7 +257,10 @@ impl Work<'_, '_> {
         let index = plan.indices[i];
         let timestamp = match self.loader.timestamps {
             TimestampRule::True => self.clip.times[index as usize] as f32,
-            TimestampRule::Reference => reference_timestamp(index, self.clip.fps),
+            TimestampRule::Reference => match self.loader.config.video.rule {
+                VideoRule::Adaptive => quotient_timestamp(index, self.clip.fps),
+                VideoRule::WholeClip | VideoRule::SlowFast => reference_timestamp(index, self.clip.fps),
+            },
         };
         Frame { index: index as usize, timestamp: Some(timestamp), kind, height, width }
     }

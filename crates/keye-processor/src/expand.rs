@@ -2,7 +2,7 @@
 
 use keye_media::{FrameKind, Media, MediaKind};
 
-use crate::{FrameMarkers, ModelConfig, ProcessorError, Tokenizer};
+use crate::{FrameMarkers, FramePrefix, ModelConfig, ProcessorError, Tokenizer};
 
 /// Where rows of media features go: `len` tokens from `start` on take the feature rows from `row` on of media `media`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,9 +33,16 @@ pub(crate) struct Block {
 pub(crate) struct Expander {
     image_pad: Pad,
     video_pad: Pad,
-    /// `<|frame|>`, `<|fast_start|>`, `<|fast_end|>`.
-    markers: Option<[u32; 3]>,
+    markers: Markers,
     merge_size: u32,
+}
+
+/// How the frames of a clip are told apart.
+#[derive(Debug, Clone)]
+enum Markers {
+    None,
+    /// What precedes each frame, and `<|fast_start|>`, `<|fast_end|>` of variants that have fast frames.
+    Frames(FramePrefix, Option<[u32; 2]>),
 }
 
 #[derive(Debug, Clone)]
@@ -49,7 +56,14 @@ const DEFAULT_FPS: f64 = 2.0;
 
 impl Expander {
     /// Looks up the tokens that `config` and its variant need.
-    pub(crate) fn new(config: &ModelConfig, tokenizer: &Tokenizer, merge_size: u32) -> Result<Self, ProcessorError> {
+    ///
+    /// `prefix` takes the place of the variant's own text before frames.
+    pub(crate) fn new(
+        config: &ModelConfig,
+        tokenizer: &Tokenizer,
+        merge_size: u32,
+        prefix: Option<&FramePrefix>,
+    ) -> Result<Self, ProcessorError> {
         let pad = |field: &str, id: u32| match tokenizer.id_to_token(id) {
             Some(text) if tokenizer.is_special(id) => Ok(Pad { id, text }),
             found => {
@@ -66,13 +80,32 @@ impl Expander {
                 format!("config.json has {} for both image_token_id and video_token_id", config.image_token_id);
             return Err(ProcessorError::Prompt(reason));
         }
+        let markers = config.facts().markers;
+        if prefix.is_some() && markers != FrameMarkers::Timestamps {
+            let reason = format!("a frame prefix is for Keye-VL-2.0, and this model is a {}", config.architecture);
+            return Err(ProcessorError::Prompt(reason));
+        }
         Ok(Self {
             image_pad: pad("image_token_id", config.image_token_id)?,
             video_pad: pad("video_token_id", config.video_token_id)?,
-            markers: match config.facts().markers {
-                FrameMarkers::None => None,
+            markers: match markers {
+                FrameMarkers::None => Markers::None,
                 FrameMarkers::SlowFast => {
-                    Some([marker("<|frame|>")?, marker("<|fast_start|>")?, marker("<|fast_end|>")?])
+                    marker("<|frame|>")?;
+                    let fast = [marker("<|fast_start|>")?, marker("<|fast_end|>")?];
+                    Markers::Frames(FramePrefix::published(), Some(fast))
+                }
+                FrameMarkers::Timestamps => {
+                    let prefix = prefix.cloned().unwrap_or_else(FramePrefix::published);
+                    if prefix.text(None).contains("<|frame|>") {
+                        marker("<|frame|>")?;
+                    }
+                    let ids = tokenizer.encode(&prefix.text(Some(0.0)))?;
+                    if ids.iter().any(|id| [config.image_token_id, config.video_token_id].contains(id)) {
+                        let reason = "the frame prefix holds the token of a picture or video; remove it";
+                        return Err(ProcessorError::Prompt(reason.into()));
+                    }
+                    Markers::Frames(prefix, None)
                 }
             },
             merge_size,
@@ -162,26 +195,24 @@ impl Expander {
             Ok(())
         };
 
-        if let (MediaKind::Video, Some([frame_mark, fast_start, fast_end])) = (media.kind, self.markers) {
+        if let (MediaKind::Video, Markers::Frames(prefix, fast)) = (media.kind, &self.markers) {
             let counted: u64 = media.patches.grid_thw.iter().map(|[t, _, _]| u64::from(*t)).sum();
             if counted != media.frames.len() as u64 {
                 return Err(about(format!("expected a grid of {} frames, found {counted}", media.frames.len())));
             }
             for (frame, grid) in media.frames.iter().zip(media.frame_grids()) {
-                ids.push(frame_mark);
-                if let Some(seconds) = frame.timestamp {
-                    if !seconds.is_finite() {
-                        return Err(about(format!("expected a time stamp in seconds, found {seconds}")));
-                    }
-                    ids.extend(tokenizer.encode(&timestamp_text(seconds))?);
+                if let Some(seconds) = frame.timestamp.filter(|seconds| !seconds.is_finite()) {
+                    return Err(about(format!("expected a time stamp in seconds, found {seconds}")));
                 }
-                match frame.kind {
-                    FrameKind::Slow => push_block(ids, grid, 0.0)?,
-                    FrameKind::Fast => {
-                        ids.push(fast_start);
+                ids.extend(tokenizer.encode(&prefix.text(frame.timestamp))?);
+                match (frame.kind, fast) {
+                    (FrameKind::Slow, _) => push_block(ids, grid, 0.0)?,
+                    (FrameKind::Fast, Some([start, end])) => {
+                        ids.push(*start);
                         push_block(ids, grid, 0.0)?;
-                        ids.push(fast_end);
+                        ids.push(*end);
                     }
+                    (FrameKind::Fast, None) => return Err(about("fast frames, which this model does not have".into())),
                 }
             }
             return Ok(());
@@ -210,33 +241,4 @@ const MAX_TOKENS: usize = 1 << 26;
 pub fn seconds_per_grid(media: &Media) -> Option<f32> {
     let seconds = (1.0 / media.sample_fps.unwrap_or(DEFAULT_FPS)) as f32;
     (seconds > 0.0 && seconds.is_finite()).then_some(seconds)
-}
-
-/// Seconds with one decimal, as Python's `format(x, ".1f")` of the f32 widened to f64: rounded from the exact binary value.
-fn timestamp_text(seconds: f32) -> String {
-    format!("{:.1}", f64::from(seconds))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn time_stamps_round_the_exact_value() {
-        let cases = [
-            (0.0f32, "0.0"),
-            (0.25, "0.2"),
-            (0.75, "0.8"),
-            (0.35, "0.3"),
-            (0.05, "0.1"),
-            (1.45, "1.5"),
-            (0.125, "0.1"),
-            (12.5, "12.5"),
-            (3599.96, "3600.0"),
-            (3599.95, "3599.9"),
-        ];
-        for (seconds, expected) in cases {
-            assert_eq!(timestamp_text(seconds), expected, "{seconds}");
-        }
-    }
 }

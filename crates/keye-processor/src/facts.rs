@@ -42,6 +42,8 @@ pub enum FrameMarkers {
     /// `<|frame|>`, the time stamp, and `<|fast_start|>`..`<|fast_end|>` around fast frames (spec §8.3): every frame is a
     /// block.
     SlowFast,
+    /// A [`FramePrefix`](crate::FramePrefix) before each frame (spec of 2.0, §4.3): every frame is a block.
+    Timestamps,
 }
 
 /// How tokens are counted for the decoder's rotation.
@@ -79,48 +81,18 @@ impl Variant {
                 positions: PositionRule::ThreeAxis,
                 media: MediaConfig::preview(),
             },
-            // 2.0 has the tower and the projector of 1.5, and the rules of its pictures; its adaptive sampling of clips (spec
-            // of 2.0, §5) is not 1.5's.
-            Self::V1_5 | Self::V2 => {
-                let mut media = MediaConfig::slow_fast();
-                media.video.available = self == Self::V1_5;
-                Facts {
-                    projector_norm: ProjectorNorm::AfterMerge,
-                    vision_span: VisionSpan::Frame,
-                    markers: FrameMarkers::SlowFast,
-                    positions: PositionRule::ThreeAxis,
-                    media,
-                }
+            Self::V1_5 => Facts {
+                projector_norm: ProjectorNorm::AfterMerge,
+                vision_span: VisionSpan::Frame,
+                markers: FrameMarkers::SlowFast,
+                positions: PositionRule::ThreeAxis,
+                media: MediaConfig::slow_fast(),
+            },
+            Self::V2 => {
+                Facts { markers: FrameMarkers::Timestamps, media: MediaConfig::adaptive(), ..Self::V1_5.facts() }
             }
             // 1.5's tower and clips before a decoder that counts tokens (spec of 671B, §4 and §5).
             Self::V671b => Facts { positions: PositionRule::Sequential, ..Self::V1_5.facts() },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use keye_media::{ItemOptions, Loader, MediaError, MediaItem, MediaKind, Source};
-
-    use super::*;
-
-    /// The file is not there: what is refused is refused before it is opened.
-    fn load(variant: Variant, kind: MediaKind) -> MediaError {
-        let source = Source::Path(Path::new("no/such/file").into());
-        let item = MediaItem { kind, source, options: ItemOptions::default() };
-        Loader::new(variant.facts().media).load(&item, &mut |_| true).unwrap_err()
-    }
-
-    #[test]
-    fn videos_of_the_second_generation_are_refused() {
-        let refused = load(Variant::V2, MediaKind::Video).to_string();
-        assert!(refused.contains("no/such/file") && refused.contains("images and text work"), "{refused}");
-        for (variant, kind) in
-            [(Variant::V2, MediaKind::Image), (Variant::V1_5, MediaKind::Video), (Variant::Preview, MediaKind::Video)]
-        {
-            assert!(matches!(load(variant, kind), MediaError::Read { .. }), "{variant:?} {kind:?}");
         }
     }
 }

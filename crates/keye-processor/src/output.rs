@@ -53,6 +53,16 @@ pub fn parse_answer(text: &str) -> Answer {
     Answer { analysis, thinking, answer: answer.trim().to_owned(), boxed: boxed(answer) }
 }
 
+/// Whether a rendered prompt ends with an opening `<think>`: the answer then begins inside thinking, without the tag.
+pub fn opens_thinking(prompt: &str) -> bool {
+    prompt.trim_end().ends_with("<think>")
+}
+
+/// As [`parse_answer`], of an answer whose prompt [opens thinking](opens_thinking).
+pub fn parse_opened_answer(text: &str) -> Answer {
+    parse_answer(&format!("<think>{text}"))
+}
+
 /// Splits off the part up to the last closing tag, or, when the part is open, all from its tag on.
 fn leading_part<'a>(text: &'a str, open: &str, close: &str) -> (Option<String>, &'a str) {
     let (closed, rest) = match text.rsplit_once(close) {
@@ -127,6 +137,11 @@ impl ThinkSplitter {
     /// A splitter for a new answer.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A splitter for an answer whose prompt [opens thinking](opens_thinking).
+    pub fn opened() -> Self {
+        Self { part: Part::Thinking, ..Self::default() }
     }
 
     /// Takes the next piece of text; returns what is settled, in order.
@@ -243,6 +258,26 @@ mod tests {
         ];
         for (text, expected) in WELL_FORMED.iter().zip(expected) {
             assert_eq!(parse_answer(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_can_open_thinking() {
+        assert!(opens_thinking("<|im_start|>assistant\n<think>\n") && opens_thinking("<think>"));
+        assert!(!opens_thinking("<think>\n\n</think>\n\n") && !opens_thinking("<|im_start|>assistant\n"));
+        let cases = [
+            ("hm</think>\n<answer>A</answer>", answer(None, Some("hm"), "A", None)),
+            ("cut in the midd", answer(None, Some("cut in the midd"), "", None)),
+            ("</think>A", answer(None, Some(""), "A", None)),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_opened_answer(text), expected, "{text}");
+            let mut splitter = ThinkSplitter::opened();
+            let mut pieces = splitter.push(text);
+            pieces.extend(splitter.finish());
+            let part = |wanted| pieces.iter().filter(|(part, _)| *part == wanted).map(|(_, text)| &text[..]).collect();
+            let [thinking, shown]: [String; 2] = [Part::Thinking, Part::Answer].map(part);
+            assert_eq!((Some(thinking), shown), (expected.thinking, expected.answer), "{text}");
         }
     }
 

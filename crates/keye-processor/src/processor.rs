@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use keye_media::{Media, MediaConfig};
+use keye_media::{Media, MediaConfig, VideoRule};
 
 use crate::expand::Expander;
 use crate::files::file_error;
 use crate::positions::{positions, sequential_positions};
 use crate::preprocessor_config;
 use crate::{
-    ChatTemplate, Conversation, FeatureSpan, GenerationConfig, ModelConfig, PositionRule, ProcessorError,
+    ChatTemplate, Conversation, FeatureSpan, FramePrefix, GenerationConfig, ModelConfig, PositionRule, ProcessorError,
     TemplateOptions, Tokenizer,
 };
 
@@ -20,6 +20,10 @@ pub struct Overrides {
     pub processor_min_pixels: Option<u64>,
     /// `max_pixels` of preprocessor_config.json: the cap of every still picture.
     pub processor_max_pixels: Option<u64>,
+    /// What is written before each frame of a clip (2.0).
+    pub frame_prefix: Option<FramePrefix>,
+    /// Shares of the clip budget by length, [`keye_media::VideoConfig::budget_shares`] (2.0).
+    pub budget_shares: Option<&'static [(f64, f64)]>,
 }
 
 /// What the model is given.
@@ -69,7 +73,7 @@ impl Processor {
             return Err(file_error(&dir.join("config.json"), reason));
         }
         let template = ChatTemplate::load(dir, config.variant)?;
-        let expander = Expander::new(&config, &tokenizer, media.processor.merge_size)?;
+        let expander = Expander::new(&config, &tokenizer, media.processor.merge_size, overrides.frame_prefix.as_ref())?;
         Ok(Self { config, generation, media, tokenizer, template, expander })
     }
 
@@ -122,5 +126,13 @@ fn media_config(dir: &Path, config: &ModelConfig, overrides: &Overrides) -> Resu
         let reason = format!("processor min_pixels and max_pixels: expected 1 or more, in rising order, found {found}");
         return Err(file_error(&path, reason));
     }
-    Ok(MediaConfig { processor, video, ..variant })
+    let mut media = MediaConfig { processor, video, ..variant };
+    if let Some(shares) = overrides.budget_shares {
+        if media.video.rule != VideoRule::Adaptive {
+            let reason = format!("shares of the video budget are for Keye-VL-2.0, this is a {}", config.architecture);
+            return Err(ProcessorError::Prompt(reason));
+        }
+        media.video.budget_shares = shares;
+    }
+    Ok(media)
 }

@@ -207,6 +207,12 @@ impl Answering for Answer {
         chunk
     }
 
+    fn thinking(&mut self, index: usize) {
+        if let Some(choice) = self.choices.get_mut(index) {
+            choice.parts.open_thinking();
+        }
+    }
+
     fn token(&mut self, index: usize, text: &str, logprob: Option<Logprob>) -> Vec<Value> {
         let Some(choice) = self.choices.get_mut(index) else { return Vec::new() };
         choice.with_logprobs |= logprob.is_some();

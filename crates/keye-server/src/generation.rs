@@ -30,6 +30,8 @@ pub(crate) enum Update {
     Progress(Value),
     /// Nothing to tell for a while.
     Waiting,
+    /// Its text begins inside thinking.
+    Thinking { choice: usize },
     /// A token; the text may be empty.
     Token { choice: usize, text: String, logprob: Option<Logprob> },
     /// Its end.
@@ -157,6 +159,7 @@ impl Carrier {
                     accepted = true;
                     Some(Update::Accepted)
                 }
+                Ok(Some(Event::Thinking)) => Some(Update::Thinking { choice: self.choice }),
                 Ok(Some(Event::Token { id, text, logprob })) => {
                     let tokenizer = &self.app.processor.tokenizer;
                     let logprob = logprob.map(|logprob| Logprob::new(tokenizer, id, &logprob));

@@ -56,6 +56,14 @@ impl Parts {
         Self { splitter: ThinkSplitter::new(), calls, reasoning_part: None, form }
     }
 
+    /// The text begins inside thinking. Before the first.
+    pub fn open_thinking(&mut self) {
+        self.splitter = ThinkSplitter::opened();
+        if let Form::Ahead { inside, .. } = &mut self.form {
+            *inside = Some(TAGS[0].1);
+        }
+    }
+
     /// Takes the next text; returns what is settled, in order.
     pub fn push(&mut self, text: &str) -> Vec<Piece> {
         match &mut self.form {
@@ -196,5 +204,18 @@ mod tests {
         }
         // Without a form the model's own tags count wherever they stand.
         assert_eq!(parts("So: <think>Hm.</think> yes", 3, false), ("Hm.".into(), "So:yes".into()));
+    }
+
+    #[test]
+    fn an_answer_can_begin_inside_thinking() {
+        for form in [false, true] {
+            let mut parts = Parts::new(&["f".into()], form);
+            parts.open_thinking();
+            let mut pieces =
+                parts.push("hm\n</think>\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>");
+            pieces.extend(parts.finish());
+            let call = ToolCall { name: "f".into(), arguments: serde_json::Map::new() };
+            assert_eq!(pieces, [Piece::Reasoning("hm".into()), Piece::Call(call)], "{form}");
+        }
     }
 }

@@ -200,6 +200,10 @@ impl Answering for ResponseAnswer {
         self.event("keye.progress", json!({"keye": report}))
     }
 
+    fn thinking(&mut self, _choice: usize) {
+        self.parts.open_thinking();
+    }
+
     fn token(&mut self, _choice: usize, text: &str, logprob: Option<Logprob>) -> Vec<Value> {
         self.logprobs.extend(logprob.map(|logprob| logprob.chat()));
         let pieces = self.parts.push(text);

@@ -60,7 +60,7 @@ fn text_of(stream: EventStream) -> Result<(Vec<u32>, String, crate::Usage), Engi
                 return Ok((tokens, text, usage));
             }
             Event::Failed(error) => return Err(error),
-            Event::Stage(_) => {}
+            Event::Stage(_) | Event::Thinking => {}
         }
     }
     panic!("a stream without an end");
@@ -250,4 +250,21 @@ fn a_prompt_becomes_a_vector_of_length_one() {
     }
     let missing = engine.embed(request(vec![picture("no/such.png")], "x", 1), crate::Pooling::Last).expect("room");
     assert!(matches!(missing.wait(), Err(EngineError::Media(_))));
+}
+
+#[test]
+fn a_prompt_that_opens_thinking_says_so_before_the_first_token() {
+    let engine = engine(FakeRunner::new(500, 64), EngineOptions::default());
+    for (prompt, opened) in [("a<|im_end|>\n<think>\n", true), ("<think>\n\n</think>\n\n", false)] {
+        let asked = Request { raw_prompt: Some(prompt.into()), ..request(vec![], "", 5) };
+        let events: Vec<Event> = engine.submit(asked).expect("room").collect();
+        let told = events.iter().filter(|event| matches!(event, Event::Thinking)).count();
+        assert_eq!(told, usize::from(opened), "{prompt:?}: {events:?}");
+        let position = |wanted: fn(&Event) -> bool| events.iter().position(wanted);
+        let token = position(|event| matches!(event, Event::Token { .. }));
+        assert!(position(|event| matches!(event, Event::Thinking)).is_none_or(|at| Some(at) < token));
+        let Some(Event::Finished { text, answer, .. }) = events.last() else { panic!("{events:?}") };
+        let expected = if opened { Some(text.trim()) } else { None };
+        assert_eq!(answer.thinking.as_deref(), expected, "{prompt:?}");
+    }
 }

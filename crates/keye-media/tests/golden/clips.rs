@@ -353,3 +353,29 @@ fn a_clip_that_changes_its_size_keeps_the_first() {
     let found = frames_of(&media);
     assert!(media.frames.iter().zip(&found).take(4).all(|(frame, pixels)| *pixels == all[frame.index]));
 }
+
+/// Two hours by 2.0's rule: within its budget of tokens, and no more in memory than the patches that come out.
+#[test]
+fn two_hours_fit_their_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("long.mp4");
+    // A frame every two seconds, as lectures have slides.
+    let input = ["-f", "lavfi", "-i", "testsrc=duration=7200:size=320x180:rate=0.5"];
+    let coding = ["-c:v", "libx264", "-preset", "ultrafast", "-b:v", "4k", "-pix_fmt", "yuv420p"];
+    ffmpeg(&[&input[..], &coding[..], &[path.to_str().unwrap()]].concat());
+    let config = MediaConfig::adaptive();
+    let media = Loader::new(config.clone()).load(&item(&path, ItemOptions::default()), &mut |_| true).unwrap();
+    assert_eq!(media.frames.len(), 2880);
+    assert_eq!((stamps(&media)[0], stamps(&media)[2879]), (0.0, 7198.0));
+    assert!(
+        media.frames.iter().all(|frame| (frame.height, frame.width) == (media.frames[0].height, media.frames[0].width))
+    );
+    let pixels = media.frames.iter().map(|frame| u64::from(frame.height) * u64::from(frame.width)).sum::<u64>();
+    assert!(pixels <= config.video.total_pixels + 2880 * 784 && pixels > config.video.total_pixels / 2, "{pixels}");
+    let Pixels::U8(bytes) = &media.patches.pixels else { panic!("clips give bytes") };
+    assert_eq!((bytes.len() as u64, bytes.capacity()), (pixels * 3, bytes.len()));
+    // A tenth of the budget takes a tenth of the frames.
+    let options = ItemOptions { video_total_pixels: Some(config.video.total_pixels / 10), ..ItemOptions::default() };
+    let media = Loader::new(config).load(&item(&path, options), &mut |_| true).unwrap();
+    assert_eq!(media.frames.len(), 288);
+}

@@ -9,7 +9,8 @@ use keye::{
     Access, Conversation, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, Overrides, SamplingParams, Source,
     ThinkMode, TimestampRule,
 };
-use keye_media::VideoRule;
+use keye_media::{BUDGET_SHARES, REPORTED_BUDGET_SHARES, VideoRule};
+use keye_processor::FramePrefix;
 
 use super::failure::Usage;
 use super::ui::Status;
@@ -39,6 +40,12 @@ pub struct ModelArgs {
     /// Most pixels of a still picture, instead of preprocessor_config.json's
     #[arg(long, value_name = "PIXELS")]
     pub processor_max_pixels: Option<u64>,
+    /// Text before each frame of a clip, {ts:.Nf} for its seconds [default: <|frame|>{ts:.1f}] (2.0 only)
+    #[arg(long, value_name = "TEMPLATE", value_parser = FramePrefix::parse)]
+    pub frame_prefix: Option<FramePrefix>,
+    /// How much of the budget of pixels short clips get (2.0 only)
+    #[arg(long, value_name = "RULE")]
+    pub video_budget: Option<VideoBudget>,
     /// Time stamps as the reference computes them (index / average rate) instead of the clip's own
     #[arg(long)]
     pub reference_timestamps: bool,
@@ -49,6 +56,17 @@ pub struct ModelArgs {
 pub enum KvCache {
     F32,
     Bf16,
+}
+
+/// Shares of the budget of pixels by the length of a clip.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum VideoBudget {
+    /// All of it, whatever the length [default]
+    Whole,
+    /// 9 % up to 259 s, 18 % up to 518 s, 36 % up to 1036 s, 70 % up to 2016 s: the official server's switch
+    Adaptive,
+    /// An eighth up to 256 s, a quarter up to 512 s, half up to 1024 s: the technical report's
+    Report,
 }
 
 impl ModelArgs {
@@ -81,7 +99,16 @@ impl ModelArgs {
     }
 
     pub fn overrides(&self) -> Overrides {
-        Overrides { processor_min_pixels: self.processor_min_pixels, processor_max_pixels: self.processor_max_pixels }
+        Overrides {
+            processor_min_pixels: self.processor_min_pixels,
+            processor_max_pixels: self.processor_max_pixels,
+            frame_prefix: self.frame_prefix.clone(),
+            budget_shares: self.video_budget.map(|budget| match budget {
+                VideoBudget::Whole => &[][..],
+                VideoBudget::Adaptive => BUDGET_SHARES,
+                VideoBudget::Report => REPORTED_BUDGET_SHARES,
+            }),
+        }
     }
 }
 
@@ -164,7 +191,7 @@ impl MediaArgs {
         options.video_end = options.video_end.or(self.end);
         let total = match rule {
             VideoRule::WholeClip => &mut options.total_pixels,
-            VideoRule::SlowFast => &mut options.video_total_pixels,
+            VideoRule::SlowFast | VideoRule::Adaptive => &mut options.video_total_pixels,
         };
         *total = total.or(self.total_pixels);
     }

@@ -37,6 +37,8 @@ pub fn generate(
         error => anyhow::Error::from(error),
     })?;
     let mut media = Vec::new();
+    // The tag that the prompt ended with belongs to the answer, for whoever reads it.
+    let mut tag = "";
     loop {
         if guard.interrupted() {
             status.clear();
@@ -52,8 +54,12 @@ pub fn generate(
                 }
                 status.stage(&stage);
             }
+            Some(Event::Thinking) => tag = "<think>\n",
             Some(Event::Token { text, .. }) => {
                 status.clear();
+                if !tag.is_empty() {
+                    on_text(std::mem::take(&mut tag))?;
+                }
                 if !text.is_empty() {
                     on_text(&text)?;
                 }

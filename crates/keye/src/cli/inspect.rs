@@ -155,6 +155,7 @@ fn media(processor: &Processor) -> Value {
             "rule": match video.rule {
                 VideoRule::WholeClip => "whole clip",
                 VideoRule::SlowFast => "slow and fast frames",
+                VideoRule::Adaptive => "frames of one size",
             },
             "fps": video.fps,
             "min_frames": video.min_frames,

@@ -108,7 +108,7 @@ fn from_request(args: &Args, dir: &Path, path: &Path, status: &mut Status) -> Re
     let conversation = read_request(path)?;
     let mut media = load_media(args, path, &processor, &conversation, status)?;
     if let Some(path) = &args.pixels {
-        feed_pixels(&Golden::open(path)?, &mut media, path)?;
+        feed_pixels(&Golden::open(path)?, &mut media, processor.media.video.rule, path)?;
     }
     let prompt = processor.prompt(&conversation, &media.iter().collect::<Vec<_>>(), &TemplateOptions::default())?;
     let mut tensors = prompt_tensors(&prompt);
@@ -229,15 +229,14 @@ fn names(kind: MediaKind) -> [&'static str; 3] {
 }
 
 /// Replaces decoded patches with recorded ones, item after item.
-fn feed_pixels(file: &Golden, media: &mut [Media], path: &Path) -> Result<()> {
+fn feed_pixels(file: &Golden, media: &mut [Media], rule: VideoRule, path: &Path) -> Result<()> {
     for kind in [MediaKind::Image, MediaKind::Video] {
         let items: Vec<&mut Media> = media.iter_mut().filter(|item| item.kind == kind).collect();
         let [bytes, floats, grid] = names(kind);
         if items.is_empty() {
             continue;
         }
-        let decoded: Vec<i64> =
-            items.iter().flat_map(|item| item.patches.grid_thw.iter().flatten().map(|n| i64::from(*n))).collect();
+        let decoded: Vec<i64> = items.iter().flat_map(|item| grid_rows(item, rule)).flatten().map(i64::from).collect();
         let recorded = file.integers(grid)?.with_context(|| format!("{}: no tensor {grid}", path.display()))?;
         if decoded != recorded {
             let rows = |values: &[i64]| format!("{:?}", values.chunks(3).collect::<Vec<_>>());
@@ -309,8 +308,12 @@ fn media_tensors(media: &[Media], processor: &Processor) -> Result<Vec<Tensor>> 
         if count < FLOAT_PIXELS {
             tensors.push(Tensor::new(floats_name, &shape, Values::F32(floats)));
         }
-        let grids: Vec<i64> =
-            items.iter().flat_map(|item| item.patches.grid_thw.iter().flatten().map(|n| i64::from(*n))).collect();
+        let grids: Vec<i64> = items
+            .iter()
+            .flat_map(|item| grid_rows(item, processor.media.video.rule))
+            .flatten()
+            .map(i64::from)
+            .collect();
         tensors.push(Tensor::new(grid_name, &[grids.len() / 3, 3], Values::I64(grids)));
     }
     let videos: Vec<&Media> = media.iter().filter(|item| item.kind == MediaKind::Video).collect();
@@ -323,7 +326,7 @@ fn media_tensors(media: &[Media], processor: &Processor) -> Result<Vec<Tensor>> 
             let seconds = seconds.context("a video has no sampling rate")?;
             tensors.push(Tensor::new("second_per_grid_ts", &[seconds.len()], Values::F32(seconds)));
         }
-        VideoRule::SlowFast => {
+        VideoRule::SlowFast | VideoRule::Adaptive => {
             let frames = videos.iter().map(|video| video.frames.len() as i64).collect();
             tensors.push(Tensor::new("num_frames", &[videos.len()], Values::I64(frames)));
             for (i, video) in videos.iter().enumerate() {
@@ -335,6 +338,14 @@ fn media_tensors(media: &[Media], processor: &Processor) -> Result<Vec<Tensor>> 
         }
     }
     Ok(tensors)
+}
+
+/// Grid rows as the variant's processor has them: 2.0 gives every frame one of its own.
+fn grid_rows(item: &Media, rule: VideoRule) -> Vec<[u32; 3]> {
+    match rule {
+        VideoRule::Adaptive => item.frame_grids().collect(),
+        VideoRule::WholeClip | VideoRule::SlowFast => item.patches.grid_thw.clone(),
+    }
 }
 
 /// Bytes as the image processor hands them on: rescaled, then mean and standard deviation, each step rounded to f32 (spec §10.1).

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use keye_processor::{Checkpoint, Dtype, StoredTensor};
+use keye_processor::{Checkpoint, Dtype, NewTensor, StoredTensor, write_file};
 
 use crate::support::{FIXTURES, Run, cases, fixture, keye};
 
@@ -132,4 +132,81 @@ fn patches_of_another_grid_are_refused() {
     let run = trace("keye-1_5-tiny", "image_one", &out, &["--compare", &other]);
     assert_eq!(run.code, Some(1), "{run:#?}");
     assert!(run.stderr.contains("input_ids") && out.exists(), "{run:#?}");
+}
+
+/// `keye trace --inputs` of the tiny 2.0 model.
+fn trace_inputs(inputs: &Path, out: &Path, more: &[&str]) -> Run {
+    let model = fixture("keye-2-tiny").join("model").display().to_string();
+    let (inputs, out) = (inputs.display().to_string(), out.display().to_string());
+    keye(&[&["trace", "-m", &model, "--inputs", &inputs, "--out", &out][..], more].concat())
+}
+
+/// Whole numbers equal, values within 1e-4 absolute and relative of the largest (fixtures/README.md).
+#[test]
+fn given_ids_and_pixels_give_the_golden_tensors_of_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("trace.safetensors");
+    for (case, more) in [
+        ("text", &["--attention", "dsa"][..]),
+        ("short", &[]),
+        ("text_dense", &["--attention", "dense"]),
+        ("decode", &["--generate", "8"]),
+        ("multimodal", &["--generate", "3"]),
+    ] {
+        let path = fixture("keye-2-tiny").join(format!("golden_{case}.safetensors"));
+        let golden = Checkpoint::open_file(&path).unwrap();
+        for backend in ["reference", "cpu"] {
+            trace_inputs(&path, &out, &[&["--backend", backend][..], more].concat()).ok();
+            let found = Checkpoint::open_file(&out).unwrap();
+            for tensor in golden.names().filter(|name| !name.ends_with(".rows")) {
+                let at = format!("{case}/{tensor}");
+                let (want, have) = (golden.get(tensor).unwrap(), found.get(tensor).unwrap_or_else(|| panic!("{at}")));
+                if want.dtype == Dtype::F32 && !tensor.starts_with("pixel_values") {
+                    let worst = difference(&golden, &want, &have, &at);
+                    assert!(worst <= 1e-4, "{at}: differs by {worst:e}");
+                } else {
+                    assert_eq!(
+                        (want.dtype, &want.shape, &want.bytes[..]),
+                        (have.dtype, &have.shape, &have.bytes[..]),
+                        "{at}"
+                    );
+                }
+            }
+            assert_eq!(found.get("selected.0").is_none(), case == "text_dense");
+        }
+    }
+}
+
+#[test]
+fn wrong_inputs_of_2_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (inputs, out) = (folder.path().join("inputs.safetensors"), folder.path().join("trace.safetensors"));
+    let tensor = |name: &str, dtype, shape: &[usize]| NewTensor { name: name.into(), dtype, shape: shape.to_vec() };
+    let i64s = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let ids = |values: &[i64]| (tensor("input_ids", Dtype::I64, &[values.len()]), i64s(values));
+    let grid = |row: [i64; 3]| (tensor("image_grid_thw", Dtype::I64, &[1, 3]), i64s(&row));
+    let pixels = |n: usize| (tensor("pixel_values", Dtype::F32, &[n, 3, 14, 14]), vec![0; n * 588 * 4]);
+    for (tensors, words) in [
+        (vec![grid([1, 2, 2])], "no tensor input_ids"),
+        (vec![ids(&[])], "expected I64 [n], one token or more, found I64 [0]"),
+        (vec![ids(&[1, 320])], "320 is no id below 320"),
+        (vec![(tensor("input_ids", Dtype::F32, &[1]), vec![0; 4])], "found F32 [1]"),
+        (vec![ids(&[1]), grid([1, 2, 2])], "image_grid_thw without pixel_values"),
+        (vec![ids(&[1]), pixels(4)], "pixel_values without image_grid_thw"),
+        (vec![ids(&[1]), pixels(4), grid([1, 3, 2])], "multiples of 2"),
+        (vec![ids(&[1]), pixels(4), grid([1, 4, 2])], "expected 8 patches of 588 values"),
+        (vec![ids(&[1]), pixels(4), grid([1, 2, 2])], "more grids than runs of pads"),
+    ] {
+        let tensors: Vec<_> = tensors.iter().map(|(tensor, bytes)| (tensor.clone(), &bytes[..])).collect();
+        write_file(&inputs, &tensors).unwrap();
+        let run = trace_inputs(&inputs, &out, &[]);
+        assert_eq!(run.code, Some(1), "{run:#?}");
+        assert!(run.stderr.contains(words) && !out.exists(), "{words}: {run:#?}");
+    }
+    let golden = fixture("keye-2-tiny").join("golden_short.safetensors");
+    let run = trace_inputs(&golden, &out, &["--generate", "4096"]);
+    assert_eq!(run.code, Some(1), "{run:#?}");
+    assert!(run.stderr.contains("the model's longest is 4096"), "{run:#?}");
+    let run = trace_inputs(&golden, &out, &["--request", "r.json"]);
+    assert_eq!(run.code, Some(2), "{run:#?}");
 }
