@@ -173,6 +173,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Takes a weight over, in place where the device can.
     fn load(&self, source: &WeightSource) -> Result<Self::Weight, BackendError>;
+    /// Columns of a stored matrix `[in, width]` as a weight `[out, in]`, in place where the device can.
+    fn load_columns(&self, source: &WeightSource, columns: Range<usize>) -> Result<Self::Weight, BackendError>;
     /// All zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor, BackendError>;
     /// Host values `[rows, cols]`.

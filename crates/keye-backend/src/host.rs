@@ -5,6 +5,7 @@ use std::ops::Range;
 use bytes::Bytes;
 
 use crate::fp8::Fp8Matrix;
+use crate::input_major::InputMajor;
 use crate::weight::{as_f32, as_u16, bf16_to_f32};
 use crate::{BackendError, Dtype, Isa, WeightSource, packed};
 
@@ -74,6 +75,7 @@ enum WeightData {
     OwnedF32(Vec<f32>),
     OwnedBf16(Vec<u16>),
     Fp8(Fp8Matrix),
+    InputMajor(InputMajor),
     Packed(Dtype, Bytes),
 }
 
@@ -83,6 +85,7 @@ pub(crate) enum Elements<'a> {
     F32(&'a [f32]),
     Bf16(&'a [u16]),
     Fp8(&'a Fp8Matrix),
+    InputMajor(&'a InputMajor),
     /// Tiles of a packed type.
     Packed(Dtype, &'a [u8]),
 }
@@ -104,6 +107,12 @@ impl HostWeight {
         Ok(Self { rows: source.rows, cols: source.cols, data })
     }
 
+    /// Columns of a stored matrix `[in, width]` as a weight `[out, in]`.
+    pub(crate) fn load_columns(source: &WeightSource, columns: Range<usize>) -> Result<Self, BackendError> {
+        let data = WeightData::InputMajor(InputMajor::of(source, &columns)?);
+        Ok(Self { rows: columns.len(), cols: source.rows, data })
+    }
+
     pub(crate) fn elements(&self) -> Elements<'_> {
         match &self.data {
             // Alignment was checked when the weight was loaded, so the fallback to an empty slice is never taken.
@@ -112,6 +121,7 @@ impl HostWeight {
             WeightData::OwnedF32(values) => Elements::F32(values),
             WeightData::OwnedBf16(values) => Elements::Bf16(values),
             WeightData::Fp8(matrix) => Elements::Fp8(matrix),
+            WeightData::InputMajor(matrix) => Elements::InputMajor(matrix),
             WeightData::Packed(dtype, bytes) => Elements::Packed(*dtype, bytes),
         }
     }
@@ -124,7 +134,7 @@ impl HostWeight {
     pub(crate) fn vector(&self) -> &[f32] {
         match self.elements() {
             Elements::F32(values) => values,
-            Elements::Bf16(_) | Elements::Fp8(_) | Elements::Packed(..) => {
+            Elements::Bf16(_) | Elements::Fp8(_) | Elements::InputMajor(_) | Elements::Packed(..) => {
                 unreachable!("vectors are widened when they are loaded")
             }
         }
@@ -141,6 +151,7 @@ impl HostWeight {
                 }
             }
             Elements::Fp8(matrix) => matrix.widen_into(Isa::Portable, row, 0..self.cols, out),
+            Elements::InputMajor(matrix) => matrix.widen_rows(row, 0..self.cols, out),
             Elements::Packed(dtype, bytes) => packed::unpack_row(dtype, self.cols, bytes, row, out),
         }
     }
@@ -151,6 +162,7 @@ impl HostWeight {
             Elements::F32(values) => values.to_vec(),
             Elements::Bf16(values) => values.iter().map(|bits| bf16_to_f32(*bits)).collect(),
             Elements::Fp8(matrix) => matrix.widen(),
+            Elements::InputMajor(matrix) => matrix.widen(self.rows),
             Elements::Packed(dtype, bytes) => packed::unpack_rows(dtype, self.rows, self.cols, bytes),
         }
     }

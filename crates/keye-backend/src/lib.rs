@@ -23,6 +23,7 @@ mod error;
 mod fp8;
 mod grouped_routing;
 mod host;
+mod input_major;
 pub mod packed;
 mod quantized_rows;
 mod reference;

@@ -117,8 +117,7 @@ fn expert<B: Backend>(at: &Weights<'_, B>, width: usize, h: usize) -> Result<Exp
 }
 
 /// All experts of a layer in two tensors: input-major `[E, H, 2F]` and `[E, F, H]`, or output-major `[E, 2F, H]` and
-/// `[E, H, F]`; gates before ups. Where both readings fit, input-major it is. Output-major experts are used in place;
-/// input-major ones are transposed into memory of their own.
+/// `[E, H, F]`; gates before ups. Where both readings fit, input-major it is. Both are used in place.
 fn fused<B: Backend>(
     stored: &Weights<'_, B>,
     config: &ExpertsConfig,
@@ -132,17 +131,21 @@ fn fused<B: Backend>(
     let backend = stored.backend();
     (0..e)
         .map(|e| {
-            let [gate, up, down] = match input_major {
-                true => [
-                    transposed(&gate_up, e * h, h, 0..f, 2 * f)?,
-                    transposed(&gate_up, e * h, h, f..2 * f, 2 * f)?,
-                    transposed(&down, e * f, f, 0..h, h)?,
-                ],
-                false => {
-                    [rows(&gate_up, e * 2 * f, f, h)?, rows(&gate_up, e * 2 * f + f, f, h)?, rows(&down, e * h, h, f)?]
+            Ok(match input_major {
+                true => {
+                    let gate_up = rows(&gate_up, e * h, h, 2 * f)?;
+                    Expert {
+                        gate: backend.load_columns(&gate_up, 0..f)?,
+                        up: backend.load_columns(&gate_up, f..2 * f)?,
+                        down: backend.load_columns(&rows(&down, e * f, f, h)?, 0..h)?,
+                    }
                 }
-            };
-            Ok(Expert { gate: backend.load(&gate)?, up: backend.load(&up)?, down: backend.load(&down)? })
+                false => Expert {
+                    gate: backend.load(&rows(&gate_up, e * 2 * f, f, h)?)?,
+                    up: backend.load(&rows(&gate_up, e * 2 * f + f, f, h)?)?,
+                    down: backend.load(&rows(&down, e * h, h, f)?)?,
+                },
+            })
         })
         .collect()
 }
@@ -164,24 +167,4 @@ fn rows(source: &WeightSource, first: usize, count: usize, cols: usize) -> Resul
     let row = cols * element_bytes(source)?;
     let bytes = source.bytes.slice(first * row..(first + count) * row);
     Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows: count, cols, bytes, scales: None })
-}
-
-/// Columns `columns` of the rows `first..first + count`, `width` wide, transposed: `[columns, count]`.
-fn transposed(
-    source: &WeightSource,
-    first: usize,
-    count: usize,
-    columns: std::ops::Range<usize>,
-    width: usize,
-) -> Result<WeightSource, ModelError> {
-    let size = element_bytes(source)?;
-    let mut bytes = Vec::with_capacity(columns.len() * count * size);
-    for column in columns.clone() {
-        for row in first..first + count {
-            let at = (row * width + column) * size;
-            bytes.extend_from_slice(&source.bytes[at..at + size]);
-        }
-    }
-    let (rows, cols) = (columns.len(), count);
-    Ok(WeightSource { name: source.name.clone(), dtype: source.dtype, rows, cols, bytes: bytes.into(), scales: None })
 }

@@ -1,6 +1,6 @@
 //! Names and shapes of the tensors that a config asks for (spec §3): for writing checkpoints and for inspecting them.
 
-use keye_processor::{LatentConfig, ModelConfig, ProjectorNorm, TextConfig};
+use keye_processor::{Checkpoint, LatentConfig, ModelConfig, ProjectorNorm, TextConfig};
 
 /// A tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,4 +130,57 @@ fn feed_forward(add: &mut Add<'_>, at: &str, text: &TextConfig, layer: usize) {
     if experts.n_shared_experts > 0 {
         dense(add, &format!("{at}.shared_experts"), experts.n_shared_experts * width);
     }
+}
+
+/// Names of a layer's experts in two tensors.
+const FUSED: [&str; 2] = ["gate_up_proj", "down_proj"];
+
+/// As [`weight_layout`], with every expert's matrices apart: `experts.E.gate_proj.weight` and `up_proj.weight` `[F, H]`,
+/// `down_proj.weight` `[H, F]`. This is how experts are packed.
+pub fn split_experts(layout: Vec<TensorShape>) -> Vec<TensorShape> {
+    let mut out = Vec::with_capacity(layout.len());
+    let mut width = 0;
+    for tensor in layout {
+        match (tensor.name.rsplit_once(".experts."), tensor.shape.as_slice()) {
+            // The gates come with the downs, so that an expert's matrices lie together.
+            (Some((_, "gate_up_proj")), &[_, _, double]) => width = double / 2,
+            (Some((mlp, "down_proj")), &[count, _, h]) => {
+                for expert in 0..count {
+                    for (name, shape) in [("gate", [width, h]), ("up", [width, h]), ("down", [h, width])] {
+                        let name = format!("{mlp}.experts.{expert}.{name}_proj.weight");
+                        out.push(TensorShape { name, shape: shape.to_vec() });
+                    }
+                }
+            }
+            _ => out.push(tensor),
+        }
+    }
+    out
+}
+
+/// As [`weight_layout`], with the experts of each layer in the form that the checkpoint has them in: input-major or
+/// output-major, fused, or one by one.
+pub fn stored_layout(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<TensorShape> {
+    let mut out = Vec::new();
+    let fused =
+        |tensor: &TensorShape| tensor.name.rsplit_once(".experts.").is_some_and(|(_, name)| FUSED.contains(&name));
+    let layout = weight_layout(config);
+    for pair in layout.chunk_by(|a, b| fused(a) && fused(b)) {
+        let Some((at, _)) = pair[0].name.rsplit_once(".experts.").filter(|_| fused(&pair[0])) else {
+            out.extend_from_slice(pair);
+            continue;
+        };
+        let found = checkpoint.get(&pair[0].name).map(|tensor| tensor.shape);
+        if found.is_none() && checkpoint.get(&format!("{at}.experts.0.gate_proj.weight")).is_some() {
+            out.extend(split_experts(pair.to_vec()));
+            continue;
+        }
+        let turned = |shape: &[usize]| vec![shape[0], shape[2], shape[1]];
+        let output_major = found.is_some_and(|shape| shape != pair[0].shape && shape == turned(&pair[0].shape));
+        out.extend(pair.iter().map(|tensor| TensorShape {
+            name: tensor.name.clone(),
+            shape: if output_major { turned(&tensor.shape) } else { tensor.shape.clone() },
+        }));
+    }
+    out
 }

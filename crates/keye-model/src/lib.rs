@@ -30,7 +30,7 @@ mod vision;
 mod weights;
 
 pub use cost::Cost;
-pub use layout::{TensorShape, weight_layout};
+pub use layout::{TensorShape, split_experts, stored_layout, weight_layout};
 pub use model::{KeyeModel, LoadOptions};
 pub use runner::{
     Batch, Chunk, EncodeProgress, FeatureId, FeatureRows, LogitRows, ModelError, Outputs, Runner, RunnerInfo,

@@ -146,7 +146,9 @@ fn source(
     }
     let text = match variant {
         Variant::Preview => format!("{DEFAULT_HEAD}{DEFAULT_REST}"),
-        Variant::V1_5 | Variant::V2 | Variant::V671b => format!("{DEFAULT_HEAD}{DEFAULT_SYSTEM}{DEFAULT_REST}"),
+        Variant::V1_5 | Variant::V671b => format!("{DEFAULT_HEAD}{DEFAULT_SYSTEM}{DEFAULT_REST}"),
+        // The base model's prompts end inside thinking (spec of 2.0, §8).
+        Variant::V2 => format!("{DEFAULT_HEAD}{DEFAULT_REST}").replace(GENERATION, &format!("{GENERATION}<think>\n")),
     };
     Ok((path, text))
 }
@@ -167,6 +169,9 @@ const DEFAULT_REST: &str = "<|im_start|>{{ message['role'] }}\n\
     {% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
     {% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// With which the turn of the model begins.
+const GENERATION: &str = "<|im_start|>assistant\n";
 
 /// The whole chain of causes in one line.
 fn template_error(error: Error) -> ProcessorError {

@@ -10,7 +10,7 @@ use keye_model::{KeyeModel, ModelError};
 use keye_processor::{Checkpoint, Conversation, GenerationConfig, Overrides, Processor, ProcessorError};
 
 use crate::media_argument::{ArgumentError, media_item};
-use crate::memory::fit_cache;
+use crate::memory::{MemoryPlan, fit_cache};
 
 /// What can be chosen when a model is loaded.
 #[derive(Debug, Clone)]
@@ -105,6 +105,7 @@ pub struct Keye {
     processor: Arc<Processor>,
     device: String,
     dir: PathBuf,
+    memory: MemoryPlan,
 }
 
 impl Keye {
@@ -133,8 +134,7 @@ impl Keye {
         progress(LoadProgress::Loading(&dir));
         let processor = Processor::load(&dir, &options.processor)?;
         let checkpoint = Checkpoint::open(&dir)?;
-        let weights = checkpoint.total_bytes();
-        let fit = fit_cache(&processor.config, options.kv_dtype, options.max_model_len, weights)
+        let fit = fit_cache(&processor.config, options.kv_dtype, options.max_model_len, &checkpoint)
             .map_err(LoadError::Length)?;
         let backend = Cpu::new(CpuOptions { threads: options.threads, isa: None })?;
         let device = backend.describe();
@@ -146,7 +146,7 @@ impl Keye {
         let processor = Arc::new(processor);
         let engine_options = EngineOptions { max_model_len: Some(fit.tokens), ..options.engine };
         let engine = Engine::new(Box::new(runner), Arc::clone(&processor), loader, engine_options);
-        Ok(Self { engine, processor, device, dir })
+        Ok(Self { engine, processor, device, dir, memory: fit.plan })
     }
 
     /// Asks about media, each a path or URL as [`media_item`] reads it: `clip.mp4#fps=1`, `image:photo`.
@@ -188,6 +188,11 @@ impl Keye {
     /// Device, instruction set and threads.
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// What weights, cache and activations take.
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.memory
     }
 
     /// The checkpoint's directory.

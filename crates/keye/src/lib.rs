@@ -38,7 +38,7 @@ pub mod random_checkpoint;
 pub use api::{AskError, Events, Keye, LoadError, LoadOptions, LoadProgress, default_sampling, resolve_model};
 pub use disk::free_bytes;
 pub use media_argument::{ArgumentError, kind_of_bytes, media_item};
-pub use memory::{CacheFit, cache_spec, fit_cache};
+pub use memory::{CacheFit, MemoryPlan, cache_spec, fit_cache};
 
 pub use keye_backend::KvDtype;
 pub use keye_engine::{EngineError, Event, EventStream, FinishReason, Request, SamplingParams, Stage, Timings, Usage};

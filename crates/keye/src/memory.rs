@@ -1,7 +1,7 @@
 //! How many tokens the KV cache may hold.
 
 use keye_backend::{BLOCK_TOKENS, CacheSpec, KvDtype};
-use keye_processor::ModelConfig;
+use keye_processor::{Checkpoint, ModelConfig};
 
 /// Fewest tokens that a cache is made for when little memory is free.
 const LEAST: usize = 1024;
@@ -13,6 +13,8 @@ pub struct CacheFit {
     pub tokens: usize,
     /// Bytes of one token over all layers.
     pub bytes_per_token: usize,
+    /// What it all takes.
+    pub plan: MemoryPlan,
 }
 
 /// What is cached of a token.
@@ -25,48 +27,142 @@ pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
     CacheSpec { layers: text.num_hidden_layers, kv_heads, head_dim, dtype, index_dim, latent_dim }
 }
 
-/// Tokens of the cache: `wanted`, or the model's longest sequence cut to half of the memory that is free.
+/// What a model needs in memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Weights that every token reads, and those of the media.
+    pub weights: u64,
+    /// Weights of experts: a token reads some of them, and what has not been read lately may be on the disk only.
+    pub experts: u64,
+    /// Keys and values of the cache's tokens.
+    pub kv: u64,
+    /// Index keys of the cache's tokens.
+    pub index_keys: u64,
+    /// Rows of a step, a bound.
+    pub activations: u64,
+    /// The machine's memory, where the system tells.
+    pub machine: Option<u64>,
+}
+
+impl MemoryPlan {
+    /// For a cache of `tokens` tokens, with what the checkpoint stores.
+    pub fn new(config: &ModelConfig, checkpoint: &Checkpoint, dtype: KvDtype, tokens: usize) -> Self {
+        let bytes = |name: &str| checkpoint.get(name).map_or(0, |tensor| tensor.bytes.len() as u64);
+        let experts = checkpoint.names().filter(|name| name.contains(".mlp.experts.")).map(bytes).sum();
+        Self::of(config, checkpoint.total_bytes().saturating_sub(experts), experts, dtype, tokens, &Memory::read())
+    }
+
+    fn of(config: &ModelConfig, weights: u64, experts: u64, dtype: KvDtype, tokens: usize, memory: &Memory) -> Self {
+        let spec = cache_spec(config, dtype);
+        let cache = |spec: CacheSpec| (spec.block_bytes() as u64).saturating_mul(tokens.div_ceil(BLOCK_TOKENS) as u64);
+        let kv = cache(CacheSpec { index_dim: 0, ..spec });
+        let index_keys = cache(spec).saturating_sub(kv);
+        Self { weights, experts, kv, index_keys, activations: activations(config), machine: memory.total }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        [self.experts, self.kv, self.index_keys, self.activations]
+            .iter()
+            .fold(self.weights, |sum, n| sum.saturating_add(*n))
+    }
+
+    /// Whether it needs more than the machine has although only experts' weights may wait on the disk.
+    pub fn exceeds(&self) -> bool {
+        self.machine.is_some_and(|machine| self.total().saturating_sub(self.experts) > machine)
+    }
+
+    /// Whether it fits only because experts' weights may wait on the disk: it runs, but slower.
+    pub fn reads_experts_from_disk(&self) -> bool {
+        !self.exceeds() && self.machine.is_some_and(|machine| self.total() > machine)
+    }
+
+    /// Tokens that fit beside the weights and activations, where the machine's memory is known.
+    pub fn tokens_that_fit(&self, bytes_per_token: usize) -> Option<u64> {
+        let taken = self.weights.saturating_add(self.experts).saturating_add(self.activations);
+        Some(self.machine?.saturating_sub(taken) / (bytes_per_token as u64).max(1))
+    }
+}
+
+impl std::fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let gb = |bytes: u64| bytes as f64 / 1e9;
+        write!(f, "weights {:.1} GB", gb(self.weights.saturating_add(self.experts)))?;
+        if self.experts > 0 {
+            write!(f, " (experts {:.1})", gb(self.experts))?;
+        }
+        write!(f, ", keys and values {:.1} GB", gb(self.kv))?;
+        if self.index_keys > 0 {
+            write!(f, ", index keys {:.1} GB", gb(self.index_keys))?;
+        }
+        write!(f, ", activations {:.1} GB: {:.1} GB", gb(self.activations), gb(self.total()))
+    }
+}
+
+/// Rows of a step that the engine takes at most.
+const STEP_ROWS: u64 = 512;
+
+/// A bound of the bytes that a step of the decoder works in: f32 rows of all widths that are there at a time.
+fn activations(config: &ModelConfig) -> u64 {
+    let text = &config.text;
+    let (h, q) = (text.hidden_size, text.num_attention_heads * text.head_dim);
+    let kv = text.num_key_value_heads * text.head_dim;
+    let wide = match &text.experts {
+        // Rows are sent to several experts at a time: in, through and out.
+        Some(experts) => experts.num_experts_per_tok * (2 * h + experts.moe_intermediate_size),
+        None => text.intermediate_size,
+    };
+    let index = text.indexer.map_or(0, |i| i.num_heads * (i.head_dim + 1) + i.head_dim + i.topk);
+    // A tile of index scores, and the logits of some rows.
+    let fixed = if text.indexer.is_some() { 16 << 20 } else { 0 } + 16 * text.vocab_size as u64 * 4;
+    STEP_ROWS * 4 * (4 * h + 3 * q + 2 * kv + wide + index) as u64 + fixed
+}
+
+/// Tokens of the cache: `wanted`, or the model's longest sequence cut to half of the memory that is free and to what the
+/// weights leave.
 ///
 /// # Errors
 ///
 /// What is wrong with `wanted`: longer than the model's positions, or weights and cache exceed the machine's memory.
+/// Weights of experts may: they stay in the memory map.
 pub fn fit_cache(
     config: &ModelConfig,
     dtype: KvDtype,
     wanted: Option<usize>,
-    weight_bytes: u64,
+    checkpoint: &Checkpoint,
 ) -> Result<CacheFit, String> {
     let bytes_per_token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
-    fit(config.text.max_position_embeddings, bytes_per_token, wanted, weight_bytes, &Memory::read())
-        .map(|tokens| CacheFit { tokens, bytes_per_token })
+    let plan = |tokens: usize| MemoryPlan::new(config, checkpoint, dtype, tokens);
+    let tokens = fit(config.text.max_position_embeddings, bytes_per_token, wanted, &plan, &Memory::read())?;
+    Ok(CacheFit { tokens, bytes_per_token, plan: plan(tokens) })
 }
 
 fn fit(
     longest: usize,
     bytes_per_token: usize,
     wanted: Option<usize>,
-    weight_bytes: u64,
+    plan: &dyn Fn(usize) -> MemoryPlan,
     memory: &Memory,
 ) -> Result<usize, String> {
     let Some(wanted) = wanted else {
-        let affordable = memory.available.map_or(usize::MAX, |bytes| (bytes / 2) as usize / bytes_per_token.max(1));
+        let free = memory.available.map_or(u64::MAX, |bytes| bytes / 2 / bytes_per_token.max(1) as u64);
+        let left = plan(0).tokens_that_fit(bytes_per_token).unwrap_or(u64::MAX);
+        let affordable = usize::try_from(free.min(left)).unwrap_or(usize::MAX);
         return Ok(longest.min(affordable.max(LEAST)));
     };
     if wanted == 0 || wanted > longest {
         return Err(format!("a length (--max-model-len) of {wanted} tokens: this model takes 1 to {longest}"));
     }
-    let cache = (wanted as u64).saturating_mul(bytes_per_token as u64);
-    let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-    match memory.total {
-        Some(total) if weight_bytes.saturating_add(cache) > total => Err(format!(
-            "a length of {wanted} tokens needs a KV cache of {:.1} GB beside {:.1} GB of weights; this machine has {:.1} GB: \
-             choose a smaller length, or bf16 for the cache",
-            gigabytes(cache),
-            gigabytes(weight_bytes),
-            gigabytes(total)
-        )),
-        _ => Ok(wanted),
+    let needed = plan(wanted);
+    if !needed.exceeds() {
+        return Ok(wanted);
     }
+    let fits = needed.tokens_that_fit(bytes_per_token).unwrap_or(0);
+    Err(format!(
+        "a length of {wanted} tokens needs {needed}; this machine has {:.1} GB, in which {fits} tokens fit beside the \
+         weights: choose a smaller length (--max-model-len), or bf16 for the cache (--kv-cache)",
+        needed.machine.unwrap_or(0) as f64 / 1e9
+    ))
 }
 
 /// The machine's memory in bytes, where the system tells.
@@ -93,23 +189,53 @@ mod tests {
 
     const GB: u64 = 1_000_000_000;
 
+    /// A plan of `weights` bytes, `experts` of them experts', and so many bytes a token.
+    fn plans(weights: u64, experts: u64, token: u64, machine: Option<u64>) -> impl Fn(usize) -> MemoryPlan {
+        move |tokens| MemoryPlan {
+            weights: weights - experts,
+            experts,
+            kv: token * tokens as u64,
+            index_keys: 0,
+            activations: 0,
+            machine,
+        }
+    }
+
     #[test]
-    fn the_default_leaves_half_of_the_free_memory() {
+    fn the_default_leaves_half_of_the_free_memory_and_the_weights() {
         let memory = Memory { total: Some(24 * GB), available: Some(8 * GB) };
-        assert_eq!(fit(131_072, 294_912, None, 17 * GB, &memory), Ok((4 * GB) as usize / 294_912));
-        assert_eq!(fit(4096, 294_912, None, 17 * GB, &memory), Ok(4096));
-        assert_eq!(fit(131_072, 294_912, None, 0, &Memory { available: Some(0), total: None }), Ok(LEAST));
-        assert_eq!(fit(131_072, 294_912, None, 0, &Memory::default()), Ok(131_072));
+        let plan = plans(17 * GB, 0, 294_912, memory.total);
+        assert_eq!(fit(131_072, 294_912, None, &plan, &memory), Ok((4 * GB) as usize / 294_912));
+        assert_eq!(fit(4096, 294_912, None, &plan, &memory), Ok(4096));
+        // Mapped weights that have been read count as free memory; the cache must not take their place.
+        let cached = Memory { available: Some(22 * GB), ..memory };
+        assert_eq!(fit(131_072, 294_912, None, &plan, &cached), Ok((7 * GB) as usize / 294_912));
+        let none = Memory { available: Some(0), total: None };
+        assert_eq!(fit(131_072, 294_912, None, &plans(0, 0, 294_912, None), &none), Ok(LEAST));
+        assert_eq!(fit(131_072, 294_912, None, &plans(0, 0, 1, None), &Memory::default()), Ok(131_072));
     }
 
     #[test]
     fn a_length_that_was_asked_for_is_kept_or_refused_with_figures() {
         let memory = Memory { total: Some(24 * GB), available: Some(0) };
-        assert_eq!(fit(131_072, 294_912, Some(8192), 17 * GB, &memory), Ok(8192));
-        let error = fit(131_072, 294_912, Some(131_072), 17 * GB, &memory).unwrap_err();
-        assert!(error.contains("38.7 GB") && error.contains("17.0 GB") && error.contains("24.0 GB"), "{error}");
-        for wanted in [0, 131_073] {
-            assert!(fit(131_072, 294_912, Some(wanted), 0, &memory).unwrap_err().contains("1 to 131072"));
+        let plan = plans(17 * GB, 0, 294_912, memory.total);
+        assert_eq!(fit(131_072, 294_912, Some(8192), &plan, &memory), Ok(8192));
+        let error = fit(131_072, 294_912, Some(131_072), &plan, &memory).unwrap_err();
+        for figure in ["17.0 GB", "38.7 GB", "55.7 GB", "24.0 GB", "23735 tokens"] {
+            assert!(error.contains(figure), "{figure}: {error}");
         }
+        for wanted in [0, 131_073] {
+            assert!(fit(131_072, 294_912, Some(wanted), &plan, &memory).unwrap_err().contains("1 to 131072"));
+        }
+    }
+
+    #[test]
+    fn experts_may_wait_on_the_disk() {
+        let memory = Memory { total: Some(24 * GB), available: Some(20 * GB) };
+        let plan = plans(62 * GB, 58 * GB, 100_000, memory.total);
+        assert_eq!(fit(262_144, 100_000, Some(65_536), &plan, &memory), Ok(65_536));
+        assert!(plan(65_536).reads_experts_from_disk() && !plan(65_536).exceeds());
+        assert!(fit(262_144, 100_000, Some(262_144), &plan, &memory).unwrap_err().contains("(experts 58.0)"));
+        assert!(!plans(17 * GB, 16 * GB, 100_000, memory.total)(1024).reads_experts_from_disk());
     }
 }

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use keye_processor::{Dtype, ModelConfig, NewTensor, ProcessorError};
+use keye_model::TensorShape;
+use keye_processor::{Dtype, ModelConfig, NewTensor, ProcessorError, Variant};
 use serde_json::{Map, Value, json};
 
 /// A checkpoint that can be written with random weights.
@@ -16,6 +17,10 @@ pub enum Preset {
     KeyeTiny,
     /// 1.5 with the dimensions of the golden data.
     Keye1_5Tiny,
+    /// Keye-VL-2.0-30B-A3B in its real size.
+    KeyeVl2,
+    /// 2.0 with dimensions like those of the golden data.
+    Keye2Tiny,
 }
 
 /// The dimensions in which the presets differ (spec §2, §3).
@@ -35,6 +40,10 @@ struct Dims {
     /// Rows of the table that inference does not use.
     packing_positions: usize,
     image_max_pixels: u64,
+    /// Experts, of them for a token, width of each.
+    experts: Option<[usize; 3]>,
+    /// Heads of the indexer, width of each, keys that are selected.
+    indexer: Option<[usize; 3]>,
     /// The id of `<|endoftext|>`, the first added token; others keep their distance from it.
     first_added: usize,
 }
@@ -57,7 +66,21 @@ const REAL: Dims = Dims {
     vision_heads: 16,
     packing_positions: 32_768,
     image_max_pixels: 1_003_520,
+    experts: None,
+    indexer: None,
     first_added: 151_643,
+};
+
+/// Spec of 2.0, §2.
+const REAL_2: Dims = Dims {
+    hidden: 2048,
+    intermediate: 6144,
+    layers: 48,
+    kv_heads: 4,
+    image_max_pixels: 20_480 * 784,
+    experts: Some([128, 8, 768]),
+    indexer: Some([16, 64, 2048]),
+    ..REAL
 };
 
 const TINY: Dims = Dims {
@@ -75,7 +98,18 @@ const TINY: Dims = Dims {
     vision_heads: 4,
     packing_positions: 96,
     image_max_pixels: 37_632,
+    experts: None,
+    indexer: None,
     first_added: 672,
+};
+
+const TINY_2: Dims = Dims {
+    layers: 3,
+    head_dim: 64,
+    mrope_section: [8, 12, 12],
+    experts: Some([8, 3, 40]),
+    indexer: Some([4, 32, 16]),
+    ..TINY
 };
 
 /// Added tokens of Preview in the order of their ids (spec §7).
@@ -143,7 +177,8 @@ const TEMPLATE: [&str; 3] = [
 
 impl Preset {
     /// Every preset.
-    pub const ALL: [Self; 4] = [Self::KeyeVl8b, Self::KeyeVl1_5_8b, Self::KeyeTiny, Self::Keye1_5Tiny];
+    pub const ALL: [Self; 6] =
+        [Self::KeyeVl8b, Self::KeyeVl1_5_8b, Self::KeyeTiny, Self::Keye1_5Tiny, Self::KeyeVl2, Self::Keye2Tiny];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
@@ -152,6 +187,8 @@ impl Preset {
             Self::KeyeVl1_5_8b => "keye-vl-1.5-8b",
             Self::KeyeTiny => "keye-tiny",
             Self::Keye1_5Tiny => "keye-1.5-tiny",
+            Self::KeyeVl2 => "keye-vl-2",
+            Self::Keye2Tiny => "keye-2-tiny",
         }
     }
 
@@ -160,23 +197,37 @@ impl Preset {
         Self::ALL.into_iter().find(|preset| preset.name() == name)
     }
 
-    fn is_1_5(self) -> bool {
-        matches!(self, Self::KeyeVl1_5_8b | Self::Keye1_5Tiny)
+    fn variant(self) -> Variant {
+        match self {
+            Self::KeyeVl8b | Self::KeyeTiny => Variant::Preview,
+            Self::KeyeVl1_5_8b | Self::Keye1_5Tiny => Variant::V1_5,
+            Self::KeyeVl2 | Self::Keye2Tiny => Variant::V2,
+        }
     }
 
+    /// Whether the vocabulary is that of the golden data.
     fn is_tiny(self) -> bool {
-        matches!(self, Self::KeyeTiny | Self::Keye1_5Tiny)
+        self.dims().first_added == TINY.first_added
     }
 
     fn dims(self) -> &'static Dims {
-        if self.is_tiny() { &TINY } else { &REAL }
+        match self {
+            Self::KeyeVl8b | Self::KeyeVl1_5_8b => &REAL,
+            Self::KeyeTiny | Self::Keye1_5Tiny => &TINY,
+            Self::KeyeVl2 => &REAL_2,
+            Self::Keye2Tiny => &TINY_2,
+        }
     }
 
     /// Names and contents of the checkpoint's json files, for weights of type `dtype`.
     pub fn files(self, dtype: Dtype) -> [(&'static str, Value); 6] {
-        let template: String = match self.is_1_5() {
-            true => TEMPLATE.concat(),
-            false => [TEMPLATE[0], TEMPLATE[2]].concat(),
+        let template: String = match self.variant() {
+            Variant::V1_5 => TEMPLATE.concat(),
+            // The base model's prompts end inside thinking.
+            Variant::V2 => {
+                [TEMPLATE[0], TEMPLATE[2]].concat().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+            }
+            _ => [TEMPLATE[0], TEMPLATE[2]].concat(),
         };
         [
             ("config.json", self.config(dtype)),
@@ -190,9 +241,10 @@ impl Preset {
 
     fn config(self, dtype: Dtype) -> Value {
         let (dims, id) = (self.dims(), |token: &str| self.id(token));
-        let (architecture, model_type) = match self.is_1_5() {
-            true => ("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5"),
-            false => ("KeyeForConditionalGeneration", "Keye"),
+        let (architecture, model_type, positions, theta) = match self.variant() {
+            Variant::V1_5 => ("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5", 131_072, 8_000_000),
+            Variant::V2 => ("KeyeVL2MoeForConditionalGeneration", "KeyeVL2", 262_144, 10_000_000),
+            _ => ("KeyeForConditionalGeneration", "Keye", 40_960, 1_000_000),
         };
         let torch_dtype = match dtype {
             Dtype::F32 => "float32",
@@ -231,14 +283,14 @@ impl Preset {
             "initializer_factor": 1.0,
             "initializer_range": 0.02,
             "intermediate_size": dims.intermediate,
-            "max_position_embeddings": if self.is_1_5() { 131_072 } else { 40_960 },
+            "max_position_embeddings": positions,
             "max_window_layers": dims.layers,
             "num_attention_heads": dims.heads,
             "num_hidden_layers": dims.layers,
             "num_key_value_heads": dims.kv_heads,
             "rms_norm_eps": 1e-6,
             "rope_scaling": {"type": "mrope", "mrope_section": dims.mrope_section},
-            "rope_theta": if self.is_1_5() { 8_000_000 } else { 1_000_000 },
+            "rope_theta": theta,
             "sliding_window": null,
             "tie_word_embeddings": false,
             "torch_dtype": torch_dtype,
@@ -248,8 +300,21 @@ impl Preset {
             "vision_config": vision,
             "vocab_size": dims.vocab,
         });
-        if self.is_1_5() {
+        if self.variant() != Variant::Preview {
             config["fast_video_token_id"] = json!(id("<|fast_video_pad|>"));
+        }
+        if let Some([count, chosen, width]) = dims.experts {
+            config["num_experts"] = json!(count);
+            config["num_experts_per_tok"] = json!(chosen);
+            config["moe_intermediate_size"] = json!(width);
+            config["norm_topk_prob"] = json!(true);
+        }
+        if let Some([heads, width, topk]) = dims.indexer {
+            config["rope_scaling"] = json!({"rope_type": "default", "mrope_section": dims.mrope_section});
+            config["sa_config"] = json!({
+                "indexer_head_dim": width, "indexer_num_heads": heads, "indexer_num_kv_heads": 1,
+                "kv_chunk_size": 512, "q_chunk_size": 512, "topk": topk,
+            });
         }
         config
     }
@@ -280,7 +345,7 @@ impl Preset {
             "merge_size": MERGE,
             "min_pixels": 3136,
             "patch_size": PATCH,
-            "processor_class": if self.is_1_5() { "KeyeVL1_5Processor" } else { "KeyeProcessor" },
+            "processor_class": if self.variant() == Variant::Preview { "KeyeProcessor" } else { "KeyeVL1_5Processor" },
             "resample": 3,
             "rescale_factor": 1.0 / 255.0,
             "temporal_patch_size": 1,
@@ -292,7 +357,7 @@ impl Preset {
         let first = self.dims().first_added;
         // 151675 and 151676 of 1.5 are unknown (spec §7).
         let gap = if self.is_tiny() { 0 } else { 2 };
-        let of_1_5 = ADDED_1_5.into_iter().enumerate().filter(move |_| self.is_1_5());
+        let of_1_5 = ADDED_1_5.into_iter().enumerate().filter(move |_| self.variant() != Variant::Preview);
         let of_1_5 = of_1_5.map(move |(i, token)| (ADDED.len() + gap + i, token));
         ADDED.into_iter().enumerate().chain(of_1_5).map(move |(i, token)| (first + i, token, is_special(i)))
     }
@@ -344,33 +409,101 @@ impl Preset {
 
     /// The tensors that inference uses, in the order of a forward pass.
     pub fn used_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
-        let config = ModelConfig::from_value(Path::new("config.json"), &self.config(dtype))?;
-        let layout = keye_model::weight_layout(&config);
-        Ok(layout.into_iter().map(|tensor| NewTensor { name: tensor.name, dtype, shape: tensor.shape }).collect())
+        Sizes::from(self).used_tensors(dtype)
     }
 
     /// Every tensor of the checkpoint, those that inference does not use included (spec §3).
     pub fn tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
-        let config = ModelConfig::from_value(Path::new("config.json"), &self.config(dtype))?;
-        let used = keye_model::weight_layout(&config).into_iter().map(|tensor| (tensor.name, tensor.shape));
-        let (d, i) = (config.vision.hidden_size, config.vision.intermediate_size);
-        let unused = [
-            ("embeddings.packing_position_embedding.weight", vec![self.dims().packing_positions, d]),
-            ("head.probe", vec![1, 1, d]),
-            ("head.attention.in_proj_weight", vec![3 * d, d]),
-            ("head.attention.in_proj_bias", vec![3 * d]),
-            ("head.attention.out_proj.weight", vec![d, d]),
-            ("head.attention.out_proj.bias", vec![d]),
-            ("head.layernorm.weight", vec![d]),
-            ("head.layernorm.bias", vec![d]),
-            ("head.mlp.fc1.weight", vec![i, d]),
-            ("head.mlp.fc1.bias", vec![i]),
-            ("head.mlp.fc2.weight", vec![d, i]),
-            ("head.mlp.fc2.bias", vec![d]),
-        ];
-        let unused = unused.into_iter().map(|(name, shape)| (format!("visual.vision_model.{name}"), shape));
-        Ok(used.chain(unused).map(|(name, shape)| NewTensor { name, dtype, shape }).collect())
+        Sizes::from(self).tensors(dtype)
     }
+}
+
+/// A preset, or the first layers of its decoder only: what a layer costs is the same, and a part of it fits in memory that
+/// has no room for the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Which.
+    pub preset: Preset,
+    /// Layers of the decoder; `None`: all.
+    pub layers: Option<usize>,
+}
+
+impl From<Preset> for Sizes {
+    fn from(preset: Preset) -> Self {
+        Self { preset, layers: None }
+    }
+}
+
+impl Sizes {
+    /// Layers of the whole preset's decoder.
+    pub fn all_layers(self) -> usize {
+        self.preset.dims().layers
+    }
+
+    /// Names and contents of the checkpoint's json files, for weights of type `dtype`.
+    pub fn files(self, dtype: Dtype) -> [(&'static str, Value); 6] {
+        let mut files = self.preset.files(dtype);
+        files[0].1 = self.config(dtype);
+        files
+    }
+
+    fn config(self, dtype: Dtype) -> Value {
+        let mut config = self.preset.config(dtype);
+        if let Some(layers) = self.layers {
+            config["num_hidden_layers"] = layers.into();
+        }
+        config
+    }
+
+    /// The tensors that inference uses, in the order of a forward pass.
+    pub fn used_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
+        Ok(new_tensors(keye_model::weight_layout(&self.model_config(dtype)?), dtype))
+    }
+
+    /// The same with every expert apart, as they are packed.
+    pub fn split_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
+        let layout = keye_model::weight_layout(&self.model_config(dtype)?);
+        Ok(new_tensors(keye_model::split_experts(layout), dtype))
+    }
+
+    /// What config.json says.
+    pub fn model_config(self, dtype: Dtype) -> Result<ModelConfig, ProcessorError> {
+        ModelConfig::from_value(Path::new("config.json"), &self.config(dtype))
+    }
+
+    /// Every tensor of the checkpoint, those that inference does not use included (spec §3).
+    pub fn tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
+        let config = self.model_config(dtype)?;
+        let (d, i) = (config.vision.hidden_size, config.vision.intermediate_size);
+        let packing = ("embeddings.packing_position_embedding.weight", vec![self.preset.dims().packing_positions, d]);
+        let mut unused = vec![packing];
+        if self.preset.variant() != Variant::V2 {
+            unused.extend([
+                ("head.probe", vec![1, 1, d]),
+                ("head.attention.in_proj_weight", vec![3 * d, d]),
+                ("head.attention.in_proj_bias", vec![3 * d]),
+                ("head.attention.out_proj.weight", vec![d, d]),
+                ("head.attention.out_proj.bias", vec![d]),
+                ("head.layernorm.weight", vec![d]),
+                ("head.layernorm.bias", vec![d]),
+                ("head.mlp.fc1.weight", vec![i, d]),
+                ("head.mlp.fc1.bias", vec![i]),
+                ("head.mlp.fc2.weight", vec![d, i]),
+                ("head.mlp.fc2.bias", vec![d]),
+            ]);
+        }
+        let mut tensors = self.used_tensors(dtype)?;
+        tensors.extend(unused.into_iter().map(|(name, shape)| NewTensor {
+            name: format!("visual.vision_model.{name}"),
+            dtype,
+            shape,
+        }));
+        Ok(tensors)
+    }
+}
+
+fn new_tensors(layout: Vec<TensorShape>, dtype: Dtype) -> Vec<NewTensor> {
+    layout.into_iter().map(|tensor| NewTensor { name: tensor.name, dtype, shape: tensor.shape }).collect()
 }
 
 fn tokenizer_config() -> Value {

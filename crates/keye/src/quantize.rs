@@ -1,14 +1,15 @@
 //! Checkpoints in int8 and int4: which tensors are packed, and the streaming that packs them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use keye_backend::packed::{TILE_ROWS, pack_rows, tile_bytes, unpack};
 use keye_backend::{Dtype, WeightSource};
-use keye_model::weight_layout;
+use keye_model::{split_experts, stored_layout, weight_layout};
 use keye_processor::{
     Checkpoint, Dtype as Stored, ModelConfig, NewTensor, PackedFormat, PackedTag, PackedTags, ProcessorError,
     StoredTensor, write_packed_checkpoint,
@@ -38,7 +39,7 @@ pub enum Role {
     Vision,
     /// The projector's matrices.
     Projector,
-    /// Norms, biases, patch and position embedding, routers: few bytes on which much depends.
+    /// Norms, biases, patch and position embedding, routers, indexers: few bytes on which much depends.
     Kept,
 }
 
@@ -51,6 +52,7 @@ impl Role {
             _ if !matrix => Self::Kept,
             "model.embed_tokens.weight" => Self::Embedding,
             "lm_head.weight" => Self::LmHead,
+            _ if name.contains(".sa_indexer.") => Self::Kept,
             _ if name.starts_with("model.layers.") && projection => Self::Decoder,
             _ if name.starts_with("mlp_AR.linear_") => Self::Projector,
             _ if name.starts_with("visual.vision_model.encoder.layers.")
@@ -173,15 +175,15 @@ pub fn quantize(
     raw["quantization_config"] = quantization_config(to);
 
     let originals = originals(&config, &checkpoint)?;
-    let count = |tensor: &StoredTensor| tensor.shape.iter().product::<usize>() as u64;
-    let weights: u64 = originals.values().map(count).sum();
-    let plan = originals.iter().map(|(name, stored)| NewTensor {
+    let weights: u64 = originals.values().map(Original::count).sum();
+    let plan = originals.iter().map(|(name, original)| NewTensor {
         name: name.clone(),
-        dtype: stored.dtype,
-        shape: stored.shape.clone(),
+        dtype: original.stored.dtype,
+        shape: original.shape.clone(),
     });
     let (tensors, tags) = packed_layout(in_layout_order(plan.collect(), &config), to)?;
     let bytes: u64 = tensors.iter().filter_map(NewTensor::bytes).sum();
+    let used = originals.values().map(|original| &original.stored.name).collect::<BTreeSet<_>>().len();
     let dir = NewDir::create(to_dir, &format!("the {to} model"), bytes)?;
     copy_small_files(from, &dir.path)?;
     write_json(&dir.path.join("config.json"), &raw)?;
@@ -193,18 +195,19 @@ pub fn quantize(
         let original = &originals[&tensor.name];
         let tag = tags.get(&tensor.name);
         let role = Role::of(&tensor.name, &original.shape);
-        let format = tag.map_or_else(|| original.dtype.name().to_lowercase(), |tag| tag.format.name().to_owned());
+        let format =
+            tag.map_or_else(|| original.stored.dtype.name().to_lowercase(), |tag| tag.format.name().to_owned());
         let sums = sums.entry((role, format)).or_default();
         sums.tensors += 1;
         sums.bytes += tensor.bytes().unwrap_or(0);
-        sums.weights += count(original);
+        sums.weights += original.count();
         let mut advance = |n: u64| {
             done += n;
             progress(done, weights)
         };
         let result = match tag {
             Some(tag) => pack(original, *tag, out, sums, &mut advance),
-            None => keep(original, out, &mut advance),
+            None => keep(&original.stored, out, &mut advance),
         };
         result.map_err(|error| {
             let text = error.to_string();
@@ -230,31 +233,128 @@ pub fn quantize(
         .collect();
     Ok(Report {
         bits_per_weight: 8.0 * bytes as f64 / weights.max(1) as f64,
-        left_out: checkpoint.names().count().saturating_sub(tensors.len()),
+        left_out: checkpoint.names().count().saturating_sub(used),
         roles,
         weights,
         bytes,
     })
 }
 
-/// The tensors that inference uses, by our names.
-fn originals(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<BTreeMap<String, StoredTensor>> {
+/// A tensor of the new checkpoint, in the original's.
+struct Original {
+    stored: StoredTensor,
+    /// Of the new tensor.
+    shape: Vec<usize>,
+    expert: Option<ExpertPart>,
+}
+
+/// Where a matrix of one expert lies in the tensor of all.
+struct ExpertPart {
+    /// The expert's rows of the stored tensor, seen as a matrix.
+    rows: Range<usize>,
+    /// Columns of that matrix.
+    width: usize,
+    /// Input-major: the column of the expert's first output. Output-major: none, and `rows` are the outputs.
+    column: Option<usize>,
+}
+
+impl Original {
+    fn whole(stored: StoredTensor) -> Self {
+        Self { shape: stored.shape.clone(), stored, expert: None }
+    }
+
+    fn count(&self) -> u64 {
+        self.shape.iter().product::<usize>() as u64
+    }
+
+    /// Where the bytes of rows `first..first + rows` of a matrix lie.
+    fn bytes_of(&self, first: usize, rows: usize) -> Range<usize> {
+        let row = self.shape.get(1).copied().unwrap_or(0) * self.stored.dtype.size();
+        match &self.expert {
+            Some(ExpertPart { rows, width, column: Some(_) }) => {
+                let row = width * self.stored.dtype.size();
+                rows.start * row..rows.end * row
+            }
+            Some(part) => (part.rows.start + first) * row..(part.rows.start + first + rows) * row,
+            None => first * row..(first + rows) * row,
+        }
+    }
+
+    /// Rows `first..first + rows` of a matrix.
+    fn rows(&self, first: usize, rows: usize) -> Result<Vec<f32>> {
+        let (size, dtype) = (self.stored.dtype.size(), source_dtype(&self.stored)?);
+        let cols = self.shape.get(1).copied().unwrap_or(0);
+        let widened = |bytes| {
+            let name = self.stored.name.clone();
+            WeightSource { name, dtype, rows, cols, bytes, scales: None }.to_f32().into_owned()
+        };
+        let Some(ExpertPart { rows: stored, width, column: Some(column) }) = &self.expert else {
+            return Ok(widened(self.stored.bytes.slice(self.bytes_of(first, rows))));
+        };
+        let mut turned = vec![0u8; rows * cols * size];
+        for (input, row) in stored.clone().enumerate() {
+            let at = (row * width + column + first) * size;
+            for (output, element) in self.stored.bytes[at..at + rows * size].chunks_exact(size).enumerate() {
+                turned[(output * cols + input) * size..][..size].copy_from_slice(element);
+            }
+        }
+        Ok(widened(turned.into()))
+    }
+}
+
+/// The tensors that inference uses, by our names; experts one by one.
+fn originals(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<BTreeMap<String, Original>> {
     let mut originals = BTreeMap::new();
-    for tensor in weight_layout(config) {
+    for tensor in stored_layout(config, checkpoint) {
         let stored = checkpoint.tensor(&tensor.name, &tensor.shape)?;
         source_dtype(&stored)?;
-        originals.insert(tensor.name, stored);
+        match (tensor.name.rsplit_once(".experts."), &config.text.experts) {
+            (Some((mlp, name @ ("gate_up_proj" | "down_proj"))), Some(experts)) => {
+                let width = experts.moe_intermediate_size;
+                for expert in 0..experts.num_experts {
+                    for (name, original) in expert_parts(name, expert, &stored, width, config.text.hidden_size) {
+                        originals.insert(format!("{mlp}.experts.{expert}.{name}_proj.weight"), original);
+                    }
+                }
+            }
+            _ => drop(originals.insert(tensor.name, Original::whole(stored))),
+        }
     }
     // Some tied models have the output matrix too, and then it is used.
     if let Some(stored) = checkpoint.get("lm_head.weight") {
-        originals.insert("lm_head.weight".into(), stored);
+        originals.insert("lm_head.weight".into(), Original::whole(stored));
     }
     Ok(originals)
 }
 
+/// The matrices of expert `e` in a fused tensor: gate and up `[f, h]`, or down `[h, f]`.
+fn expert_parts(name: &str, e: usize, stored: &StoredTensor, f: usize, h: usize) -> Vec<(&'static str, Original)> {
+    let part = |rows: Range<usize>, width: usize, column: Option<usize>, shape: [usize; 2]| Original {
+        stored: stored.clone(),
+        shape: shape.to_vec(),
+        expert: Some(ExpertPart { rows, width, column }),
+    };
+    let gate_up = name == "gate_up_proj";
+    // Where both readings fit, input-major it is, as the loader has it.
+    let input_major = stored.shape[1..] == if gate_up { [h, 2 * f] } else { [f, h] };
+    match (gate_up, input_major) {
+        (true, true) => {
+            let rows = e * h..(e + 1) * h;
+            vec![("gate", part(rows.clone(), 2 * f, Some(0), [f, h])), ("up", part(rows, 2 * f, Some(f), [f, h]))]
+        }
+        (true, false) => {
+            let (gate, up) = (2 * e * f..(2 * e + 1) * f, (2 * e + 1) * f..2 * (e + 1) * f);
+            vec![("gate", part(gate, h, None, [f, h])), ("up", part(up, h, None, [f, h]))]
+        }
+        (false, true) => vec![("down", part(e * f..(e + 1) * f, h, Some(0), [h, f]))],
+        (false, false) => vec![("down", part(e * h..(e + 1) * h, f, None, [h, f]))],
+    }
+}
+
 /// In the order of a forward pass, so that what is read together lies together.
 fn in_layout_order(mut tensors: Vec<NewTensor>, config: &ModelConfig) -> Vec<NewTensor> {
-    let order: BTreeMap<String, usize> = weight_layout(config).into_iter().map(|t| t.name).zip(0..).collect();
+    let layout = split_experts(weight_layout(config));
+    let order: BTreeMap<String, usize> = layout.into_iter().map(|t| t.name).zip(0..).collect();
     tensors.sort_by_key(|tensor| order.get(&tensor.name).copied().unwrap_or(usize::MAX));
     tensors
 }
@@ -274,14 +374,14 @@ fn source_dtype(stored: &StoredTensor) -> Result<Dtype, ProcessorError> {
 
 /// Writes the tensor packed, a slice of rows at a time.
 fn pack(
-    original: &StoredTensor,
+    original: &Original,
     tag: PackedTag,
     out: &mut dyn Write,
     sums: &mut Sums,
     advance: &mut dyn FnMut(u64) -> bool,
 ) -> Result<()> {
-    let (dtype, from, cols) = (packed_dtype(tag.format), source_dtype(original)?, tag.cols);
-    let row_bytes = cols * original.dtype.size();
+    let (dtype, cols) = (packed_dtype(tag.format), tag.cols);
+    let stored = &original.stored;
     let tile = tile_bytes(dtype, cols).context("a tile is too large")?;
     let slice_rows = (SLICE_VALUES / cols.max(1) / TILE_ROWS).max(1) * TILE_ROWS;
     let mut packed = vec![0u8; slice_rows.min(tag.rows.next_multiple_of(TILE_ROWS)) / TILE_ROWS * tile];
@@ -291,12 +391,10 @@ fn pack(
         let tiles = packed.par_chunks_mut(tile).enumerate().map(|(i, out)| -> Result<(f64, f64)> {
             let first = start + i * TILE_ROWS;
             let rows = TILE_ROWS.min(start + rows - first);
-            let bytes = original.bytes.slice(first * row_bytes..(first + rows) * row_bytes);
-            let source = WeightSource { name: original.name.clone(), dtype: from, rows, cols, bytes, scales: None };
-            let values = source.to_f32();
+            let values = original.rows(first, rows)?;
             pack_rows(dtype, rows, cols, &values, out).map_err(|mut error| {
                 error.row += first;
-                anyhow::anyhow!("{}: tensor {}: {error}", original.file.display(), original.name)
+                anyhow::anyhow!("{}: tensor {}: {error}", stored.file.display(), stored.name)
             })?;
             let found = unpack(dtype, rows, cols, out)?;
             let square = |value: f32| f64::from(value).powi(2);
@@ -308,8 +406,8 @@ fn pack(
             sums.error += error;
             sums.square += value;
         }
-        out.write_all(packed).with_context(|| format!("cannot write tensor {}", original.name))?;
-        forget(&original.bytes[start * row_bytes..(start + rows) * row_bytes]);
+        out.write_all(packed).with_context(|| format!("cannot write tensor {}", stored.name))?;
+        forget(&stored.bytes[original.bytes_of(start, rows)]);
         if !advance((rows * cols) as u64) {
             bail!("given up");
         }

@@ -9,7 +9,7 @@ use keye_backend::packed::{TILE_ROWS, pack_rows, tile_bytes};
 use keye_processor::{Dtype, NewTensor, PackedFormat, PackedTag, PackedTags, write_packed_checkpoint};
 
 use crate::new_dir::NewDir;
-use crate::presets::Preset;
+use crate::presets::Sizes;
 use crate::quantize::{packed_dtype, packed_layout, quantization_config, write_json};
 
 /// Elements of a shard, as transformers saves them.
@@ -24,14 +24,14 @@ const TABLE_BITS: usize = 12;
 /// Distinct tiles of 16 rows that random packed tensors are put together from.
 const TILES: usize = 32;
 
-/// Writes the files and random weights of `preset` as the new directory `dir`.
+/// Writes the files and random weights of `sizes` as the new directory `dir`.
 ///
 /// Weights are `bf16`, `f16` or `f32`, normal with standard deviation 0.02, norms 1; the same `seed` gives the same bytes.
 /// `progress` is told bytes written and bytes in all; when it returns false the work is given up.
 /// All goes to `DIR.partial` first, which a killed run may leave and the next run takes away.
 pub fn write(
     dir: &Path,
-    preset: Preset,
+    sizes: impl Into<Sizes>,
     dtype: Dtype,
     seed: u64,
     progress: &mut dyn FnMut(u64, u64) -> bool,
@@ -39,7 +39,8 @@ pub fn write(
     if !matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
         bail!("random weights are written as bf16, f16 or f32, not as {dtype}");
     }
-    write_layout(dir, preset, dtype, (preset.tensors(dtype)?, PackedTags::new()), None, seed, progress)
+    let sizes = sizes.into();
+    write_layout(dir, sizes, dtype, (sizes.tensors(dtype)?, PackedTags::new()), None, seed, progress)
 }
 
 /// As [`write()`], quantised to `to` as [`quantize`](crate::quantize::quantize) does it, tensors that inference does not use
@@ -49,27 +50,29 @@ pub fn write(
 /// any more than 512 rows some are the same.
 pub fn write_packed(
     dir: &Path,
-    preset: Preset,
+    sizes: impl Into<Sizes>,
     to: PackedFormat,
     seed: u64,
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<()> {
-    let layout = packed_layout(preset.used_tensors(Dtype::Bf16)?, to)?;
-    write_layout(dir, preset, Dtype::Bf16, layout, Some(to), seed, progress)
+    let sizes = sizes.into();
+    let layout = packed_layout(sizes.split_tensors(Dtype::Bf16)?, to)?;
+    write_layout(dir, sizes, Dtype::Bf16, layout, Some(to), seed, progress)
 }
 
 /// Bytes of the tensors that [`write()`] (as bf16) or [`write_packed`] writes.
-pub fn total_bytes(preset: Preset, packed: Option<PackedFormat>) -> Result<u64> {
+pub fn total_bytes(sizes: impl Into<Sizes>, packed: Option<PackedFormat>) -> Result<u64> {
+    let sizes = sizes.into();
     let tensors = match packed {
-        Some(to) => packed_layout(preset.used_tensors(Dtype::Bf16)?, to)?.0,
-        None => preset.tensors(Dtype::Bf16)?,
+        Some(to) => packed_layout(sizes.split_tensors(Dtype::Bf16)?, to)?.0,
+        None => sizes.tensors(Dtype::Bf16)?,
     };
     Ok(tensors.iter().filter_map(NewTensor::bytes).sum())
 }
 
 fn write_layout(
     dir: &Path,
-    preset: Preset,
+    sizes: Sizes,
     dtype: Dtype,
     (tensors, tags): (Vec<NewTensor>, PackedTags),
     packed: Option<PackedFormat>,
@@ -77,8 +80,8 @@ fn write_layout(
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<()> {
     let total: u64 = tensors.iter().filter_map(NewTensor::bytes).sum();
-    let new = NewDir::create(dir, preset.name(), total)?;
-    for (name, mut content) in preset.files(dtype) {
+    let new = NewDir::create(dir, sizes.preset.name(), total)?;
+    for (name, mut content) in sizes.files(dtype) {
         if let (Some(to), "config.json") = (packed, name) {
             content["quantization_config"] = quantization_config(to);
         }

@@ -1,5 +1,7 @@
 //! Behaviour of the crate, one binary.
 
+#[path = "golden/experts.rs"]
+mod experts;
 #[cfg(feature = "hub")]
 #[path = "golden/hub.rs"]
 mod hub;

@@ -12,6 +12,7 @@ use super::Isa;
 use super::cache::{CpuCache, KvBlock, value_stride};
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
+use super::sparse;
 use crate::host::HostTensor;
 use crate::{AttentionShape, BLOCK_TOKENS, SequenceRows, Span};
 
@@ -157,7 +158,10 @@ pub(super) fn paged(
     pool.run(tasks.len(), work, |task, scratch| {
         let (sequence, rows, kv_head) = &tasks[task];
         let queries = rows.len() * group;
-        let (buffer, (gathered, tile)) = scratch.split(State::len(queries, stride), queries * hd);
+        let turned = if cache.token_major() { BLOCK_TOKENS * (hd + stride) } else { 0 };
+        let (buffer, (second, tile)) = scratch.split(State::len(queries, stride), queries * hd + turned);
+        let (gathered, turned) = second.split_at_mut(queries * hd);
+        turned.fill(0.0);
         let mut state = State::new(buffer, queries, stride);
         // Queries in order of their position, the heads of a group side by side: they share a key head.
         for (i, row) in rows.clone().enumerate() {
@@ -167,8 +171,14 @@ pub(super) fn paged(
         let position = |query: usize| sequence.start + rows.start + query / group;
         let blocks = position(queries - 1) / BLOCK_TOKENS + 1;
         for (b, block) in sequence.block_table[..blocks].iter().enumerate() {
-            let block = cache.block(layer, *block as usize, *kv_head);
+            let mut block = cache.block(layer, *block as usize, *kv_head);
             let first_key = b * BLOCK_TOKENS;
+            if cache.token_major() {
+                let (keys, values) = turned.split_at_mut(BLOCK_TOKENS * hd);
+                let count = BLOCK_TOKENS.min(position(queries - 1) + 1 - first_key);
+                sparse::gather(isa, count, |i| (block, i), hd, keys, values);
+                block = KvBlock::F32 { keys, values };
+            }
             // Rows before the block do not see it.
             let mut query = first_key.saturating_sub(sequence.start + rows.start) * group;
             while query < queries {

@@ -35,7 +35,8 @@ pub(super) enum IndexBlock<'a> {
     Bf16(&'a [u16]),
 }
 
-/// Blocks of one layer: per block and head keys `[head_dim, 64]`, then values `[64, stride]`.
+/// Blocks of one layer: per block and head keys `[head_dim, 64]`, then values `[64, stride]`. With sparse attention keys are
+/// gathered token by token, and lie that way: `[64, head_dim]`.
 enum Blocks {
     F32(Vec<f32>),
     Bf16(Vec<u16>),
@@ -70,6 +71,11 @@ impl CpuCache {
 
     fn head_elements(spec: &CacheSpec) -> usize {
         BLOCK_TOKENS * (spec.head_dim + value_stride(spec.head_dim))
+    }
+
+    /// Whether keys lie token by token.
+    pub(super) fn token_major(&self) -> bool {
+        self.spec.index_dim > 0
     }
 
     pub(super) fn block(&self, layer: usize, block: usize, kv_head: usize) -> KvBlock<'_> {
@@ -177,8 +183,9 @@ fn write<T>(
                 let at = (block * spec.kv_heads + head) * len;
                 let (keys, values) = data[at..at + len].split_at_mut(BLOCK_TOKENS * hd);
                 let columns = head * hd..(head + 1) * hd;
+                let (at, step) = if spec.index_dim > 0 { (slot * hd, 1) } else { (slot, BLOCK_TOKENS) };
                 for (d, value) in k.row(row)[columns.clone()].iter().enumerate() {
-                    keys[d * BLOCK_TOKENS + slot] = store(*value);
+                    keys[at + d * step] = store(*value);
                 }
                 for (to, value) in values[slot * stride..].iter_mut().zip(&v.row(row)[columns]) {
                     *to = store(*value);

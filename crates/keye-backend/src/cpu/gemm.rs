@@ -7,6 +7,8 @@
 
 #![allow(clippy::needless_range_loop, reason = "a tile indexes several arrays by the same row or column")]
 
+use std::ops::Range;
+
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use super::{Isa, quantized, rows};
@@ -51,18 +53,44 @@ pub(crate) fn product(
     if x.rows == 0 || weight.rows == 0 {
         return;
     }
-    let bias = bias.map(HostWeight::vector);
-    let quantized = weight.is_packed().then(|| quantized::quantize(pool, isa, x));
-    let width = if quantized.is_some() { quantized::PANEL } else { PANEL };
-    let panels = weight.rows.div_ceil(width);
-    let row_chunks = x.rows.div_ceil(ROWS);
+    products(pool, isa, x, &[Job { rows: 0..x.rows, weight, bias: bias.map(HostWeight::vector), finish }], out);
+}
+
+/// A product of some rows of x.
+pub(crate) struct Job<'a> {
+    pub(crate) rows: Range<usize>,
+    pub(crate) weight: &'a HostWeight,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) finish: &'a Finish<'a>,
+}
+
+/// Products of disjoint rows of `x` with weights of one shape and form, in one launch: `out [rows, outputs]`.
+pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], out: &mut HostTensor) {
+    let outputs = out.cols;
+    let packed = jobs.iter().any(|job| job.weight.is_packed());
+    assert!(jobs.iter().all(|job| (job.weight.rows, job.weight.cols) == (outputs, x.cols)), "weights of one shape");
+    assert!(jobs.iter().all(|job| job.weight.is_packed() == packed), "weights of one form");
+    assert!(jobs.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "disjoint rows");
+    assert!(out.rows == x.rows && jobs.last().is_none_or(|job| job.rows.end <= x.rows), "rows");
+    let quantized = packed.then(|| quantized::quantize(pool, isa, x));
+    let width = if packed { quantized::PANEL } else { PANEL };
+    let panels = outputs.div_ceil(width);
+    // Tasks of job j begin at starts[j].
+    let mut starts = Vec::with_capacity(jobs.len());
+    let mut tasks = 0;
+    for job in jobs {
+        starts.push(tasks);
+        tasks += panels * job.rows.len().div_ceil(ROWS);
+    }
     let target = SyncPtr(out.data.as_mut_ptr());
-    let work = x.rows * x.cols * weight.rows;
-    pool.run(panels * row_chunks, work, |task, scratch| {
-        let m0 = task / panels * ROWS;
+    let work = jobs.iter().map(|job| job.rows.len()).sum::<usize>() * x.cols * outputs;
+    pool.run(tasks, work, |task, scratch| {
+        let number = starts.partition_point(|start| *start <= task) - 1;
+        let (task, Job { rows, weight, bias, finish }) = (task - starts[number], &jobs[number]);
+        let m0 = rows.start + task / panels * ROWS;
         let n0 = task % panels * width;
-        let m = ROWS.min(x.rows - m0);
-        let n = width.min(weight.rows - n0);
+        let m = ROWS.min(rows.end - m0);
+        let n = width.min(outputs - n0);
         let x = &x.data[m0 * x.cols..(m0 + m) * x.cols];
         let (sums, rest) = scratch.split(m * width, if matches!(finish, Finish::Gate(_)) { m * width } else { 0 });
         let multiply =
@@ -78,7 +106,7 @@ pub(crate) fn product(
             let sums = &mut sums[r * width..r * width + n];
             // SAFETY: tasks own disjoint rectangles of out, this one rows m0..m0+m and columns n0..n0+n.
             let out = unsafe { std::slice::from_raw_parts_mut(target.get().add((m0 + r) * weight.rows + n0), n) };
-            if let Some(bias) = &bias {
+            if let Some(bias) = bias {
                 for (sum, bias) in sums.iter_mut().zip(&bias[n0..n0 + n]) {
                     *sum += bias;
                 }
@@ -170,6 +198,11 @@ fn panel(
                 for r in 0..n {
                     w.widen_into(isa, n0 + r, k0..k0 + kb, &mut widened[r * kb..(r + 1) * kb]);
                 }
+                block_f32(isa, &x[k0..], m, k, widened, kb, n, kb, sums);
+            }
+            Elements::InputMajor(w) => {
+                widened.resize(PANEL * K_BLOCK, 0.0);
+                w.widen_rows(n0, k0..k0 + kb, &mut widened[..n * kb]);
                 block_f32(isa, &x[k0..], m, k, widened, kb, n, kb, sums);
             }
             Elements::Packed(..) => unreachable!("packed weights have a product of their own"),

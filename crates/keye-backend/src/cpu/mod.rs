@@ -2,6 +2,7 @@
 
 mod attention;
 mod cache;
+mod columns;
 mod experts;
 mod gemm;
 pub(crate) mod isa;
@@ -88,6 +89,10 @@ impl Backend for Cpu {
 
     fn load(&self, source: &WeightSource) -> Result<HostWeight, BackendError> {
         HostWeight::load(source)
+    }
+
+    fn load_columns(&self, source: &WeightSource, columns: Range<usize>) -> Result<HostWeight, BackendError> {
+        HostWeight::load_columns(source, columns)
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
@@ -356,7 +361,8 @@ impl Backend for Cpu {
         weights: &HostTensor,
         y: &mut HostTensor,
     ) -> Result<(), BackendError> {
-        experts::add(self, x, experts, chosen, weights, y)
+        experts::add(self, x, experts, chosen, weights, y);
+        Ok(())
     }
 
     fn write_index_keys(

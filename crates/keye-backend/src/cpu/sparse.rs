@@ -7,7 +7,7 @@ use super::attention::{State, update};
 use super::cache::{CpuCache, KvBlock, value_stride};
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
-use super::{Isa, cache};
+use super::{Isa, cache, columns};
 use crate::host::HostTensor;
 use crate::{AttentionShape, BLOCK_TOKENS, IndexShape, SequenceRows, UNSELECTED, select};
 
@@ -173,11 +173,12 @@ pub(super) fn attend(
         let places = &selected[row * top_k..(row + 1) * top_k];
         let places = &places[..places.partition_point(|position| *position != UNSELECTED)];
         for positions in places.chunks(BLOCK_TOKENS) {
-            for (i, position) in positions.iter().enumerate() {
-                let token = *position as usize;
-                let block = cache.block(layer, sequence.block_table[token / BLOCK_TOKENS] as usize, kv_head);
-                gather(block, token % BLOCK_TOKENS, hd, i, keys, values);
-            }
+            let token = |i: usize| {
+                let token = positions[i] as usize;
+                let block = sequence.block_table[token / BLOCK_TOKENS] as usize;
+                (cache.block(layer, block, kv_head), token % BLOCK_TOKENS)
+            };
+            gather(isa, positions.len(), token, hd, keys, values);
             let block = KvBlock::F32 { keys, values };
             for head in (0..group).step_by(2) {
                 let counts = &[positions.len(); 2][..2.min(group - head)];
@@ -195,23 +196,39 @@ pub(super) fn attend(
     out
 }
 
-/// Copies the key and value in `slot` of a block to column and row `i` of packed ones.
-fn gather(block: KvBlock<'_>, slot: usize, hd: usize, i: usize, keys: &mut [f32], values: &mut [f32]) {
+/// Packs the keys and values of `count` tokens, each given as its block, of token-major keys, and its slot there.
+pub(super) fn gather<'a>(
+    isa: Isa,
+    count: usize,
+    token: impl Fn(usize) -> (KvBlock<'a>, usize),
+    hd: usize,
+    keys: &mut [f32],
+    values: &mut [f32],
+) {
+    const ONE_TYPE: &str = "a cache has one type";
     let stride = value_stride(hd);
-    match block {
-        KvBlock::F32 { keys: k, values: v } => {
-            for d in 0..hd {
-                keys[d * BLOCK_TOKENS + i] = k[d * BLOCK_TOKENS + slot];
-            }
-            values[i * stride..(i + 1) * stride].copy_from_slice(&v[slot * stride..(slot + 1) * stride]);
+    if count == 0 {
+        return;
+    }
+    match token(0).0 {
+        KvBlock::F32 { .. } => {
+            let row = |i| match token(i) {
+                (KvBlock::F32 { keys, values }, slot) => row_of(keys, values, slot, hd, stride),
+                _ => unreachable!("{ONE_TYPE}"),
+            };
+            columns::pack(isa, count, row, hd, keys, values);
         }
-        KvBlock::Bf16 { keys: k, values: v } => {
-            for d in 0..hd {
-                keys[d * BLOCK_TOKENS + i] = crate::weight::bf16_to_f32(k[d * BLOCK_TOKENS + slot]);
-            }
-            for (to, bits) in values[i * stride..(i + 1) * stride].iter_mut().zip(&v[slot * stride..]) {
-                *to = crate::weight::bf16_to_f32(*bits);
-            }
+        KvBlock::Bf16 { .. } => {
+            let row = |i| match token(i) {
+                (KvBlock::Bf16 { keys, values }, slot) => row_of(keys, values, slot, hd, stride),
+                _ => unreachable!("{ONE_TYPE}"),
+            };
+            columns::pack(isa, count, row, hd, keys, values);
         }
     }
+}
+
+/// The key and the value in `slot` of a block.
+fn row_of<'a, T>(keys: &'a [T], values: &'a [T], slot: usize, hd: usize, stride: usize) -> (&'a [T], &'a [T]) {
+    (&keys[slot * hd..(slot + 1) * hd], &values[slot * stride..(slot + 1) * stride])
 }

@@ -51,6 +51,11 @@ impl Backend for Reference {
         Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: weight.is_packed() })
     }
 
+    fn load_columns(&self, source: &WeightSource, columns: Range<usize>) -> Result<ReferenceWeight, BackendError> {
+        let weight = HostWeight::load_columns(source, columns)?;
+        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: false })
+    }
+
     fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
         Ok(HostTensor::zeros(rows, cols))
     }

@@ -58,6 +58,15 @@ pub enum KvCache {
     Bf16,
 }
 
+impl KvCache {
+    pub fn dtype(self) -> KvDtype {
+        match self {
+            Self::F32 => KvDtype::F32,
+            Self::Bf16 => KvDtype::Bf16,
+        }
+    }
+}
+
 /// Shares of the budget of pixels by the length of a clip.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum VideoBudget {
@@ -75,6 +84,7 @@ impl ModelArgs {
         let options = self.options(Access { remote, ..Access::default() });
         let keye = Keye::load_with(&self.model, options, &mut |progress| status.loading(progress))?;
         status.clear();
+        warn_of_disk(&keye, status);
         Ok(keye)
     }
 
@@ -83,10 +93,7 @@ impl ModelArgs {
         LoadOptions {
             threads: self.threads.map(usize::from),
             max_model_len: self.max_model_len,
-            kv_dtype: match self.kv_cache {
-                KvCache::F32 => KvDtype::F32,
-                KvCache::Bf16 => KvDtype::Bf16,
-            },
+            kv_dtype: self.kv_cache.dtype(),
             processor: self.overrides(),
             timestamps: match self.reference_timestamps {
                 true => TimestampRule::Reference,
@@ -109,6 +116,17 @@ impl ModelArgs {
                 VideoBudget::Report => REPORTED_BUDGET_SHARES,
             }),
         }
+    }
+}
+
+/// Says that a model is larger than the memory, if it is.
+pub fn warn_of_disk(keye: &Keye, status: &mut Status) {
+    let plan = keye.memory();
+    if plan.reads_experts_from_disk() {
+        let machine = super::ui::bytes(plan.machine.unwrap_or(0));
+        status.line(&format!(
+            "{plan}; this machine has {machine}: experts are read from the disk as they are chosen, slowly"
+        ));
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
 use keye::KvDtype;
-use keye::presets::Preset;
+use keye::presets::{Preset, Sizes};
 use keye::random_checkpoint;
 use keye_processor::{Dtype, PackedFormat};
 
@@ -21,6 +21,8 @@ Examples:
   keye bench --preset keye-vl-1.5-8b --quant int4
   keye bench --preset keye-vl-8b --quant int8 --only prefill,decode --json
   keye bench --model ./model --only start,decode
+  keye bench --preset keye-vl-2 --layers 12 --only decode
+  keye bench --preset keye-vl-2 --context-curve --kv-cache bf16
   keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b --quant int4
   keye bench --write-checkpoint /tmp/tiny --preset keye-tiny --dtype f32
 
@@ -40,6 +42,12 @@ pub struct Args {
     /// Format of the weights, as `keye quantize` writes them [default: int4 to measure]
     #[arg(long, value_name = "FORMAT", value_parser = ["int4", "int8", "bf16"])]
     quant: Option<String>,
+    /// Only the first N layers of the preset's decoder, for machines that have no room for all
+    #[arg(long, value_name = "N", requires = "preset", value_parser = clap::value_parser!(u16).range(1..))]
+    layers: Option<u16>,
+    /// Only what attention costs a token behind 1K to 256K others, sparse and dense
+    #[arg(long, requires = "preset", conflicts_with_all = ["only", "quant", "write_checkpoint", "layers", "dir"])]
+    context_curve: bool,
     /// What to measure [default: everything]
     #[arg(long, value_name = "PARTS", value_delimiter = ',', conflicts_with = "write_checkpoint")]
     only: Vec<Part>,
@@ -105,7 +113,14 @@ enum Weights {
 
 pub fn run(args: Args) -> Result<()> {
     let preset = match &args.preset {
-        Some(name) => Some(Preset::from_name(name).ok_or_else(|| Usage(format!("{name} is no preset")))?),
+        Some(name) => {
+            let preset = Preset::from_name(name).ok_or_else(|| Usage(format!("{name} is no preset")))?;
+            let sizes = Sizes { layers: args.layers.map(usize::from), preset };
+            if sizes.layers.is_some_and(|layers| layers > sizes.all_layers()) {
+                return Err(Usage(format!("--layers: {name} has {} layers", sizes.all_layers())).into());
+            }
+            Some(sizes)
+        }
         None => None,
     };
     let weights = match (args.quant.as_deref(), args.dtype.as_deref(), &args.write_checkpoint) {
@@ -117,11 +132,29 @@ pub fn run(args: Args) -> Result<()> {
     };
     let mut status = Status::new(false);
     let guard = signals::guard();
+    if let (true, Some(sizes)) = (args.context_curve, preset) {
+        let config = sizes.model_config(Dtype::Bf16)?;
+        let threads = args.threads.map(usize::from);
+        let curve = super::bench_context::measure(&config, threads, args.kv_cache.dtype(), &mut status, &|| {
+            guard.interrupted()
+        });
+        return match curve {
+            Err(_) if guard.interrupted() => Err(Interrupted.into()),
+            Err(error) => Err(error),
+            Ok(curve) if args.json => ui::out(&format!("{:#}\n", curve.json())),
+            Ok(curve) => ui::out(&curve.text()),
+        };
+    }
     let result = match (&args.write_checkpoint, preset) {
         (Some(dir), Some(preset)) => {
             let written = write(dir, preset, weights, args.seed, &guard, &mut status);
             written.map(|()| {
-                status.line(&format!("{} with random weights (seed {}): {}", preset.name(), args.seed, dir.display()))
+                status.line(&format!(
+                    "{} with random weights (seed {}): {}",
+                    preset.preset.name(),
+                    args.seed,
+                    dir.display()
+                ))
             })
         }
         _ => bench(&args, preset, weights, &guard, &mut status),
@@ -134,7 +167,7 @@ pub fn run(args: Args) -> Result<()> {
 
 fn write(
     dir: &std::path::Path,
-    preset: Preset,
+    preset: Sizes,
     weights: Weights,
     seed: u64,
     guard: &signals::Guard,
@@ -154,7 +187,7 @@ fn write(
 
 fn bench(
     args: &Args,
-    preset: Option<Preset>,
+    preset: Option<Sizes>,
     weights: Weights,
     guard: &signals::Guard,
     status: &mut Status,
@@ -164,15 +197,12 @@ fn bench(
         parts: if args.only.is_empty() { Part::ALL.to_vec() } else { args.only.clone() },
         threads: args.threads.map_or(cores, usize::from),
         repeat: usize::from(args.repeat),
-        kv_dtype: match args.kv_cache {
-            KvCache::F32 => KvDtype::F32,
-            KvCache::Bf16 => KvDtype::Bf16,
-        },
+        kv_dtype: args.kv_cache.dtype(),
     };
     let mut model = match (preset, &args.model) {
         (Some(preset), _) => {
             let bytes = random_checkpoint::total_bytes(preset, packed(weights))?;
-            let model = Model::temporary(preset.name(), &format_name(weights), args.dir.as_deref(), bytes)?;
+            let model = Model::temporary(&title(preset), &format_name(weights), args.dir.as_deref(), bytes)?;
             write(model.dir(), preset, weights, args.seed, guard, status)?;
             model
         }
@@ -185,6 +215,12 @@ fn bench(
         true => ui::out(&format!("{:#}\n", report.json())),
         false => ui::out(&report.text()),
     }
+}
+
+/// The preset's name, and how much of it there is.
+fn title(sizes: Sizes) -> String {
+    let name = sizes.preset.name();
+    sizes.layers.map_or_else(|| name.to_owned(), |n| format!("{name}, {n} of {} layers", sizes.all_layers()))
 }
 
 fn packed(weights: Weights) -> Option<PackedFormat> {

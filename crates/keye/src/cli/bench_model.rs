@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use keye::{ItemOptions, MediaItem, Overrides, Source, cache_spec};
+use keye::{ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec};
 use keye_backend::{BLOCK_TOKENS, Cpu, CpuOptions};
 use keye_limits::Limits;
 use keye_media::{Loader, MediaCost, MediaKind, Patches, Pixels, media_cost, write_sample_clip};
@@ -123,6 +123,7 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
         decode: Vec::new(),
         vision: Vec::new(),
         media,
+        cache_tokens: bench.cache_tokens,
         rss: 0,
     };
     for tokens in PROMPTS.into_iter().filter(|_| wants(Part::Prefill)) {
@@ -198,6 +199,8 @@ struct Bench {
     /// Stored bytes of the weights that a token reads.
     weight_bytes: f64,
     cache_bytes_per_token: f64,
+    /// Tokens that fit beside the weights.
+    cache_tokens: Option<u64>,
     /// Tokens of the cache that have been written, from the first block on.
     filled: usize,
 }
@@ -215,6 +218,7 @@ impl Bench {
             runner,
             weight_bytes: weight_bytes(&config, &checkpoint),
             cache_bytes_per_token: cache_bytes as f64,
+            cache_tokens: MemoryPlan::new(&config, &checkpoint, plan.kv_dtype, 0).tokens_that_fit(cache_bytes),
             config,
             filled: 0,
         })
@@ -300,7 +304,7 @@ fn weight_bytes(config: &ModelConfig, checkpoint: &Checkpoint) -> f64 {
         _ if name.starts_with("model.layers.") => 1.0,
         _ => 0.0,
     };
-    let layout = keye_model::weight_layout(config);
+    let layout = keye_model::stored_layout(config, checkpoint);
     let bytes = |name: &str| checkpoint.get(name).map_or(0, |tensor| tensor.bytes.len()) as f64;
     layout.iter().map(|tensor| read(&tensor.name) * bytes(&tensor.name)).sum()
 }

@@ -20,6 +20,8 @@ pub struct Report {
     pub decode: Vec<Decode>,
     pub vision: Vec<Vision>,
     pub media: Vec<MediaCost>,
+    /// Tokens of cache that fit in the machine's memory beside the weights.
+    pub cache_tokens: Option<u64>,
     /// Most memory that was resident, mapped weights included, in bytes.
     pub rss: u64,
 }
@@ -97,6 +99,7 @@ impl Report {
             "vision": vision.collect::<Vec<_>>(),
             "media": media.collect::<Vec<_>>(),
             "first_token_s": self.first_token.map(round),
+            "cache_tokens": self.cache_tokens,
             "rss_gb": round(self.rss as f64 / 1e9),
         })
     }
@@ -140,6 +143,9 @@ impl Report {
                 run.rss_mb + run.child_rss_mb,
             );
         }
+        if let Some(tokens) = self.cache_tokens {
+            text += &format!("cache       {} tokens fit beside the weights\n", ui::grouped(tokens));
+        }
         text + &format!("memory      {} at most\n", ui::bytes(self.rss))
     }
 }
@@ -180,6 +186,7 @@ mod tests {
                 patches: 5,
                 decoder: "ffmpeg".into(),
             }],
+            cache_tokens: Some(12_345),
             rss: 5_000_000_000,
         };
         let json = report.json();
@@ -197,7 +204,7 @@ mod tests {
         assert_eq!((&json["rss_gb"], &json["first_token_s"]), (&json!(5.0), &json!(1.25)));
         let without = Report { limits: Limits { int8: None, ..report.limits }, ..report.clone() };
         assert_eq!(without.json()["vision"][0]["fraction"], 2.5);
-        for text in ["64.00 tok/s", "50.0 %", "1.25 times", "5.00 GB", "f16 none"] {
+        for text in ["12,345 tokens fit", "64.00 tok/s", "50.0 %", "1.25 times", "5.00 GB", "f16 none"] {
             assert!(report.text().contains(text), "{text}: {}", report.text());
         }
     }

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::Result;
-use keye::{KvDtype, LoadError, cache_spec, resolve_model};
+use keye::{KvDtype, LoadError, MemoryPlan, cache_spec, resolve_model};
 use keye_backend::BLOCK_TOKENS;
 use keye_media::VideoRule;
-use keye_model::{TensorShape, weight_layout};
+use keye_model::{TensorShape, stored_layout};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Variant};
 use serde_json::{Map, Value, json};
 
@@ -60,7 +60,7 @@ pub fn run(args: Args) -> Result<()> {
 
 fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
     let config = &processor.config;
-    let layout = weight_layout(config);
+    let layout = stored_layout(config, checkpoint);
     let wrong = |tensor: &TensorShape| checkpoint.tensor(&tensor.name, &tensor.shape).err().map(|e| e.to_string());
     let problems: Vec<String> = layout.iter().filter_map(wrong).collect();
     let used: u64 = layout.iter().filter_map(|tensor| checkpoint.get(&tensor.name)).map(|t| t.bytes.len() as u64).sum();
@@ -112,6 +112,10 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
             "f32": kv_cache(config, KvDtype::F32),
             "bf16": kv_cache(config, KvDtype::Bf16),
         },
+        "memory": {
+            "f32": memory(config, checkpoint, KvDtype::F32),
+            "bf16": memory(config, checkpoint, KvDtype::Bf16),
+        },
         "media": media(processor),
         "generation": {
             "do_sample": processor.generation.do_sample,
@@ -141,6 +145,25 @@ fn kv_cache(config: &ModelConfig, dtype: KvDtype) -> Value {
         "bytes_at_8k": token * 8192,
         "bytes_at_32k": token * 32_768,
         "bytes_at_128k": token * 131_072,
+    })
+}
+
+/// What the longest sequence takes, and what fits.
+fn memory(config: &ModelConfig, checkpoint: &Checkpoint, dtype: KvDtype) -> Value {
+    let tokens = config.text.max_position_embeddings;
+    let plan = MemoryPlan::new(config, checkpoint, dtype, tokens);
+    let token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
+    json!({
+        "tokens": tokens,
+        "weights": plan.weights + plan.experts,
+        "experts": plan.experts,
+        "kv": plan.kv,
+        "index_keys": plan.index_keys,
+        "activations": plan.activations,
+        "total": plan.total(),
+        "machine": plan.machine,
+        "tokens_that_fit": plan.tokens_that_fit(token),
+        "text": plan.to_string(),
     })
 }
 
@@ -260,6 +283,20 @@ fn text(facts: &Value) -> String {
                 size(&cache["bytes_at_128k"])
             ),
         );
+    }
+    for (name, plan) in facts["memory"].as_object().into_iter().flatten() {
+        let fits = match (plan["machine"].as_u64(), plan["tokens_that_fit"].as_u64()) {
+            (Some(machine), Some(tokens)) => {
+                format!(
+                    "; in this machine's {} fit {} tokens",
+                    bytes(machine),
+                    grouped(tokens.min(plan["tokens"].as_u64().unwrap_or(0)))
+                )
+            }
+            _ => String::new(),
+        };
+        let (tokens, sum) = (number(&plan["tokens"]), plain(&plan["text"]));
+        line(&format!("memory {name}"), format!("{tokens} tokens: {sum}{fits}"));
     }
     let (image, video) = (&facts["media"]["image"], &facts["media"]["video"]);
     line("images", format!("{} to {} pixels", number(&image["min_pixels"]), number(&image["max_pixels"])));

@@ -3,6 +3,7 @@
 mod args;
 mod ask;
 mod bench;
+mod bench_context;
 mod bench_model;
 mod bench_report;
 mod chat;

@@ -169,6 +169,7 @@ pub fn run(args: Args) -> Result<()> {
         ceilings.lower(&mut loader.config.video);
     })?;
     status.clear();
+    super::args::warn_of_disk(&keye, &mut status);
 
     let server = Server::bind(keye.engine().clone(), keye.shared_processor(), keye.default_sampling(), config)?;
     let address = server.address()?;

@@ -1,0 +1,161 @@
+//! 2.0's experts: every stored form is the same model, and packed ones lie apart.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use keye::presets::Preset;
+use keye::quantize::quantize;
+use keye::random_checkpoint::{total_bytes, write_packed};
+use keye_backend::packed::unpack;
+use keye_backend::{Cpu, CpuOptions, KvDtype};
+use keye_model::{Batch, Chunk, KeyeModel, LoadOptions, LogitRows, NoTap, Runner, stored_layout};
+use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, PackedFormat, StoredTensor, write_file};
+
+const EXPERTS: usize = 8;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/keye-2-tiny/model")
+}
+
+/// How a checkpoint may have its experts.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    OutputMajor,
+    Apart,
+}
+
+/// `[rows, cols]` turned, of four-byte elements.
+fn turned(bytes: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    let at = |row: usize, col: usize| bytes[4 * (row * cols + col)..][..4].iter();
+    (0..cols).flat_map(|col| (0..rows).flat_map(move |row| at(row, col))).copied().collect()
+}
+
+/// A copy of the golden model, whose experts are input-major, in another form.
+fn rewritten(form: Form, dir: &Path) {
+    let original = Checkpoint::open(&fixture()).unwrap();
+    let mut tensors: Vec<(NewTensor, Vec<u8>)> = Vec::new();
+    let mut add = |name: String, shape: &[usize], bytes: Vec<u8>| {
+        tensors.push((NewTensor { name, dtype: Dtype::F32, shape: shape.to_vec() }, bytes));
+    };
+    for name in original.names() {
+        let StoredTensor { shape, bytes, .. } = original.get(name).unwrap();
+        let Some((mlp, last)) = name.rsplit_once(".experts.") else {
+            add(name.into(), &shape, bytes.to_vec());
+            continue;
+        };
+        let [count, inputs, outputs] = shape[..] else { panic!("{name}") };
+        assert_eq!(count, EXPERTS);
+        let experts = bytes.chunks_exact(4 * inputs * outputs).map(|expert| turned(expert, inputs, outputs));
+        match (form, last) {
+            (Form::OutputMajor, _) => add(name.into(), &[count, outputs, inputs], experts.flatten().collect()),
+            (Form::Apart, "gate_up_proj") => {
+                for (e, expert) in experts.enumerate() {
+                    let (gate, up) = expert.split_at(expert.len() / 2);
+                    let shape = [outputs / 2, inputs];
+                    add(format!("{mlp}.experts.{e}.gate_proj.weight"), &shape, gate.to_vec());
+                    add(format!("{mlp}.experts.{e}.up_proj.weight"), &shape, up.to_vec());
+                }
+            }
+            (Form::Apart, _) => {
+                for (e, expert) in experts.enumerate() {
+                    add(format!("{mlp}.experts.{e}.down_proj.weight"), &[outputs, inputs], expert);
+                }
+            }
+        }
+    }
+    fs::create_dir(dir).unwrap();
+    fs::copy(fixture().join("config.json"), dir.join("config.json")).unwrap();
+    let tensors: Vec<_> = tensors.iter().map(|(tensor, bytes)| (tensor.clone(), &bytes[..])).collect();
+    write_file(&dir.join("model.safetensors"), &tensors).unwrap();
+}
+
+/// Logits of all rows of a prompt longer than top-k.
+fn logits(dir: &Path) -> Vec<f32> {
+    let config = ModelConfig::load(dir).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let missing =
+        stored_layout(&config, &checkpoint).into_iter().find(|t| checkpoint.tensor(&t.name, &t.shape).is_err());
+    assert_eq!(missing, None);
+    let backend = Cpu::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
+    let options = LoadOptions { cache_tokens: 128, kv_dtype: KvDtype::F32 };
+    let media = config.facts().media.processor;
+    let mut model = KeyeModel::load(backend, &config, &media, &checkpoint, options).unwrap();
+    let chunk = Chunk {
+        tokens: (0..40).map(|i| i * 37 % 320).collect(),
+        start: 0,
+        positions: (0..40).map(|i| [i; 3]).collect(),
+        features: vec![],
+        block_table: vec![0],
+        logits: LogitRows::Range(0..40),
+    };
+    model.step(&Batch { chunks: vec![chunk] }, &mut NoTap).unwrap().logits.remove(0)
+}
+
+#[test]
+fn all_forms_are_the_same_model_and_pack_alike() {
+    let root = tempfile::tempdir().unwrap();
+    let expected = logits(&fixture());
+    let packed = |from: &Path, name: &str| {
+        let dir = root.path().join(name);
+        let report = quantize(from, PackedFormat::Int8, &dir, &mut |_, _| true).unwrap();
+        (Checkpoint::open(&dir).unwrap(), report, dir)
+    };
+    let (golden, report, dir) = packed(&fixture(), "golden-int8");
+    let original = Checkpoint::open(&fixture()).unwrap();
+    // Experts lie apart, and what steers them is kept.
+    let (f, h) = (40, 64);
+    for e in 0..EXPERTS {
+        let at = format!("model.layers.1.mlp.experts.{e}");
+        let gate_up = original.get("model.layers.1.mlp.experts.gate_up_proj").unwrap().bytes;
+        let gate_up = turned(&gate_up[4 * e * h * 2 * f..][..4 * h * 2 * f], h, 2 * f);
+        let up = golden.get(&format!("{at}.up_proj.weight")).unwrap();
+        assert_eq!((up.packed, &up.shape[..]), (Some(PackedFormat::Int8), &[f, h][..]));
+        let found = unpack(keye_backend::Dtype::Int8, f, h, &up.bytes).unwrap();
+        let values = gate_up[4 * f * h..].chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+        for (found, value) in found.iter().zip(values) {
+            assert!((found - value).abs() < 0.01, "expert {e}: {found} for {value}");
+        }
+    }
+    for name in ["mlp.gate.weight", "self_attn.sa_indexer.q_proj.weight", "self_attn.sa_indexer.k_proj.weight"] {
+        let name = format!("model.layers.0.{name}");
+        assert_eq!(golden.get(&name).unwrap().bytes, original.get(&name).unwrap().bytes, "{name}");
+    }
+    assert_eq!(report.left_out, 1, "the table of packing positions");
+    let difference = logits(&dir).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    assert!(difference < 0.3 * largest, "{difference} of {largest}");
+
+    for (form, name) in [(Form::OutputMajor, "output-major"), (Form::Apart, "apart")] {
+        let dir = root.path().join(name);
+        rewritten(form, &dir);
+        assert!(logits(&dir) == expected, "{name}");
+        let (other, again, _) = packed(&dir, &format!("{name}-int8"));
+        assert_eq!(again.roles, report.roles, "{name}");
+        assert!(golden.names().eq(other.names()), "{name}");
+        for tensor in golden.names() {
+            assert_eq!(golden.get(tensor).unwrap().bytes, other.get(tensor).unwrap().bytes, "{name}: {tensor}");
+        }
+    }
+}
+
+#[test]
+fn random_packed_experts_load_and_run() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("model");
+    write_packed(&dir, Preset::Keye2Tiny, PackedFormat::Int4, 3, &mut |_, _| true).unwrap();
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    assert_eq!(checkpoint.total_bytes(), total_bytes(Preset::Keye2Tiny, Some(PackedFormat::Int4)).unwrap());
+    let expert = checkpoint.get("model.layers.2.mlp.experts.7.down_proj.weight").unwrap();
+    assert_eq!((expert.packed, &expert.shape[..]), (Some(PackedFormat::Int4), &[64, 40][..]));
+    assert!(logits(&dir).iter().all(|logit| logit.is_finite()));
+    // The real size: 17.5 GB.
+    let bytes = total_bytes(Preset::KeyeVl2, Some(PackedFormat::Int4)).unwrap();
+    assert!((17_000_000_000..18_200_000_000).contains(&bytes), "{bytes}");
+    let parameters: u64 = keye::presets::Sizes::from(Preset::KeyeVl2)
+        .tensors(Dtype::Bf16)
+        .unwrap()
+        .iter()
+        .map(|tensor| tensor.shape.iter().map(|n| *n as u64).product::<u64>())
+        .sum();
+    assert_eq!(parameters, 31_122_082_160, "the published count");
+}
