@@ -165,11 +165,11 @@ fn given_ids_and_pixels_give_the_golden_tensors_of_2() {
                     let worst = difference(&golden, &want, &have, &at);
                     assert!(worst <= 1e-4, "{at}: differs by {worst:e}");
                 } else {
-                    assert_eq!(
-                        (want.dtype, &want.shape, &want.bytes[..]),
-                        (have.dtype, &have.shape, &have.bytes[..]),
-                        "{at}"
-                    );
+                    // The golden selections of the pictures stop at the prompt, ours go on with what was generated.
+                    let bytes = have.bytes.get(..want.bytes.len()).unwrap_or(&have.bytes);
+                    assert_eq!((want.dtype, &want.shape[1..]), (have.dtype, &have.shape[1..]), "{at}");
+                    assert!(want.bytes == bytes, "{at}: other values");
+                    assert!(have.shape == want.shape || tensor.starts_with("selected."), "{at}: {:?}", have.shape);
                 }
             }
             assert_eq!(found.get("selected.0").is_none(), case == "text_dense");
