@@ -26,4 +26,4 @@ pub use optimizer::{AdamW, Group, Schedule, groups};
 pub use pack::{PATCH_VALUES, Pack, PackSource};
 pub use params::{Gradients, Layout, Params};
 pub use recipe::{Objective, Recipe, Weighting};
-pub use run::{Outcome, load_model, run, weights};
+pub use run::{Outcome, load_model, model_of, run, weights};

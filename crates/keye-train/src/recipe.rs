@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::checkpoint_dir::io;
+use crate::checkpoint_dir::{gather, io};
 use crate::{Layout, Schedule, TrainError};
 
 /// What is learnt.
@@ -146,6 +146,13 @@ impl Recipe {
             return Err("vision_lr and weight_decay: expected 0 or more".into());
         }
         Ok(())
+    }
+
+    /// Its small files together in a temporary folder, as an exported directory has them.
+    pub fn gather(&self) -> Result<tempfile::TempDir, TrainError> {
+        let folder = tempfile::tempdir().map_err(io(&std::env::temp_dir()))?;
+        gather(&self.files, folder.path())?;
+        Ok(folder)
     }
 
     /// The learning rates of its steps.

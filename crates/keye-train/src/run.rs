@@ -8,7 +8,7 @@ use keye_backend::Isa;
 use keye_processor::{Overrides, Processor};
 use serde_json::Value;
 
-use crate::checkpoint_dir::{ExportDtype, export, gather, io, load_params};
+use crate::checkpoint_dir::{ExportDtype, export, io, load_params};
 use crate::metrics::{Metrics, StepMetrics};
 use crate::optimizer::{AdamW, groups};
 use crate::params::{Gradients, Params};
@@ -28,14 +28,17 @@ pub enum Outcome {
     Stopped(u64),
 }
 
-/// Reads the model that a recipe's files describe.
+/// The model that a recipe's files describe.
 pub fn load_model(recipe: &Recipe, isa: Isa) -> Result<Model, TrainError> {
-    let folder = tempfile::tempdir().map_err(io(Path::new("a temporary folder")))?;
-    gather(&recipe.files, folder.path())?;
-    let processor = Processor::load(folder.path(), &Overrides::default())?;
-    let mut model = Model::new(&processor.config, &processor.media.processor, isa)?;
+    let mut model = model_of(recipe.gather()?.path(), isa)?;
     model.recompute = recipe.recompute;
     Ok(model)
+}
+
+/// The model that the small files of a checkpoint directory describe.
+pub fn model_of(dir: &Path, isa: Isa) -> Result<Model, TrainError> {
+    let processor = Processor::load(dir, &Overrides::default())?;
+    Model::new(&processor.config, &processor.media.processor, isa)
 }
 
 /// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step; once `stop` is true the run

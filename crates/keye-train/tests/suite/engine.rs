@@ -31,11 +31,8 @@ fn engine(dir: &Path, cpu: bool, sample: &Pack) -> Vec<f32> {
             hash: [0; 32],
         };
         let feature = runner.encode(MediaKind::Video, &patches, &mut NoTap, &mut |_, _| true).unwrap();
-        let mut row = 0;
-        for (at, _) in sample.ids.iter().enumerate().filter(|(_, id)| **id == config.video_token_id) {
-            features.push(FeatureRows { at, feature, row, len: 1 });
-            row += 1;
-        }
+        let pads = (0..sample.len()).filter(|at| sample.ids[*at] == config.video_token_id);
+        features.extend(pads.enumerate().map(|(row, at)| FeatureRows { at, feature, row, len: 1 }));
     }
     let chunk = Chunk {
         tokens: sample.ids.clone(),

@@ -17,6 +17,8 @@ mod quantize;
 mod serve;
 mod signals;
 mod trace;
+#[cfg(feature = "train")]
+mod train;
 mod ui;
 
 use std::process::ExitCode;
@@ -59,6 +61,8 @@ enum Command {
     Inspect(inspect::Args),
     Quantize(quantize::Args),
     Bench(bench::Args),
+    #[cfg(feature = "train")]
+    Train(train::Args),
     Completions(completions::Args),
 }
 
@@ -74,6 +78,8 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Bench(args) => bench::run(args),
+        #[cfg(feature = "train")]
+        Command::Train(args) => train::run_command(args),
         Command::Completions(args) => completions::run(args),
     };
     match result {

@@ -1,0 +1,190 @@
+//! `keye train`: stages of the training recipe, averages and exports.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use keye_backend::Isa;
+use keye_processor::{Overrides, Processor};
+use keye_train::data::{DataConfig, Stream};
+use keye_train::{ExportDtype, Outcome, Recipe, StepMetrics, average, export, load_model, load_params, model_of, run};
+
+use super::failure::{Interrupted, Usage};
+use super::signals;
+use super::ui::{self, Status};
+
+const AFTER_HELP: &str = "\
+Examples:
+  keye train run recipes/keye-nano/*.toml --out runs/nano
+  keye train run recipes/keye-nano/3-multitask.toml --out runs/nano
+  keye train average runs/mean runs/nano/anneal/model runs/other/anneal/model
+  keye train export runs/nano/sft/model ./keye-nano
+  keye ask -m ./keye-nano clip.mp4 \"What happens?\"
+
+A run that was stopped, by Ctrl-C or by a kill, goes on from its last checkpoint when the same command is given again.";
+
+/// Train a model by a recipe, on this machine's cores
+#[derive(clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Run stages, one after the other; those that are done are left alone
+    Run(RunArgs),
+    /// The mean of several models' weights, as 32-bit floats
+    Average {
+        /// The new directory
+        #[arg(value_name = "NEW_DIR")]
+        out: PathBuf,
+        /// Models of equal shape
+        #[arg(value_name = "DIR", required = true)]
+        models: Vec<PathBuf>,
+    },
+    /// A model in 16-bit floats without what only training uses
+    Export {
+        /// A stage's model
+        #[arg(value_name = "DIR")]
+        model: PathBuf,
+        /// The new directory
+        #[arg(value_name = "NEW_DIR")]
+        out: PathBuf,
+    },
+}
+
+#[derive(clap::Args)]
+struct RunArgs {
+    /// Recipes, in order
+    #[arg(value_name = "RECIPE.toml", required = true)]
+    recipes: Vec<PathBuf>,
+    /// Where checkpoints, metrics and models are written, a folder a stage
+    #[arg(short, long, value_name = "DIR", default_value = "runs")]
+    out: PathBuf,
+    /// Only this stage of the recipes
+    #[arg(long, value_name = "NAME")]
+    stage: Option<String>,
+    /// Threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+pub fn run_command(args: Args) -> Result<()> {
+    match args.command {
+        Command::Run(args) => run_stages(&args),
+        Command::Average { out, models } => {
+            let isa = Isa::from_env()?;
+            let model = model_of(&models[0], isa)?;
+            let mean = average(&model, &models, &model.init(0))?;
+            export(&model, &mean, &models[..1], &out, ExportDtype::F32)?;
+            ui::out(&format!("{}\n", out.display()))
+        }
+        Command::Export { model: dir, out } => {
+            let model = model_of(&dir, Isa::from_env()?)?;
+            let mut params = model.init(0);
+            load_params(&model, &dir, &mut params)?;
+            export(&model, &params, &[dir], &out, ExportDtype::Bf16)?;
+            ui::out(&format!("{}\n", out.display()))
+        }
+    }
+}
+
+fn run_stages(args: &RunArgs) -> Result<()> {
+    let recipes = args.recipes.iter().map(|path| Recipe::load(path)).collect::<Result<Vec<_>, _>>()?;
+    let wanted = |recipe: &&Recipe| args.stage.as_ref().is_none_or(|stage| *stage == recipe.name);
+    let names: Vec<&str> = recipes.iter().map(|recipe| recipe.name.as_str()).collect();
+    if let Some(stage) = args.stage.as_ref().filter(|stage| !names.contains(&stage.as_str())) {
+        return Err(Usage(format!("--stage {stage}: the recipes are {}", names.join(", "))).into());
+    }
+    let mut pool = rayon::ThreadPoolBuilder::new();
+    if let Some(threads) = args.threads {
+        pool = pool.num_threads(threads.into());
+    }
+    let pool = pool.build().context("cannot start threads")?;
+    let guard = signals::guard();
+    for recipe in recipes.iter().filter(wanted) {
+        match pool.install(|| stage(recipe, args, &guard))? {
+            Outcome::Done(model) => ui::out(&format!("{}\n", model.display()))?,
+            Outcome::Stopped(step) => {
+                let name = &recipe.name;
+                Status::new(false).line(&format!("{name}: saved after step {step}; the same command goes on"));
+                return Err(Interrupted.into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outcome> {
+    let isa = Isa::from_env()?;
+    let data = DataConfig::from_table(&recipe.data).with_context(|| format!("{}: data", recipe.name))?;
+    let files = recipe.gather()?;
+    let processor = Arc::new(Processor::load(files.path(), &Overrides::default())?);
+    let model = load_model(recipe, isa)?;
+    let mut source = Stream::new(data, processor)?;
+    let mut status = Status::new(false);
+    let parameters = model.layout().len() as u64;
+    status.line(&format!("{}: {} parameters, {} steps", recipe.name, ui::grouped(parameters), recipe.steps));
+    let progress = RefCell::new(Progress::new(recipe.steps));
+    let outcome = run(recipe, &model, &args.out, &mut source, &|| guard.interrupted(), &mut |line| {
+        if let Some(text) = progress.borrow_mut().add(line) {
+            status.progress(&format!("{}: {text}", recipe.name));
+        }
+    });
+    status.clear();
+    Ok(outcome?)
+}
+
+/// Means over the last while, so that the line can be read.
+struct Progress {
+    steps: u64,
+    recent: Vec<StepMetrics>,
+    shown: Instant,
+}
+
+const REDRAW: Duration = Duration::from_millis(500);
+/// Steps of a mean.
+const RECENT: usize = 20;
+
+impl Progress {
+    fn new(steps: u64) -> Self {
+        Self { steps, recent: Vec::new(), shown: Instant::now() }
+    }
+
+    fn add(&mut self, line: &StepMetrics) -> Option<String> {
+        if self.recent.len() == RECENT {
+            self.recent.remove(0);
+        }
+        self.recent.push(*line);
+        if self.shown.elapsed() < REDRAW && line.step != self.steps {
+            return None;
+        }
+        self.shown = Instant::now();
+        let n = self.recent.len() as f64;
+        let mean = |f: fn(&StepMetrics) -> f64| self.recent.iter().map(f).sum::<f64>() / n;
+        let seconds = mean(|l| l.seconds);
+        let left = seconds * self.steps.saturating_sub(line.step) as f64;
+        Some(format!(
+            "step {}/{}, loss {:.3}, {:.0} tokens/s, {:.0} GFLOP/s, {:.0}% waiting for data, {} left",
+            line.step,
+            self.steps,
+            mean(|l| l.loss),
+            mean(|l| l.tokens as f64) / seconds,
+            mean(|l| l.gflops * l.seconds) / seconds,
+            100.0 * mean(|l| l.waiting) / seconds,
+            duration(left)
+        ))
+    }
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
