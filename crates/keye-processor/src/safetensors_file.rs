@@ -276,4 +276,32 @@ mod tests {
         assert_eq!(entries["a"].dtype, Err("F4".to_owned()));
         assert_eq!(entries["b"].dtype, Ok(Dtype::U8));
     }
+
+    #[test]
+    fn eight_bit_floats_take_a_byte_each() {
+        let header = r#"{"w":{"dtype":"F8_E4M3","shape":[3,5],"data_offsets":[0,15]},
+            "w_scale_inv":{"dtype":"F32","shape":[1,1],"data_offsets":[15,19]},
+            "v":{"dtype":"F8_E5M2","shape":[2],"data_offsets":[19,21]},"s":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[21,22]}}"#;
+        let (_, entries) = parse_header(&file(header, 22)).unwrap();
+        let found = |name: &str| (entries[name].dtype.clone(), entries[name].end - entries[name].start);
+        assert_eq!(found("w"), (Ok(Dtype::F8E4M3), 15));
+        // Behind an odd number of bytes numbers are not aligned, and still in place.
+        assert_eq!(found("w_scale_inv"), (Ok(Dtype::F32), 4));
+        assert_eq!(entries["w_scale_inv"].start, entries["w"].end);
+        assert_eq!(found("v").0, Ok(Dtype::F8E5M2));
+        assert_eq!(found("s").0, Ok(Dtype::F8E8M0));
+        for (shape, place, expected) in [
+            ("[3,5]", 30, "F8_E4M3 [3, 5] needs 15 bytes, its place has 30"),
+            ("[3,5]", 14, "needs 15 bytes, its place has 14"),
+            ("[4294967296,4294967296]", 0, "more bytes than can be counted"),
+        ] {
+            let header = format!(r#"{{"w":{{"dtype":"F8_E4M3","shape":{shape},"data_offsets":[0,{place}]}}}}"#);
+            let found = reason(&file(&header, place));
+            assert!(found.contains(expected), "{found}");
+        }
+        // Another spelling is another type, that of a tensor nobody may use.
+        let header = r#"{"w":{"dtype":"F8_E4M3FNUZ","shape":[2],"data_offsets":[0,2]}}"#;
+        let (_, entries) = parse_header(&file(header, 2)).unwrap();
+        assert_eq!(entries["w"].dtype, Err("F8_E4M3FNUZ".to_owned()));
+    }
 }

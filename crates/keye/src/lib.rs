@@ -25,6 +25,7 @@
 //! * Dropping a stream cancels its request.
 
 mod api;
+mod device_plan;
 mod disk;
 #[cfg(feature = "hub")]
 pub mod hub;
@@ -36,6 +37,7 @@ pub mod quantize;
 pub mod random_checkpoint;
 
 pub use api::{AskError, Events, Keye, LoadError, LoadOptions, LoadProgress, default_sampling, resolve_model};
+pub use device_plan::{DevicePlan, WeightBytes, device_plans};
 pub use disk::free_bytes;
 pub use media_argument::{ArgumentError, kind_of_bytes, media_item};
 pub use memory::{CacheFit, MemoryPlan, cache_spec, fit_cache};

@@ -145,6 +145,14 @@ fn fit(
     memory: &Memory,
 ) -> Result<usize, String> {
     let Some(wanted) = wanted else {
+        let least = plan(LEAST.min(longest));
+        if least.exceeds() {
+            return Err(format!(
+                "this model needs {least}; this machine has {:.1} GB, and only weights of experts may wait on the disk: take \
+                 a quantised model (keye quantize) or a machine with more memory; keye inspect plans it",
+                least.machine.unwrap_or(0) as f64 / 1e9
+            ));
+        }
         let free = memory.available.map_or(u64::MAX, |bytes| bytes / 2 / bytes_per_token.max(1) as u64);
         let left = plan(0).tokens_that_fit(bytes_per_token).unwrap_or(u64::MAX);
         let affordable = usize::try_from(free.min(left)).unwrap_or(usize::MAX);
@@ -237,5 +245,18 @@ mod tests {
         assert!(plan(65_536).reads_experts_from_disk() && !plan(65_536).exceeds());
         assert!(fit(262_144, 100_000, Some(262_144), &plan, &memory).unwrap_err().contains("(experts 58.0)"));
         assert!(!plans(17 * GB, 16 * GB, 100_000, memory.total)(1024).reads_experts_from_disk());
+    }
+
+    #[test]
+    fn a_model_that_cannot_fit_is_refused_with_figures() {
+        let memory = Memory { total: Some(24 * GB), available: Some(20 * GB) };
+        let refused = |weights, experts| {
+            let plan = plans(weights * GB, experts * GB, 70_272, memory.total);
+            fit(163_840, 70_272, None, &plan, &memory)
+        };
+        let error = refused(680, 650).unwrap_err();
+        assert!(error.contains("680.0 GB (experts 650.0)") && error.contains("has 24.0 GB"), "{error}");
+        assert!(refused(670, 650).is_ok());
+        assert!(refused(25, 0).is_err());
     }
 }

@@ -1,5 +1,7 @@
 //! Checkpoint layouts without their weights: the files and tensors of the published models, and of tiny ones.
 
+mod keye_671b;
+
 use std::path::Path;
 
 use keye_model::TensorShape;
@@ -21,6 +23,10 @@ pub enum Preset {
     KeyeVl2,
     /// 2.0 with dimensions like those of the golden data.
     Keye2Tiny,
+    /// Keye-VL-671B-A37B in its real size; its vocabulary's special tokens are guessed.
+    KeyeVl671b,
+    /// Keye-VL-671B-A37B with 1.5's tiny tower and a decoder as tiny.
+    Keye671bTiny,
 }
 
 /// The dimensions in which the presets differ (spec §2, §3).
@@ -112,6 +118,19 @@ const TINY_2: Dims = Dims {
     ..TINY
 };
 
+const REAL_671B: Dims = Dims {
+    hidden: 7168,
+    intermediate: 18_432,
+    layers: 61,
+    heads: 128,
+    kv_heads: 128,
+    vocab: 129_280,
+    first_added: 128_815,
+    ..REAL
+};
+
+const TINY_671B: Dims = Dims { kv_heads: 4, ..TINY };
+
 /// Added tokens of Preview in the order of their ids (spec §7).
 const ADDED: [&str; 32] = [
     "<|endoftext|>",
@@ -177,8 +196,16 @@ const TEMPLATE: [&str; 3] = [
 
 impl Preset {
     /// Every preset.
-    pub const ALL: [Self; 6] =
-        [Self::KeyeVl8b, Self::KeyeVl1_5_8b, Self::KeyeTiny, Self::Keye1_5Tiny, Self::KeyeVl2, Self::Keye2Tiny];
+    pub const ALL: [Self; 8] = [
+        Self::KeyeVl8b,
+        Self::KeyeVl1_5_8b,
+        Self::KeyeTiny,
+        Self::Keye1_5Tiny,
+        Self::KeyeVl2,
+        Self::Keye2Tiny,
+        Self::KeyeVl671b,
+        Self::Keye671bTiny,
+    ];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
@@ -189,6 +216,8 @@ impl Preset {
             Self::Keye1_5Tiny => "keye-1.5-tiny",
             Self::KeyeVl2 => "keye-vl-2",
             Self::Keye2Tiny => "keye-2-tiny",
+            Self::KeyeVl671b => "keye-vl-671b",
+            Self::Keye671bTiny => "keye-671b-tiny",
         }
     }
 
@@ -202,6 +231,7 @@ impl Preset {
             Self::KeyeVl8b | Self::KeyeTiny => Variant::Preview,
             Self::KeyeVl1_5_8b | Self::Keye1_5Tiny => Variant::V1_5,
             Self::KeyeVl2 | Self::Keye2Tiny => Variant::V2,
+            Self::KeyeVl671b | Self::Keye671bTiny => Variant::V671b,
         }
     }
 
@@ -210,19 +240,34 @@ impl Preset {
         self.dims().first_added == TINY.first_added
     }
 
+    /// Whether the published model has weights of this type, or could be saved so.
+    pub fn is_stored_as(self, dtype: Dtype) -> bool {
+        match dtype {
+            Dtype::F8E4M3 => self.variant() == Variant::V671b,
+            _ => matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32),
+        }
+    }
+
+    /// The type of the published model's weights.
+    pub fn published_dtype(self) -> Dtype {
+        if self.variant() == Variant::V671b { Dtype::F8E4M3 } else { Dtype::Bf16 }
+    }
+
     fn dims(self) -> &'static Dims {
         match self {
             Self::KeyeVl8b | Self::KeyeVl1_5_8b => &REAL,
             Self::KeyeTiny | Self::Keye1_5Tiny => &TINY,
             Self::KeyeVl2 => &REAL_2,
             Self::Keye2Tiny => &TINY_2,
+            Self::KeyeVl671b => &REAL_671B,
+            Self::Keye671bTiny => &TINY_671B,
         }
     }
 
     /// Names and contents of the checkpoint's json files, for weights of type `dtype`.
     pub fn files(self, dtype: Dtype) -> [(&'static str, Value); 6] {
         let template: String = match self.variant() {
-            Variant::V1_5 => TEMPLATE.concat(),
+            Variant::V1_5 | Variant::V671b => TEMPLATE.concat(),
             // The base model's prompts end inside thinking.
             Variant::V2 => {
                 [TEMPLATE[0], TEMPLATE[2]].concat().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
@@ -242,7 +287,8 @@ impl Preset {
     fn config(self, dtype: Dtype) -> Value {
         let (dims, id) = (self.dims(), |token: &str| self.id(token));
         let (architecture, model_type, positions, theta) = match self.variant() {
-            Variant::V1_5 => ("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5", 131_072, 8_000_000),
+            // 671B's is completed below.
+            Variant::V1_5 | Variant::V671b => ("KeyeVL1_5ForConditionalGeneration", "KeyeVL1_5", 131_072, 8_000_000),
             Variant::V2 => ("KeyeVL2MoeForConditionalGeneration", "KeyeVL2", 262_144, 10_000_000),
             _ => ("KeyeForConditionalGeneration", "Keye", 40_960, 1_000_000),
         };
@@ -315,6 +361,9 @@ impl Preset {
                 "indexer_head_dim": width, "indexer_num_heads": heads, "indexer_num_kv_heads": 1,
                 "kv_chunk_size": 512, "q_chunk_size": 512, "topk": topk,
             });
+        }
+        if self.variant() == Variant::V671b {
+            keye_671b::complete(&mut config, self.is_tiny(), dtype);
         }
         config
     }
@@ -457,7 +506,8 @@ impl Sizes {
 
     /// The tensors that inference uses, in the order of a forward pass.
     pub fn used_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
-        Ok(new_tensors(keye_model::weight_layout(&self.model_config(dtype)?), dtype))
+        let tensors = new_tensors(keye_model::weight_layout(&self.model_config(dtype)?), dtype);
+        Ok(if dtype == Dtype::F8E4M3 { keye_671b::stored(tensors) } else { tensors })
     }
 
     /// The same with every expert apart, as they are packed.
@@ -493,6 +543,7 @@ impl Sizes {
             ]);
         }
         let mut tensors = self.used_tensors(dtype)?;
+        let dtype = if dtype == Dtype::F8E4M3 { Dtype::Bf16 } else { dtype };
         tensors.extend(unused.into_iter().map(|(name, shape)| NewTensor {
             name: format!("visual.vision_model.{name}"),
             dtype,

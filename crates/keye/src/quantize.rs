@@ -53,6 +53,8 @@ impl Role {
             "model.embed_tokens.weight" => Self::Embedding,
             "lm_head.weight" => Self::LmHead,
             _ if name.contains(".sa_indexer.") => Self::Kept,
+            // Latent attention takes it apart into matrices per head, one of them transposed.
+            _ if name.ends_with(".kv_b_proj.weight") => Self::Kept,
             _ if name.starts_with("model.layers.") && projection => Self::Decoder,
             _ if name.starts_with("mlp_AR.linear_") => Self::Projector,
             _ if name.starts_with("visual.vision_model.encoder.layers.")

@@ -17,6 +17,8 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 /// Standard deviation of weights (`initializer_range`), and of biases.
 const WEIGHT_STD: f32 = 0.02;
 const BIAS_STD: f32 = 0.002;
+/// Scale of all blocks of 8-bit weights: 448, the largest, is 4.5 standard deviations.
+const FP8_SCALE: f32 = 2e-4;
 /// Entries of the table that random numbers choose from.
 const TABLE: usize = 1 << TABLE_BITS;
 const TABLE_BITS: usize = 12;
@@ -26,7 +28,8 @@ const TILES: usize = 32;
 
 /// Writes the files and random weights of `sizes` as the new directory `dir`.
 ///
-/// Weights are `bf16`, `f16` or `f32`, normal with standard deviation 0.02, norms 1; the same `seed` gives the same bytes.
+/// Weights are `bf16`, `f16` or `f32`, or `f8_e4m3` in blocks where the published model's are, normal with standard deviation
+/// 0.02, norms 1; the same `seed` gives the same bytes.
 /// `progress` is told bytes written and bytes in all; when it returns false the work is given up.
 /// All goes to `DIR.partial` first, which a killed run may leave and the next run takes away.
 pub fn write(
@@ -36,10 +39,13 @@ pub fn write(
     seed: u64,
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<()> {
-    if !matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
-        bail!("random weights are written as bf16, f16 or f32, not as {dtype}");
-    }
     let sizes = sizes.into();
+    if !sizes.preset.is_stored_as(dtype) {
+        bail!(
+            "random weights are written as bf16, f16 or f32 (fp8 where the model's are), {} not as {dtype}",
+            sizes.preset.name()
+        );
+    }
     write_layout(dir, sizes, dtype, (sizes.tensors(dtype)?, PackedTags::new()), None, seed, progress)
 }
 
@@ -88,7 +94,7 @@ fn write_layout(
         write_json(&new.path.join(name), &content)?;
     }
     let mut done = 0;
-    let mut generator = Generator::new(dtype, seed);
+    let mut generator = Generator::new(seed);
     write_packed_checkpoint(&new.path, &tensors, &tags, SHARD_BYTES, &mut |tensor, out| {
         generator.fill(tensor, tags.get(&tensor.name).copied(), &mut |bytes| {
             out.write_all(bytes)?;
@@ -104,10 +110,9 @@ fn write_layout(
 
 /// Fills tensors by drawing from a table of normal numbers.
 struct Generator {
-    dtype: Dtype,
     seed: u64,
-    weights: Vec<[u8; 4]>,
-    biases: Vec<[u8; 4]>,
+    /// Encoded weights and biases by type.
+    tables: BTreeMap<Dtype, [Vec<[u8; 4]>; 2]>,
     buffer: Vec<u8>,
     /// Random tiles by format and columns.
     tiles: BTreeMap<(PackedFormat, usize), Vec<u8>>,
@@ -116,16 +121,8 @@ struct Generator {
 impl Generator {
     const BUFFER: usize = 1 << 20;
 
-    fn new(dtype: Dtype, seed: u64) -> Self {
-        let table = |std: f32| normal_table().map(|x| encode(dtype, x * std)).collect();
-        Self {
-            dtype,
-            seed,
-            weights: table(WEIGHT_STD),
-            biases: table(BIAS_STD),
-            buffer: vec![0; Self::BUFFER],
-            tiles: BTreeMap::new(),
-        }
+    fn new(seed: u64) -> Self {
+        Self { seed, tables: BTreeMap::new(), buffer: vec![0; Self::BUFFER], tiles: BTreeMap::new() }
     }
 
     /// Hands out the bytes of `tensor` in pieces. They depend on seed, name and shape only.
@@ -135,13 +132,17 @@ impl Generator {
         tag: Option<PackedTag>,
         write: &mut dyn FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let size = self.dtype.size();
+        let dtype = tensor.dtype;
         let is_norm = tensor.name.contains("norm") && tensor.name.ends_with(".weight");
-        let one = [encode(self.dtype, 1.0)];
-        let table = match is_norm {
-            true => &one[..],
-            false if tensor.name.ends_with("bias") => &self.biases,
-            false => &self.weights,
+        let [one, scale] = [1.0, FP8_SCALE].map(|value| [encode(dtype, value)]);
+        let [weights, biases] = self.tables.entry(dtype).or_insert_with(|| {
+            [WEIGHT_STD, BIAS_STD].map(|std| normal_table().map(|x| encode(dtype, x * std)).collect())
+        });
+        let table = match tensor.name.as_str() {
+            _ if is_norm => &one[..],
+            name if name.ends_with("bias") => biases,
+            name if name.ends_with("_scale_inv") => &scale,
+            _ => weights,
         };
         // FNV-1a of the name.
         let hash = tensor
@@ -162,7 +163,8 @@ impl Generator {
         while left > 0 {
             let piece = left.min(Self::BUFFER as u64) as usize;
             let buffer = &mut self.buffer[..piece];
-            match size {
+            match dtype.size() {
+                1 => draw::<1>(table, &mut random, buffer),
                 2 => draw::<2>(table, &mut random, buffer),
                 _ => draw::<4>(table, &mut random, buffer),
             }
@@ -230,6 +232,13 @@ fn encode(dtype: Dtype, x: f32) -> [u8; 4] {
             // 2^-14 is the smallest normal half; what is below becomes 0. The exponent's bias falls from 127 to 15.
             let half = if magnitude < 0x3880_0000 { 0 } else { rounded(magnitude - 0x3800_0000, 13) };
             (sign | half).to_le_bytes()
+        }
+        Dtype::F8E4M3 => {
+            let scaled = (x / FP8_SCALE).to_bits();
+            let (sign, magnitude) = ((scaled >> 24) & 0x80, scaled & 0x7fff_ffff);
+            // 2^-6 is the smallest normal; what is below becomes 0. The exponent's bias falls from 127 to 7.
+            let byte = if magnitude < 0x3c80_0000 { 0 } else { rounded(magnitude - 0x3c00_0000, 20).min(0x7e) };
+            (sign | byte).to_le_bytes()
         }
         _ => bits.to_le_bytes(),
     }

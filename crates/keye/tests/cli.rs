@@ -10,6 +10,8 @@ mod engine;
 mod failures;
 #[path = "cli/inspect.rs"]
 mod inspect;
+#[path = "cli/keye_671b.rs"]
+mod keye_671b;
 #[path = "cli/support.rs"]
 mod support;
 #[path = "cli/trace.rs"]

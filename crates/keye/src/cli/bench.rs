@@ -69,8 +69,8 @@ pub struct Args {
     /// Only write the random weights, as this new directory
     #[arg(long, value_name = "DIR")]
     write_checkpoint: Option<PathBuf>,
-    /// Type of the weights that are written
-    #[arg(long, value_name = "TYPE", value_parser = ["bf16", "f16", "f32"], requires = "write_checkpoint", conflicts_with = "quant")]
+    /// Type of the weights that are written; fp8 is 671B's
+    #[arg(long, value_name = "TYPE", value_parser = ["bf16", "f16", "f32", "fp8"], requires = "write_checkpoint", conflicts_with = "quant")]
     dtype: Option<String>,
     /// Same seed, same weights
     #[arg(long, default_value = "0")]
@@ -127,6 +127,7 @@ pub fn run(args: Args) -> Result<()> {
         (Some("int8"), ..) => Weights::Packed(PackedFormat::Int8),
         (Some("int4"), ..) | (None, None, None) => Weights::Packed(PackedFormat::Int4),
         (_, Some("f32"), _) => Weights::Plain(Dtype::F32),
+        (_, Some("fp8"), _) => Weights::Plain(Dtype::F8E4M3),
         (_, Some("f16"), _) => Weights::Plain(Dtype::F16),
         _ => Weights::Plain(Dtype::Bf16),
     };

@@ -3,13 +3,16 @@
 use std::path::Path;
 
 use anyhow::Result;
-use keye::{KvDtype, LoadError, MemoryPlan, cache_spec, resolve_model};
+use clap::builder::PossibleValuesParser;
+use keye::presets::{Preset, Sizes};
+use keye::{KvDtype, LoadError, MemoryPlan, WeightBytes, cache_spec, device_plans, resolve_model};
 use keye_backend::BLOCK_TOKENS;
 use keye_media::VideoRule;
 use keye_model::{TensorShape, stored_layout};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Variant};
 use serde_json::{Map, Value, json};
 
+use super::failure::Usage;
 use super::ui::{self, Status, bytes, grouped};
 
 const AFTER_HELP: &str = "\
@@ -18,15 +21,21 @@ Examples:
   keye inspect Kwai-Keye/Keye-VL-8B-Preview
   keye inspect ./model --json | jq .parameters
   keye inspect ./model --json | jq -e .weights.complete
+  keye inspect --preset keye-vl-671b
 
-Weights are not read, only the headers of their files. Exit code 3 when tensors are missing or have wrong shapes.";
+The plan for devices divides the decoder's matrices among them, leaves a fifth of their memory to activations and holds the
+cache in bf16. --preset plans a published model from its sizes alone. Weights are not read, only the headers of their files. Exit code 3 when tensors are missing or have wrong shapes.";
 
 /// Say what a checkpoint is, how large, and whether it is whole
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
     /// Checkpoint directory, or hub id
-    model: String,
+    #[arg(required_unless_present = "preset")]
+    model: Option<String>,
+    /// Plan the memory of this model from its sizes, without a checkpoint
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)), conflicts_with = "model")]
+    preset: Option<String>,
     /// One JSON object
     #[arg(long)]
     json: bool,
@@ -36,8 +45,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    let Some(model) = &args.model else { return preset(&args) };
     let mut status = Status::new(args.json);
-    let dir = resolve_model(&args.model, args.offline, &mut |progress| status.loading(progress))?;
+    let dir = resolve_model(model, args.offline, &mut |progress| status.loading(progress))?;
     status.clear();
     let processor = Processor::load(&dir, &Overrides::default()).map_err(LoadError::from)?;
     let checkpoint = Checkpoint::open(&dir).map_err(LoadError::from)?;
@@ -58,47 +68,82 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
+/// What can be told of a model's sizes.
+fn preset(args: &Args) -> Result<()> {
+    let name = args.preset.as_deref().unwrap_or_default();
+    let preset = Preset::from_name(name).ok_or_else(|| Usage(format!("{name} is no preset")))?;
+    let dtype = preset.published_dtype();
+    let config = Sizes::from(preset).model_config(dtype)?;
+    let tensors = preset.used_tensors(dtype)?.into_iter().map(|tensor| {
+        let bytes = tensor.bytes().unwrap_or(u64::MAX);
+        (tensor.name, tensor.dtype, bytes)
+    });
+    let plan = plan(&config, &WeightBytes::of(tensors));
+    if args.json {
+        let mut facts = model_facts(&config);
+        facts["plan"] = plan;
+        return ui::out(&format!("{facts:#}\n"));
+    }
+    let mut out = String::new();
+    let facts = model_facts(&config);
+    model_lines(&facts, &mut out);
+    plan_lines(&plan, &mut out);
+    ui::out(&out)
+}
+
+/// Weights by type, cache, and what each of several devices would hold.
+fn plan(config: &ModelConfig, weights: &WeightBytes) -> Value {
+    let types: Map<String, Value> =
+        weights.by_type.iter().map(|(dtype, bytes)| (dtype.name().to_owned(), json!(bytes))).collect();
+    json!({
+        "weight_bytes": weights.total(),
+        "expert_bytes": weights.experts,
+        "types": types,
+        "cache_bytes_per_token": cache_spec(config, KvDtype::Bf16).block_bytes() / BLOCK_TOKENS,
+        "latent": config.text.latent.is_some(),
+        "devices": device_plans(config, weights),
+    })
+}
+
+fn plan_lines(plan: &Value, out: &mut String) {
+    let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
+    let types: Vec<String> = plan["types"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(name, bytes)| format!("{name} {}", size(bytes)))
+        .collect();
+    *out += &format!("{:<14} {} = {}\n", "plan weights", size(&plan["weight_bytes"]), types.join(" + "));
+    let latent = if plan["latent"] == true { ", the latents of all heads, whole on every device" } else { "" };
+    *out += &format!("{:<14} {} a token in bf16{latent}\n", "plan cache", size(&plan["cache_bytes_per_token"]));
+    for device in plan["devices"].as_array().into_iter().flatten() {
+        let name = format!("{} x {}", device["devices"], size(&device["device_bytes"]));
+        let weights = size(&device["weight_bytes"]);
+        let verdict = match device["fits"].as_bool() {
+            Some(true) => format!(
+                "{weights} of weights each, then {} tokens of cache",
+                grouped(device["cache_tokens"].as_u64().unwrap_or(0))
+            ),
+            _ => format!("does not fit: {weights} of weights each, {} usable", size(&device["usable_bytes"])),
+        };
+        *out += &format!("{name:<14} {verdict}\n");
+    }
+}
+
 fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
     let config = &processor.config;
     let layout = stored_layout(config, checkpoint);
     let wrong = |tensor: &TensorShape| checkpoint.tensor(&tensor.name, &tensor.shape).err().map(|e| e.to_string());
     let problems: Vec<String> = layout.iter().filter_map(wrong).collect();
-    let used: u64 = layout.iter().filter_map(|tensor| checkpoint.get(&tensor.name)).map(|t| t.bytes.len() as u64).sum();
+    let stored = WeightBytes::stored(config, checkpoint);
+    let used = stored.total();
     let by_type = checkpoint.totals().into_iter().map(|(dtype, total)| {
         let counts = json!({"tensors": total.tensors, "parameters": total.elements, "bytes": total.bytes});
         (dtype.name().to_owned(), counts)
     });
-    let (text, vision) = (&config.text, &config.vision);
-    json!({
+    let mut facts = model_facts(config);
+    let more = json!({
         "directory": dir,
-        "architecture": config.architecture,
-        "variant": match config.variant {
-            Variant::Preview => "Keye-VL-8B-Preview",
-            Variant::V1_5 => "Keye-VL-1.5",
-            Variant::V2 => "Keye-VL-2.0",
-            Variant::V671b => "Keye-VL-671B-A37B",
-        },
-        "text": {
-            "layers": text.num_hidden_layers,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "heads": text.num_attention_heads,
-            "kv_heads": text.num_key_value_heads,
-            "head_dim": text.head_dim,
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.max_position_embeddings,
-            "rope_theta": text.rope_theta,
-            "mrope_section": text.mrope_section,
-        },
-        "vision": {
-            "layers": vision.num_hidden_layers,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "heads": vision.num_attention_heads,
-            "patch_size": vision.patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-        },
-        "parameters": parameters(&layout),
         "weights": {
             "files": checkpoint.files().count(),
             "tensors": checkpoint.names().count(),
@@ -126,6 +171,47 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
             "repetition_penalty": processor.generation.repetition_penalty,
         },
         "special_tokens": special_tokens(processor),
+        "plan": plan(config, &stored),
+    });
+    if let (Some(facts), Value::Object(more)) = (facts.as_object_mut(), more) {
+        facts.extend(more);
+    }
+    facts
+}
+
+/// What config.json says.
+fn model_facts(config: &ModelConfig) -> Value {
+    let (text, vision) = (&config.text, &config.vision);
+    json!({
+        "architecture": config.architecture,
+        "variant": match config.variant {
+            Variant::Preview => "Keye-VL-8B-Preview",
+            Variant::V1_5 => "Keye-VL-1.5",
+            Variant::V2 => "Keye-VL-2.0",
+            Variant::V671b => "Keye-VL-671B-A37B",
+        },
+        "text": {
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "heads": text.num_attention_heads,
+            "kv_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.max_position_embeddings,
+            "rope_theta": text.rope_theta,
+            "mrope_section": text.mrope_section,
+            "latent_dim": text.latent.map(|latent| latent.latent_dim()),
+        },
+        "vision": {
+            "layers": vision.num_hidden_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "heads": vision.num_attention_heads,
+            "patch_size": vision.patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+        },
+        "parameters": parameters(&weight_layout(config)),
     })
 }
 
@@ -208,27 +294,29 @@ fn special_tokens(processor: &Processor) -> Value {
     tokens
 }
 
-/// The same facts for the eye.
-fn text(facts: &Value) -> String {
+/// What config.json says, for the eye.
+fn model_lines(facts: &Value, out: &mut String) {
     let number = |value: &Value| grouped(value.as_u64().unwrap_or(0));
-    let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
-    let (text, vision, weights) = (&facts["text"], &facts["vision"], &facts["weights"]);
-    let parameters = &facts["parameters"];
-    let mut out = String::new();
-    let mut line = |name: &str, value: String| out += &format!("{name:<14} {value}\n");
+    let (text, vision, parameters) = (&facts["text"], &facts["vision"], &facts["parameters"]);
     let plain = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let mut line = |name: &str, value: String| *out += &format!("{name:<14} {value}\n");
     line("model", format!("{} ({})", plain(&facts["variant"]), plain(&facts["architecture"])));
-    line("directory", plain(&facts["directory"]));
+    if facts["directory"].is_string() {
+        line("directory", plain(&facts["directory"]));
+    }
+    let keys = match text["latent_dim"].as_u64() {
+        Some(width) => format!("latent keys and values of {width}"),
+        None => format!("{} key/value heads", text["kv_heads"]),
+    };
     line(
         "text",
         format!(
-            "{} layers, width {}, feed-forward {}, {} heads of {}, {} key/value heads, vocabulary {}, {} positions",
+            "{} layers, width {}, feed-forward {}, {} heads of {}, {keys}, vocabulary {}, {} positions",
             text["layers"],
             text["hidden_size"],
             text["intermediate_size"],
             text["heads"],
             text["head_dim"],
-            text["kv_heads"],
             number(&text["vocab_size"]),
             number(&text["max_position_embeddings"])
         ),
@@ -256,6 +344,19 @@ fn text(facts: &Value) -> String {
             number(&parameters["text"])
         ),
     );
+}
+
+/// The same facts for the eye.
+fn text(facts: &Value) -> String {
+    let number = |value: &Value| grouped(value.as_u64().unwrap_or(0));
+    let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
+    let weights = &facts["weights"];
+    let mut out = String::new();
+    model_lines(facts, &mut out);
+    // A model that one device holds needs no plan.
+    let large = facts["plan"]["devices"][1]["fits"] == false;
+    let mut line = |name: &str, value: String| out += &format!("{name:<14} {value}\n");
+    let plain = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let types: Vec<String> = weights["types"]
         .as_object()
         .into_iter()
@@ -329,6 +430,9 @@ fn text(facts: &Value) -> String {
     line("tokens", tokens.join(", "));
     for problem in weights["problems"].as_array().into_iter().flatten() {
         line("problem", plain(problem));
+    }
+    if large {
+        plan_lines(&facts["plan"], &mut out);
     }
     out
 }

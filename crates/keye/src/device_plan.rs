@@ -1,0 +1,153 @@
+//! How a model would lie on several devices: weights and cache of each, from sizes alone.
+//!
+//! Matrices of the decoder are divided evenly, tower, projector, norms, routers and the narrow projections of latent attention
+//! are on every device. Keys and values are divided by their heads, as far as there are heads; a latent cache has none and
+//! is whole on every device, or holds sequences of its own there, which takes as much.
+
+use std::collections::BTreeMap;
+
+use keye_backend::{BLOCK_TOKENS, KvDtype};
+use keye_model::stored_layout;
+use keye_processor::{Checkpoint, Dtype, ModelConfig};
+use serde::Serialize;
+
+use crate::cache_spec;
+
+/// Number of devices and gigabytes of each.
+const SETS: [(u64, u64); 6] = [(1, 24), (1, 80), (8, 80), (8, 141), (16, 80), (32, 80)];
+/// Per cent of a device's memory for weights and cache; the rest is for activations (`docs/spec/keye-vl-671b.md` §7).
+const USED: u64 = 80;
+
+/// Bytes of a model's weights.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// By stored type.
+    pub by_type: BTreeMap<Dtype, u64>,
+    /// That devices divide among themselves.
+    pub divided: u64,
+    /// That every device has.
+    pub everywhere: u64,
+    /// Of experts that tokens are sent to: of these a token reads a few.
+    pub experts: u64,
+}
+
+impl WeightBytes {
+    /// Sums up tensors: name, type, bytes.
+    pub fn of(tensors: impl IntoIterator<Item = (String, Dtype, u64)>) -> Self {
+        let mut sum = Self::default();
+        for (name, dtype, bytes) in tensors {
+            *sum.by_type.entry(dtype).or_default() += bytes;
+            *if is_divided(&name) { &mut sum.divided } else { &mut sum.everywhere } += bytes;
+            if name.contains(".mlp.experts.") {
+                sum.experts += bytes;
+            }
+        }
+        sum
+    }
+
+    /// Of what inference uses of a checkpoint, scales of 8-bit weights included; what is missing counts nothing.
+    pub fn stored(config: &ModelConfig, checkpoint: &Checkpoint) -> Self {
+        Self::of(stored_layout(config, checkpoint).into_iter().flat_map(|tensor| {
+            let scales = format!("{}_scale_inv", tensor.name);
+            let size = |name: String| checkpoint.get(&name).map(|t| (name, t.dtype, t.bytes.len() as u64));
+            [tensor.name, scales].into_iter().filter_map(size)
+        }))
+    }
+
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.divided + self.everywhere
+    }
+}
+
+fn is_divided(name: &str) -> bool {
+    const WHOLE: [&str; 5] = [".q_a_proj.", ".kv_a_proj_with_mqa.", ".sa_indexer.", ".mlp.gate.", "norm."];
+    let decoder = name.starts_with("model.") || name.starts_with("lm_head.");
+    decoder && !WHOLE.iter().any(|part| name.contains(part))
+}
+
+/// A model on some devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DevicePlan {
+    /// How many.
+    pub devices: u64,
+    /// Memory of one.
+    pub device_bytes: u64,
+    /// Of that, what weights and cache may take.
+    pub usable_bytes: u64,
+    /// Weights on each.
+    pub weight_bytes: u64,
+    /// Whether they leave room for a sequence of some length.
+    pub fits: bool,
+    /// Cache of one token on each device.
+    pub cache_bytes_per_token: u64,
+    /// Tokens that fit beside the weights, a device's.
+    pub cache_tokens: u64,
+}
+
+/// Plans for devices of common sizes, the cache in bf16.
+pub fn device_plans(config: &ModelConfig, weights: &WeightBytes) -> Vec<DevicePlan> {
+    let token = (cache_spec(config, KvDtype::Bf16).block_bytes() / BLOCK_TOKENS) as u64;
+    let parts = if config.text.latent.is_some() { 1 } else { config.text.num_key_value_heads as u64 };
+    let plan = |(devices, gigabytes): (u64, u64)| {
+        let device_bytes = gigabytes * 1_000_000_000;
+        let usable_bytes = device_bytes / 100 * USED;
+        let weight_bytes = weights.divided.div_ceil(devices) + weights.everywhere;
+        let cache_bytes_per_token = token.div_ceil(parts.min(devices));
+        let cache_tokens = usable_bytes.saturating_sub(weight_bytes) / cache_bytes_per_token.max(1);
+        let fits = cache_tokens >= BLOCK_TOKENS as u64;
+        DevicePlan { devices, device_bytes, usable_bytes, weight_bytes, fits, cache_bytes_per_token, cache_tokens }
+    };
+    SETS.into_iter().map(plan).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::presets::{Preset, Sizes};
+
+    fn plans(preset: Preset) -> (WeightBytes, Vec<DevicePlan>) {
+        let dtype = preset.published_dtype();
+        let tensors = preset.used_tensors(dtype).unwrap();
+        let bytes = WeightBytes::of(tensors.into_iter().map(|t| {
+            let bytes = t.bytes().unwrap();
+            (t.name, t.dtype, bytes)
+        }));
+        let plans = device_plans(&Sizes::from(preset).model_config(dtype).unwrap(), &bytes);
+        (bytes, plans)
+    }
+
+    /// 671B (spec §1 and §7): FP8 weights, 16 devices of 80 GB, 68.6 KiB of cache a token.
+    #[test]
+    fn the_largest_model_needs_sixteen_devices_of_80_gb() {
+        let (bytes, plans) = plans(Preset::KeyeVl671b);
+        // 61 layers: attention 187,105,280 weights each; 3 dense, 58 with 257 experts of 3 * 7168 * 2048.
+        let attention = 7168 * 1536 + 1536 * 24_576 + 7168 * 576 + 512 * 32_768 + 16_384 * 7168;
+        let fp8: u64 = 61 * attention + 3 * 3 * 7168 * 18_432 + 58 * 257 * 3 * 7168 * 2048;
+        assert_eq!(bytes.by_type[&Dtype::F8E4M3], fp8);
+        assert!((670e9..680e9).contains(&(bytes.total() as f64)), "{}", bytes.total());
+        assert!(bytes.experts > bytes.total() / 100 * 96);
+        let fits: Vec<_> =
+            plans.iter().map(|plan| (plan.devices, plan.device_bytes / 1_000_000_000, plan.fits)).collect();
+        assert_eq!(
+            fits,
+            [(1, 24, false), (1, 80, false), (8, 80, false), (8, 141, true), (16, 80, true), (32, 80, true)]
+        );
+        assert!(plans.iter().all(|plan| plan.cache_bytes_per_token == 61 * 1152));
+        let sixteen = &plans[4];
+        assert_eq!(sixteen.usable_bytes, 64_000_000_000);
+        assert!((42e9..45e9).contains(&(sixteen.weight_bytes as f64)), "{sixteen:?}");
+        assert_eq!(sixteen.cache_tokens, (sixteen.usable_bytes - sixteen.weight_bytes) / (61 * 1152));
+    }
+
+    #[test]
+    fn keys_and_values_are_divided_by_their_heads() {
+        let (bytes, plans) = plans(Preset::KeyeVl1_5_8b);
+        assert_eq!(plans[1].weight_bytes, bytes.total());
+        // 36 layers of 2 * 8 heads of 128 in bf16; eight heads make no more than eight parts.
+        assert_eq!(plans[1].cache_bytes_per_token, 36 * 2 * 8 * 128 * 2);
+        assert_eq!(plans[2].cache_bytes_per_token, plans[1].cache_bytes_per_token / 8);
+        assert_eq!(plans[5].cache_bytes_per_token, plans[2].cache_bytes_per_token);
+        assert!(plans[0].fits && plans[1].fits);
+    }
+}
