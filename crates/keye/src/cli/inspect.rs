@@ -8,7 +8,7 @@ use keye::presets::{Preset, Sizes};
 use keye::{KvDtype, LoadError, MemoryPlan, WeightBytes, cache_spec, device_plans, resolve_model};
 use keye_backend::BLOCK_TOKENS;
 use keye_media::VideoRule;
-use keye_model::{TensorShape, stored_layout};
+use keye_model::{TensorShape, stored_layout, weight_layout};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Variant};
 use serde_json::{Map, Value, json};
 
@@ -117,7 +117,8 @@ fn plan_lines(plan: &Value, out: &mut String) {
     let latent = if plan["latent"] == true { ", the latents of all heads, whole on every device" } else { "" };
     *out += &format!("{:<14} {} a token in bf16{latent}\n", "plan cache", size(&plan["cache_bytes_per_token"]));
     for device in plan["devices"].as_array().into_iter().flatten() {
-        let name = format!("{} x {}", device["devices"], size(&device["device_bytes"]));
+        let gigabytes = device["device_bytes"].as_u64().unwrap_or(0) / 1_000_000_000;
+        let name = format!("{} x {gigabytes} GB", device["devices"]);
         let weights = size(&device["weight_bytes"]);
         let verdict = match device["fits"].as_bool() {
             Some(true) => format!(
