@@ -95,13 +95,13 @@ impl Preparer {
         }
     }
 
-    /// Tells all branches; errors are told once, the others get their text.
+    /// Tells all branches.
     fn fail(&self, branches: Vec<Branch>, error: EngineError) {
+        let again = error.again();
         let mut error = Some(error);
-        let text = error.as_ref().map(ToString::to_string).unwrap_or_default();
         for Branch { events, place, .. } in branches {
             drop(place);
-            let error = error.take().unwrap_or_else(|| EngineError::Refused(text.clone()));
+            let error = error.take().unwrap_or_else(|| again.again());
             let error = self.shared.why(&events, error);
             events.end(crate::Event::Failed(error));
         }

@@ -97,3 +97,22 @@ pub enum EngineError {
     #[error("the engine has stopped")]
     Stopped,
 }
+
+impl EngineError {
+    /// The same for another answer to the same request: what holds a source that cannot be copied is told by its text.
+    pub(crate) fn again(&self) -> Self {
+        use keye_media::MediaError;
+        match self {
+            Self::QueueFull(n) => Self::QueueFull(*n),
+            Self::ContextLength { tokens, max } => Self::ContextLength { tokens: *tokens, max: *max },
+            Self::Grammar(reason) => Self::Grammar(reason.clone()),
+            Self::Cancelled => Self::Cancelled,
+            Self::Stopped => Self::Stopped,
+            Self::Internal(reason) => Self::Internal(reason.clone()),
+            Self::Model(_) | Self::Media(MediaError::Ffmpeg(_) | MediaError::Temporary { .. }) => {
+                Self::Internal(self.to_string())
+            }
+            Self::Refused(_) | Self::Media(_) | Self::Processor(_) => Self::Refused(self.to_string()),
+        }
+    }
+}

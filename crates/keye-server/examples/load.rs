@@ -1,9 +1,11 @@
 //! Load on a server that runs: mixed text, image and video, streamed, at several numbers of clients.
 //!
-//! `load HOST:PORT [--seconds 30] [--streams 1,8,32] [--tokens 64] [--image FILE] [--video FILE] [--pid PID]`
+//! `load HOST:PORT [--seconds 30] [--streams 1,8,32] [--tokens 64] [--image FILE] [--video FILE] [--long WORDS] [--pid PID]`
 //!
 //! For each number of clients: requests and failures, tokens a second, time to the first text, largest gap between texts of
-//! one stream, and, with the server's process id, its resident memory at the end.
+//! one stream, and, with the server's process id, its resident memory at the end. With `--long` one more client sends
+//! prompts of so many words, one after the other, and is counted apart: what the gaps of the others are beside it is how
+//! fair the server is.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -20,6 +22,8 @@ struct Plan {
     tokens: usize,
     /// Parts to choose from; the first is none.
     media: Vec<Option<Value>>,
+    /// Words of the prompts of one more client; 0 is none.
+    long: usize,
     pid: Option<u32>,
 }
 
@@ -49,7 +53,12 @@ fn main() -> Result<(), Failure> {
                     })
                 })
                 .collect();
-            clients.into_iter().map(|client| client.join().unwrap_or_default()).collect()
+            let long = (plan.long > 0).then(|| scope.spawn(|| long_prompts(&plan)));
+            let seen = clients.into_iter().map(|client| client.join().unwrap_or_default()).collect();
+            if let Some(long) = long.and_then(|long| long.join().ok()) {
+                println!("  beside {} long prompts, {} failed", long.requests, long.failed);
+            }
+            seen
         });
         let seconds = start.elapsed().as_secs_f64();
         let sorted = |of: fn(&Seen) -> &[Duration]| {
@@ -77,7 +86,8 @@ fn main() -> Result<(), Failure> {
 fn plan() -> Result<Plan, Failure> {
     let mut arguments = std::env::args().skip(1);
     let address = arguments.next().ok_or("the first argument is HOST:PORT of the server")?;
-    let mut plan = Plan { address, seconds: 30, streams: vec![1, 8, 32], tokens: 64, media: vec![None], pid: None };
+    let mut plan =
+        Plan { address, seconds: 30, streams: vec![1, 8, 32], tokens: 64, media: vec![None], long: 0, pid: None };
     while let Some(flag) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{flag} needs a value"))?;
         let part = |kind: &str, name: &str| -> Result<Option<Value>, Failure> {
@@ -90,6 +100,7 @@ fn plan() -> Result<Plan, Failure> {
             "--tokens" => plan.tokens = value.parse()?,
             "--image" => plan.media.push(part("image/png", "image_url")?),
             "--video" => plan.media.push(part("video/mp4", "video_url")?),
+            "--long" => plan.long = value.parse()?,
             "--pid" => plan.pid = Some(value.parse()?),
             _ => return Err(format!("{flag} is no flag").into()),
         }
@@ -105,18 +116,33 @@ fn client(plan: &Plan, index: usize) -> Seen {
         seen.requests += 1;
         let part = plan.media[turn % plan.media.len()].clone();
         turn += 1;
-        if ask(plan, part, turn, &mut seen).is_err() {
+        let text = format!("Question {turn}: what is there?");
+        if ask(plan, part, &text, plan.tokens, &mut seen).is_err() {
             seen.failed += 1;
         }
     }
     seen
 }
 
-fn ask(plan: &Plan, part: Option<Value>, turn: usize, seen: &mut Seen) -> Result<(), Failure> {
-    let text = json!({"type": "text", "text": format!("Question {turn}: what is there?")});
+/// Asks one thing after the other that takes long to read and one token to answer.
+fn long_prompts(plan: &Plan) -> Seen {
+    let (mut seen, start) = (Seen::default(), Instant::now());
+    while start.elapsed() < Duration::from_secs(plan.seconds) {
+        seen.requests += 1;
+        // Another beginning each time, so that nothing is cached.
+        let text = format!("{} {}", seen.requests, "word ".repeat(plan.long));
+        if ask(plan, None, &text, 1, &mut seen).is_err() {
+            seen.failed += 1;
+        }
+    }
+    seen
+}
+
+fn ask(plan: &Plan, part: Option<Value>, text: &str, tokens: usize, seen: &mut Seen) -> Result<(), Failure> {
+    let text = json!({"type": "text", "text": text});
     let body = json!({
         "messages": [{"role": "user", "content": part.into_iter().chain([text]).collect::<Vec<_>>()}],
-        "stream": true, "stream_options": {"include_usage": true}, "max_tokens": plan.tokens, "ignore_eos": true,
+        "stream": true, "stream_options": {"include_usage": true}, "max_tokens": tokens, "ignore_eos": true,
     })
     .to_string();
     let start = Instant::now();

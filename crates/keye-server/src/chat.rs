@@ -88,6 +88,13 @@ pub(crate) fn conversation(messages: &Value, tools: &Tools, app: &App) -> Result
     if messages.as_array().is_none_or(Vec::is_empty) {
         return Err(ApiError::invalid("messages", "messages: expected a list with at least one message"));
     }
+    for (i, message) in messages.as_array().into_iter().flatten().enumerate() {
+        // Nothing reads it, but a client that sends something else has made a mistake.
+        if message.get("tool_call_id").is_some_and(|id| !id.is_string() && !id.is_null()) {
+            let at = format!("messages[{i}].tool_call_id");
+            return Err(ApiError::invalid(&at, format!("{at}: expected a string")));
+        }
+    }
     let conversation = Conversation::from_json(messages)?;
     let ceilings = &app.config.ceilings;
     let found = conversation.media().len();

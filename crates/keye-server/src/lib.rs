@@ -31,6 +31,7 @@ mod config;
 mod embeddings;
 mod error;
 mod fields;
+mod gbnf;
 mod generation;
 mod guard;
 mod logprobs;

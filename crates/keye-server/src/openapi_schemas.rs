@@ -69,9 +69,20 @@ fn requests() -> Map<String, Value> {
     let whole = json!({"type": ["integer", "null"], "minimum": 1});
     let top = json!({"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LOGPROBS});
     let role = json!({"enum": ["system", "developer", "user", "assistant", "tool"]});
+    let link = json!({"anyOf": [{"type": "string"}, object(&["url"], json!({"url": {"type": "string"}}))]});
+    let of_kind = |name: &str, value: &Value| {
+        let mut part = object(&["type", name], json!({"type": {"const": name}}));
+        part["properties"][name] = value.clone();
+        part
+    };
+    let text = json!({"type": "string"});
+    let frames = json!({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]});
     let part = json!({
-        "type": ["string", "object"],
-        "description": "text, or an object: text, image_url, video_url, image or video; options stand beside the url or with it",
+        "description": "options of images and videos stand beside the url or with it",
+        "anyOf": [
+            text, of_kind("text", &text), of_kind("image_url", &link), of_kind("video_url", &link), of_kind("image", &text),
+            of_kind("video", &frames),
+        ],
     });
     let content = json!({"type": ["string", "array", "null"], "items": part});
     let message = object(

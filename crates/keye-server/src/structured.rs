@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::gbnf;
 
 /// Reads them, with the name that was used; two at once contradict each other.
 pub(crate) fn read(fields: &Fields) -> Result<Option<(&'static str, Grammar)>, ApiError> {
@@ -76,10 +77,11 @@ fn of_kind(name: &str, kind: &str, value: &Value) -> Result<Grammar, ApiError> {
         ("choice", _) => Err(wrong("a list of texts")),
         // GBNF says ::= where Lark has a colon.
         ("grammar", Value::String(text)) if text.contains("::=") => {
-            Err(wrong("a grammar in Lark's notation; EBNF with ::= is not supported by this server"))
+            let lark = gbnf::to_lark(text).map_err(|reason| ApiError::invalid(name, format!("{name}: {reason}")))?;
+            Ok(Grammar::Lark(lark))
         }
         ("grammar", Value::String(text)) => Ok(Grammar::Lark(text.clone())),
-        ("grammar", _) => Err(wrong("a grammar in Lark's notation")),
+        ("grammar", _) => Err(wrong("a grammar in the notation of Lark or GBNF")),
         _ => Err(wrong("json, json_object, regex, choice or grammar")),
     }
 }
@@ -136,7 +138,7 @@ mod tests {
             (json!({"response_format": {"type": "json_schema"}}), "response_format"),
             (json!({"guided_json": "{"}), "guided_json"),
             (json!({"guided_choice": [1]}), "guided_choice"),
-            (json!({"ebnf": "root ::= \"a\""}), "ebnf"),
+            (json!({"ebnf": "root ::= \"a"}), "ebnf"),
             (json!({"structured_outputs": {"magic": 1}}), "structured_outputs"),
         ] {
             assert_eq!(grammar(body.clone()), Err(param.to_owned()), "{body}");

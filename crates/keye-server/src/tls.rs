@@ -21,6 +21,14 @@ pub struct TlsFiles {
 }
 
 impl TlsFiles {
+    /// Whether they can be used: to be told before a model is loaded.
+    ///
+    /// # Errors
+    /// [`ServeError::Tls`] names the file and what is wrong with it.
+    pub fn check(&self) -> Result<(), ServeError> {
+        self.acceptor().map(drop)
+    }
+
     /// Reads them; TLS 1.2 and 1.3 with HTTP/1.1 inside.
     pub(crate) fn acceptor(&self) -> Result<TlsAcceptor, ServeError> {
         let wrong = |path: &Path, reason: String| ServeError::Tls { path: path.to_owned(), reason };

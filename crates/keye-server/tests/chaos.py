@@ -1,9 +1,10 @@
 """A minute of rough clients on a server that runs; ends with 1 when a kept stream does not finish, a 5xx comes, or anything is left.
 
 keye serve -m MODEL --port 8124 --media-path DIRECTORY --max-streams 24 &
-python chaos.py http://127.0.0.1:8124 DIRECTORY [SECONDS] [PID_OF_THE_SERVER]
+python chaos.py http://127.0.0.1:8124 DIRECTORY [SECONDS] [PID_OF_THE_SERVER] [TMPDIR_OF_THE_SERVER]
 
-DIRECTORY has one.png, wide.png and clip.mp4. With the server's id its decoders are killed now and then, and counted at the end.
+DIRECTORY has one.png, wide.png and clip.mp4. With the server's id its decoders are killed now and then, and counted at the end, as
+are its temporary files.
 """
 
 import base64
@@ -24,6 +25,7 @@ import requests
 BASE, MEDIA = sys.argv[1:3]
 SECONDS = float(sys.argv[3]) if len(sys.argv) > 3 else 60
 PID = sys.argv[4] if len(sys.argv) > 4 else None
+TEMPORARY = sys.argv[5] if len(sys.argv) > 5 else None
 CHAT = f"{BASE}/v1/chat/completions"
 URL = urllib.parse.urlparse(BASE)
 CLIP = open(f"{MEDIA}/clip.mp4", "rb").read()
@@ -50,10 +52,14 @@ def one():
     ])
     text = {"type": "text", "text": "What? " + "x " * random.randint(0, 300)}
     body = {"messages": [{"role": "user", "content": [*parts, text]}], "max_tokens": random.randint(1, 300), "ignore_eos": True}
-    kind = random.choice(["whole", "stream", "stream", "drop", "half", "bad", "corrupt", "choices", "response"])
+    kind = random.choice(["whole", "stream", "stream", "drop", "half", "bad", "corrupt", "choices", "response", "form", "vector"])
     status = 0
     if kind in ("whole", "choices"):
         status = requests.post(CHAT, json={**body, "n": 3 if kind == "choices" else 1}, timeout=120).status_code
+    elif kind == "form":
+        status = requests.post(CHAT, json={**body, "max_tokens": 300, "regex": "[a-z]{3,9}"}, timeout=120).status_code
+    elif kind == "vector":
+        status = requests.post(f"{BASE}/v1/embeddings", json={"messages": body["messages"]}, timeout=120).status_code
     elif kind == "response":
         status = requests.post(f"{BASE}/v1/responses", json={"input": "Hm?", "max_output_tokens": 9}, timeout=120).status_code
     elif kind == "stream":
@@ -120,12 +126,13 @@ for _ in range(50):
     text = requests.get(f"{BASE}/metrics").text
     left = [metric(text, "keye_open_streams"), metric(text, "keye_kv_blocks") - metric(text, "keye_kv_blocks_free")]
     left += [len(decoders())] if PID else []
+    left += [len(os.listdir(TEMPORARY))] if TEMPORARY else []
     if not any(left):
         break
     time.sleep(0.2)
 for key, count in sorted(seen.items(), key=str):
     print(*key, count)
-print("open streams, KV blocks, decoders left:", *left, "panics:", metric(text, "keye_panics_total"))
+print("left of open streams, KV blocks, decoders, temporary files:", *left, "panics:", metric(text, "keye_panics_total"))
 if any(left) or metric(text, "keye_panics_total"):
     wrong.append("something is left")
 print(sum(seen.values()), "in all;", collections.Counter(wrong) if wrong else "nothing wrong")

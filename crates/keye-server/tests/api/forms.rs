@@ -56,6 +56,7 @@ fn answers_have_the_form_that_was_asked_for() {
         json!({"guided_regex": "[0-9]{3}-[0-9]{2}"}),
         json!({"guided_grammar": "start: /[0-9]{3}/ \"-\" /[0-9]{2}/"}),
         json!({"ebnf": "start: /[0-9]{3}-[0-9]{2}/"}),
+        json!({"ebnf": "root ::= d d d \"-\" Two-Digits\nTwo-Digits ::= d{2} # GBNF\nd ::= [0-9]"}),
     ] {
         let text = text(&named);
         let shape: String = text.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
@@ -238,6 +239,7 @@ fn grammars_that_cannot_be_are_the_clients_errors() {
     let server = shared();
     for (more, param) in [
         (json!({"regex": "("}), "regex"),
+        (json!({"regex": "(", "n": 5}), "regex"),
         (json!({"guided_grammar": "start: nowhere"}), "guided_grammar"),
         (json!({"guided_json": {"type": "nothing"}}), "guided_json"),
         (

@@ -96,7 +96,7 @@ fn wrong_values_are_refused_by_name() {
         ("top_logprobs", json!(3)),
         ("max_reasoning_tokens", json!(-1)),
         ("regex", json!(3)),
-        ("ebnf", json!("root ::= x")),
+        ("ebnf", json!("root ::= <x>")),
         ("top_logprobs", json!(21)),
         ("structured_outputs", json!({"magic": "x"})),
         ("chat_template_kwargs", json!([])),
@@ -106,6 +106,7 @@ fn wrong_values_are_refused_by_name() {
     let nested = [
         (json!([{"role": "wizard", "content": "x"}]), "messages[0].role"),
         (json!([{"role": "user"}]), "messages[0].content"),
+        (json!([{"role": "tool", "content": "x", "tool_call_id": {}}]), "messages[0].tool_call_id"),
         (json!([{"role": "user", "content": [{"type": "input_audio"}]}]), "messages[0].content[0].type"),
         (
             json!([{"role": "user", "content": [{"type": "video", "video": "a", "fpss": 1}]}]),

@@ -79,6 +79,7 @@ fn files_that_are_no_identity_are_named() {
         (TlsFiles { certificates: own.certificates.clone(), key: empty.clone() }, &empty),
         (TlsFiles { certificates: own.certificates.clone(), key: other.key }, &own.certificates),
     ] {
+        assert!(matches!(files.check(), Err(ServeError::Tls { path, .. }) if path == *named));
         let processor = Arc::new(Processor::load(&fixture("model"), &Overrides::default()).expect("a processor"));
         let tls = ServerConfig { tls: Some(files), ..config() };
         match Server::bind(shared().engine.clone(), processor, defaults(), tls) {

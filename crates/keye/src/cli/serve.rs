@@ -152,6 +152,7 @@ enum Log {
 pub fn run(args: Args) -> Result<()> {
     let config = args.config()?;
     let encrypted = config.tls.is_some();
+    config.tls.iter().try_for_each(TlsFiles::check)?;
     start_log(args.log);
     let mut options = args.model.options(config.media.access());
     let max_queue = usize::from(args.limits.max_streams);
