@@ -1,14 +1,18 @@
 //! Which tokens of which sequences run in the next step.
 //!
 //! First come, first served. A step takes one token of every sequence that generates, then prompt tokens in order of
-//! arrival until `max_batch_tokens` are reached, but half of them go to prompts that are much shorter than the first: so
-//! a long clip does not hold up short questions. Sequences that wait for media features hold their place. When the blocks run out, the youngest running sequence gives its own back
-//! and waits, first in line, to be computed again; much of it is usually still in the prefix cache.
+//! arrival until `max_batch_tokens` are reached, but half of them go to prompts that are much shorter than the first, and
+//! these are admitted beside it: so a long clip does not hold up short questions. Sequences that wait for media features
+//! hold their place. When the blocks run out, the youngest running sequence gives its own back and waits, first in line, to
+//! be computed again; much of it is usually still in the prefix cache.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::block_manager::{BlockManager, ContentSpan, Key, block_key};
+
+/// A prompt with this part of another's tokens is much shorter.
+const MUCH_SHORTER: usize = 4;
 
 /// A sequence as the scheduler sees it.
 #[derive(Debug)]
@@ -115,16 +119,24 @@ impl Scheduler {
     pub fn schedule(&mut self, max_prefill: usize) -> Vec<Planned> {
         let mut plan = Vec::new();
         let mut budget = self.max_batch_tokens;
-        let before = self.running.len();
+        let mut before = self.running.len();
         let generating: Vec<u64> = self.running.iter().filter(|s| s.pending() == 1).map(|s| s.id).collect();
         generating.into_iter().for_each(|id| self.plan(id, &mut plan, &mut budget));
         budget = budget.min(max_prefill.max(1));
+        // A long prompt takes all that it can get until it is done; the last place is kept for the next of its kind.
+        let long = self.running.iter().find(|s| s.pending() > 1 && s.ready).map_or(0, Scheduled::pending);
+        while self.running.len() >= before
+            && self.running.len() + 1 < self.max_running
+            && self.waiting.front().is_some_and(|s| s.tokens.len() <= long / MUCH_SHORTER)
+            && self.admit().is_some()
+        {}
+        before = before.max(self.running.len());
         let prompts: Vec<(u64, usize)> =
             self.running.iter().filter(|s| s.pending() > 1 && s.ready).map(|s| (s.id, s.pending())).collect();
         if let Some((_, first)) = prompts.first() {
             let mut half = budget / 2;
             budget -= half;
-            for (id, _) in prompts.iter().filter(|(_, pending)| pending * 4 <= *first) {
+            for (id, _) in prompts.iter().filter(|(_, pending)| *pending <= *first / MUCH_SHORTER) {
                 self.plan(*id, &mut plan, &mut half);
             }
             budget += half;
@@ -272,6 +284,25 @@ mod tests {
         s.commit(2, 3);
         s.append(1, 9);
         assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 5..6 }, Planned { id: 2, range: 3..9 }]);
+    }
+
+    #[test]
+    fn short_prompts_are_not_held_up_by_a_long_one() {
+        let mut s = scheduler(64, 4, 8, 3);
+        s.add(Scheduled::new(1, vec![1; 64], vec![]));
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 0..8 }]);
+        s.commit(1, 8);
+        for id in 2..5 {
+            s.add(Scheduled::new(id, vec![id as u32; 3], vec![]));
+        }
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 2, range: 0..3 }, Planned { id: 1, range: 8..13 }]);
+        assert_eq!((s.num_running(), s.num_waiting()), (2, 2), "one place is kept");
+        let mut s = scheduler(64, 4, 8, 4);
+        s.add(Scheduled::new(1, vec![1; 64], vec![]));
+        let first = s.schedule(usize::MAX)[0].range.len();
+        s.commit(1, first);
+        s.add(Scheduled::new(2, vec![2; 40], vec![]));
+        assert_eq!(s.schedule(usize::MAX), [Planned { id: 1, range: 8..16 }], "not much shorter");
     }
 
     #[test]
