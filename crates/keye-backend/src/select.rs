@@ -37,25 +37,36 @@ pub(crate) fn route_rows(logits: &HostTensor, count: usize, normalise: bool) -> 
 /// position wins. With fewer scores than places all are chosen and the rest is [`UNSELECTED`].
 pub(crate) fn highest(scores: &[f32], out: &mut [u32]) {
     let n = scores.len();
-    if n <= out.len() {
+    if n <= out.len() || out.is_empty() {
         for (position, out) in out.iter_mut().enumerate() {
             *out = if position < n { position as u32 } else { UNSELECTED };
         }
         return;
     }
-    // Larger key: higher score, then lower position.
-    let mut keys: Vec<u64> = scores
-        .iter()
-        .enumerate()
-        .map(|(position, score)| u64::from(ordered(*score)) << 32 | u64::from(!(position as u32)))
-        .collect();
-    let first = n - out.len();
-    let (_, _, _) = keys.select_nth_unstable(first);
-    for (out, key) in out.iter_mut().zip(&keys[first..]) {
-        *out = !(*key as u32);
+    // Larger key: higher score, then lower position. The last key that is chosen is looked for among the scores that share
+    // its leading bits only.
+    let key = |position: usize| u64::from(ordered(scores[position])) << 32 | u64::from(!(position as u32));
+    let bucket = |score: f32| (ordered(score) >> (32 - BUCKET_BITS)) as usize;
+    let mut counts = vec![0usize; 1 << BUCKET_BITS];
+    for score in scores {
+        counts[bucket(*score)] += 1;
     }
-    out.sort_unstable();
+    let (mut last, mut above) = (counts.len() - 1, 0);
+    while above + counts[last] < out.len() {
+        above += counts[last];
+        last -= 1;
+    }
+    let mut keys: Vec<u64> = Vec::with_capacity(counts[last]);
+    keys.extend((0..n).filter(|position| bucket(scores[*position]) == last).map(key));
+    let (_, lowest, _) = keys.select_nth_unstable(counts[last] - (out.len() - above));
+    let chosen = (0..n).filter(|position| key(*position) >= *lowest);
+    for (out, position) in out.iter_mut().zip(chosen) {
+        *out = position as u32;
+    }
 }
+
+/// Leading bits by which scores are counted: sign, exponent and three bits more.
+const BUCKET_BITS: u32 = 12;
 
 /// An integer that orders like the float; both zeros are the same.
 fn ordered(value: f32) -> u32 {
