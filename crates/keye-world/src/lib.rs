@@ -14,11 +14,15 @@
 mod captions;
 mod clip;
 mod compose;
+mod export;
 mod font;
 mod names;
 mod questions;
 mod raster;
+mod record;
 mod rng;
+#[cfg(feature = "parquet")]
+mod rows;
 mod sample;
 mod split;
 mod story;
@@ -28,8 +32,12 @@ mod world;
 
 pub use captions::{caption, dense_caption};
 pub use clip::Clip;
+pub use export::{WriteError, write_mp4, write_png};
 pub use names::{Background, Colour, Motion, Place, Shape, Size};
+pub use record::Record;
 pub use rng::Rng;
+#[cfg(feature = "parquet")]
+pub use rows::{Row, RowFile, RowsError, write_rows};
 pub use sample::{Media, Message, Part, Role, Sample, Task, Turn};
 pub use split::{Split, is_held_out};
 pub use story::{Change, Contact, FPS, Label, Look, Property, Scene, Story, Thing};

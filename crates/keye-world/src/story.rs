@@ -128,7 +128,7 @@ pub struct Look {
     pub centre: [i32; 2],
 }
 
-/// A quarter of a circle of radius 64 in eight steps of a frame's turn: one round takes 16 frames, four seconds.
+/// A circle of radius 64 in sixteen frames: one round takes four seconds.
 const TURN: [[i32; 2]; 16] = [
     [64, 0],
     [59, 24],

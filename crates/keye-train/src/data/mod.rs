@@ -19,6 +19,8 @@ mod encode;
 mod example;
 mod mask;
 mod packer;
+#[cfg(feature = "parquet")]
+mod rows;
 mod stream;
 
 pub use balance::balance;

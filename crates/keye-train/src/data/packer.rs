@@ -28,6 +28,8 @@ pub struct State {
 
 enum Source {
     World(World, Kind),
+    #[cfg(feature = "parquet")]
+    Rows(super::rows::Rows),
 }
 
 /// Draws samples and packs them.
@@ -45,7 +47,10 @@ impl Packer {
         for source in &config.sources {
             sources.push(match source.world {
                 Some(kind) => Source::World(World::new(source.split()?), kind),
-                None => return Err(TrainError::Data("parquet files cannot be read by this build".into())),
+                #[cfg(feature = "parquet")]
+                None => Source::Rows(super::rows::Rows::open(&source.parquet, config.seed)?),
+                #[cfg(not(feature = "parquet"))]
+                None => return Err(TrainError::Data("files of records need a build with the feature parquet".into())),
             });
         }
         let state = State { drawn: 0, next: vec![0; sources.len()], held: None };
@@ -119,8 +124,10 @@ impl Packer {
         (source, number)
     }
 
-    fn example(&self, (source, number): (usize, u64)) -> Result<Example, TrainError> {
-        Ok(match &self.sources[source] {
+    fn example(&mut self, (source, number): (usize, u64)) -> Result<Example, TrainError> {
+        Ok(match &mut self.sources[source] {
+            #[cfg(feature = "parquet")]
+            Source::Rows(rows) => rows.example(number)?,
             Source::World(world, Kind::Clip) => Example::conversation(&world.clip(number)),
             Source::World(world, Kind::Still) => Example::conversation(&world.still(number)),
             Source::World(world, Kind::Text) => Example::conversation(&world.text(number)),

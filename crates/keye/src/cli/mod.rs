@@ -8,6 +8,7 @@ mod bench_model;
 mod bench_report;
 mod chat;
 mod completions;
+mod eval;
 mod failure;
 mod generate;
 mod golden;
@@ -20,6 +21,8 @@ mod trace;
 #[cfg(feature = "train")]
 mod train;
 mod ui;
+#[cfg(feature = "parquet")]
+mod world;
 
 use std::process::ExitCode;
 
@@ -63,6 +66,9 @@ enum Command {
     Bench(bench::Args),
     #[cfg(feature = "train")]
     Train(train::Args),
+    Eval(eval::Args),
+    #[cfg(feature = "parquet")]
+    World(world::Args),
     Completions(completions::Args),
 }
 
@@ -80,6 +86,9 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         #[cfg(feature = "train")]
         Command::Train(args) => train::run_command(args),
+        Command::Eval(args) => eval::run(args),
+        #[cfg(feature = "parquet")]
+        Command::World(args) => world::run(args),
         Command::Completions(args) => completions::run(args),
     };
     match result {

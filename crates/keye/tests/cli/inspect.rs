@@ -1,4 +1,4 @@
-//! `keye inspect`, `bench`, `completions`, `--help`.
+//! `keye inspect`, `bench`, `eval`, `completions`, `--help`.
 
 use crate::support::{fixture, keye};
 
@@ -46,4 +46,23 @@ fn help_teaches_by_example() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(keye(&["completions", shell]).ok().stdout.contains("max-model-len"), "{shell}");
     }
+}
+
+#[test]
+fn the_world_is_asked_about() {
+    let model = crate::support::model();
+    let eval = ["eval", "world", "-m", &model, "--count", "1"];
+    let run = |more: &[&str]| keye(&[&eval, more].concat());
+    let report = run(&["--tasks", "when,count", "--json", "--show"]).ok();
+    let json = report.json();
+    assert_eq!((&json["split"], &json["frames"]), (&"test".into(), &"slow-fast".into()));
+    assert_eq!(json["tasks"].as_array().unwrap().len(), 2);
+    assert!((0.0..=1.0).contains(&json["mean"].as_f64().unwrap()), "{json}");
+    assert!(report.stderr.contains("test-question-") && report.stderr.contains("[when]"), "{report:#?}");
+    let table = run(&["--tasks", "count", "--frames", "uniform"]).ok().stdout;
+    assert!(table.contains("chance") && table.contains("mean of tasks"), "{table}");
+    run(&["--tasks", "count", "--text-only"]).ok();
+    let wrong = run(&["--tasks", "smell"]);
+    assert_eq!(wrong.code, Some(2));
+    assert!(wrong.stderr.contains("dense-caption"), "{wrong:#?}");
 }

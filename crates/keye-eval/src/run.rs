@@ -1,0 +1,160 @@
+//! Asks the questions of a plan.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use keye_media::{ItemOptions, MediaItem, MediaKind, Source};
+use keye_world::{Sample, Split, Task, World, WriteError, write_mp4};
+
+use crate::answerer::{AnswerError, Answerer};
+use crate::report::{Report, Row};
+use crate::score::{exact, score};
+
+/// What is asked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Part of the world; [`Split::Test`] for figures that are reported.
+    pub split: Split,
+    /// Kinds of questions, each once.
+    pub tasks: Vec<Task>,
+    /// Questions of each kind.
+    pub count: u64,
+    /// Ask without showing the clip.
+    pub text_only: bool,
+    /// Questions that are asked at the same time.
+    pub at_once: usize,
+}
+
+/// A question that was answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// The question, its truth and clip.
+    pub sample: Sample,
+    /// What was answered.
+    pub answer: String,
+    /// 0 to 1.
+    pub score: f64,
+    /// Wholly right.
+    pub exact: bool,
+}
+
+/// How far it is.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// The question that was just answered.
+    pub outcome: &'a Outcome,
+    /// Answered so far.
+    pub done: usize,
+    /// In all.
+    pub total: usize,
+}
+
+/// Why there is no report.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// A clip could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// There is no folder for temporary files.
+    #[error("no folder for clips: {0}; let TMPDIR name one")]
+    Folder(std::io::Error),
+    /// A question was not answered.
+    #[error("{question}: {source}")]
+    Answer {
+        /// Its name.
+        question: String,
+        /// Why.
+        source: AnswerError,
+    },
+    /// The caller wanted no more.
+    #[error("stopped")]
+    Stopped,
+}
+
+/// What is kept of an outcome.
+struct Scored {
+    task: Task,
+    score: f64,
+    exact: f64,
+    chance: f64,
+}
+
+/// Asks all questions and scores the answers. `step` is called after each, in any order; when it returns false, the rest is
+/// left unasked.
+///
+/// # Errors
+/// The first failure ends it.
+pub fn run(
+    answerer: &dyn Answerer,
+    plan: &Plan,
+    step: &mut (dyn FnMut(Step) -> bool + Send),
+) -> Result<Report, EvalError> {
+    let folder = tempfile::Builder::new().prefix("keye-eval-").tempdir().map_err(EvalError::Folder)?;
+    let questions: Vec<(Task, u64)> =
+        (0..plan.count).flat_map(|index| plan.tasks.iter().map(move |task| (*task, index))).collect();
+    let total = questions.len();
+    let (next, stopped) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let shared = Mutex::new((Vec::<Scored>::with_capacity(total), step));
+    let worker = || -> Result<(), EvalError> {
+        while !stopped.load(Ordering::Relaxed) {
+            let Some(&(task, index)) = questions.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let outcome = ask(answerer, plan, folder.path(), task, index)
+                .inspect_err(|_| stopped.store(true, Ordering::Relaxed))?;
+            let mut shared = shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let (outcomes, step) = &mut *shared;
+            let go_on = step(Step { outcome: &outcome, done: outcomes.len() + 1, total });
+            let chance = f64::from(outcome.sample.turns[0].chance);
+            outcomes.push(Scored { task, score: outcome.score, exact: f64::from(outcome.exact), chance });
+            if !go_on {
+                stopped.store(true, Ordering::Relaxed);
+                return Err(EvalError::Stopped);
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..plan.at_once.max(1)).map(|_| scope.spawn(worker)).collect();
+        let ended = |worker: std::thread::ScopedJoinHandle<Result<(), EvalError>>| match worker.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        // All are waited for before the first failure is told.
+        workers.into_iter().map(ended).collect::<Vec<_>>().into_iter().collect::<Result<(), EvalError>>()
+    })?;
+    let (outcomes, _) = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let rows = Task::ALL.into_iter().filter_map(|task| {
+        let of: Vec<&Scored> = outcomes.iter().filter(|outcome| outcome.task == task).collect();
+        let mean = |value: fn(&Scored) -> f64| of.iter().map(|outcome| value(outcome)).sum::<f64>() / of.len() as f64;
+        (!of.is_empty()).then(|| Row {
+            task,
+            count: of.len(),
+            score: mean(|outcome| outcome.score),
+            exact: mean(|outcome| outcome.exact),
+            chance: mean(|outcome| outcome.chance),
+        })
+    });
+    Ok(Report { rows: rows.collect() })
+}
+
+fn ask(answerer: &dyn Answerer, plan: &Plan, folder: &Path, task: Task, index: u64) -> Result<Outcome, EvalError> {
+    let sample = World::new(plan.split).question(task, index);
+    let path = folder.join(format!("{}.mp4", sample.uuid));
+    let media = match &sample.media[..] {
+        [(_, media), ..] if !plan.text_only => {
+            write_mp4(media.clip(), &path)?;
+            let source = Source::Path(path.clone());
+            Some(MediaItem { kind: MediaKind::Video, source, options: ItemOptions::default() })
+        }
+        _ => None,
+    };
+    let turn = &sample.turns[0];
+    let answer = answerer.answer(media, &turn.question);
+    let answer = answer.map_err(|source| EvalError::Answer { question: sample.uuid.clone(), source })?;
+    if !plan.text_only {
+        // The folder goes in the end in any case.
+        let _ = std::fs::remove_file(&path);
+    }
+    let (score, exact) = (score(turn, &sample.story, &answer), exact(turn, &answer));
+    Ok(Outcome { answer, score, exact, sample })
+}
