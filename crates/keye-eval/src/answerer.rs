@@ -66,7 +66,7 @@ impl Answerer for EngineAnswerer<'_> {
             match event {
                 Event::Finished { text, .. } => return Ok(text),
                 Event::Failed(error) => return Err(error.into()),
-                Event::Stage(_) | Event::Token { .. } => {}
+                Event::Stage(_) | Event::Thinking | Event::Token { .. } => {}
             }
         }
         Err(AnswerError::Stopped)
