@@ -109,6 +109,9 @@ pub enum KvDtype {
     F32,
     /// Half the memory; keys and values are rounded to nearest even.
     Bf16,
+    /// About a quarter: each head's key and value of a token in eight bits with a scale of its own, the largest magnitude
+    /// over 127. Index keys and latent rows as [`KvDtype::Bf16`].
+    Int8,
 }
 
 /// What is cached of a token.
@@ -131,11 +134,14 @@ pub struct CacheSpec {
 impl CacheSpec {
     /// Bytes of one block over all layers.
     pub fn block_bytes(&self) -> usize {
-        let element = match self.dtype {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
+        // Of a head's key or value, and of the other rows' elements.
+        let (head, element) = match self.dtype {
+            KvDtype::F32 => (4 * self.head_dim, 4),
+            KvDtype::Bf16 => (2 * self.head_dim, 2),
+            KvDtype::Int8 => (self.head_dim + 4, 2),
         };
-        self.layers * (2 * self.kv_heads * self.head_dim + self.index_dim + self.latent_dim) * BLOCK_TOKENS * element
+        let token = 2 * self.kv_heads * head + (self.index_dim + self.latent_dim) * element;
+        self.layers * token * BLOCK_TOKENS
     }
 }
 

@@ -24,6 +24,7 @@ mod fp8;
 mod grouped_routing;
 mod host;
 mod input_major;
+mod int8_rows;
 pub mod packed;
 mod quantized_rows;
 mod reference;

@@ -168,7 +168,7 @@ fn fit(
     let fits = needed.tokens_that_fit(bytes_per_token).unwrap_or(0);
     Err(format!(
         "a length of {wanted} tokens needs {needed}; this machine has {:.1} GB, in which {fits} tokens fit beside the \
-         weights: choose a smaller length (--max-model-len), or bf16 for the cache (--kv-cache)",
+         weights: choose a smaller length (--max-model-len), or bf16 or int8 for the cache (--kv-cache)",
         needed.machine.unwrap_or(0) as f64 / 1e9
     ))
 }

@@ -119,7 +119,7 @@ impl<B: Backend> Suite<'_, B> {
     pub(super) fn sparse_attention(&mut self) -> Result<(), BackendError> {
         let tokens = 200;
         for (heads, kv_heads, hd, dtype) in
-            [(4, 2, 32, KvDtype::F32), (3, 1, 16, KvDtype::F32), (4, 2, 32, KvDtype::Bf16)]
+            [(4, 2, 32, KvDtype::F32), (3, 1, 16, KvDtype::F32), (4, 2, 32, KvDtype::Bf16), (4, 2, 40, KvDtype::Int8)]
         {
             for top_k in [16, 70, tokens] {
                 let (index_heads, index_dim) = (3, 24);

@@ -235,6 +235,7 @@ pub(super) fn update(
         KvBlock::Bf16 { keys, values } => {
             update_bf16(isa, q, ldq, counts, keys, values, hd, scale, max, sum, out, tile)
         }
+        KvBlock::Int8 { .. } => unreachable!("rows in eight bits are gathered first"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The pool of KV blocks.
 
 use crate::host::HostTensor;
+use crate::int8_rows::{code, scale};
 use crate::weight::f32_to_bf16;
 use crate::{BLOCK_TOKENS, BackendError, CacheSpec, KvDtype, SequenceRows};
 
@@ -40,13 +41,32 @@ pub(super) enum IndexBlock<'a> {
 enum Blocks {
     F32(Vec<f32>),
     Bf16(Vec<u16>),
+    /// Keys lie token by token. Per block and head the scales of 64 keys, then of 64 values.
+    Int8 {
+        codes: Vec<i8>,
+        scales: Vec<f32>,
+    },
 }
+
+const HEADS_ONLY: &str = "eight bits are for keys and values of heads";
 
 /// Keys and values of one block and head.
 #[derive(Clone, Copy)]
 pub(super) enum KvBlock<'a> {
-    F32 { keys: &'a [f32], values: &'a [f32] },
-    Bf16 { keys: &'a [u16], values: &'a [u16] },
+    F32 {
+        keys: &'a [f32],
+        values: &'a [f32],
+    },
+    Bf16 {
+        keys: &'a [u16],
+        values: &'a [u16],
+    },
+    /// With the scales of its keys, then those of its values.
+    Int8 {
+        keys: &'a [i8],
+        values: &'a [i8],
+        scales: &'a [f32],
+    },
 }
 
 impl CpuCache {
@@ -59,14 +79,23 @@ impl CpuCache {
             let layer = |_| {
                 Ok(match spec.dtype {
                     KvDtype::F32 => Blocks::F32(zeroed(elements)?),
-                    KvDtype::Bf16 => Blocks::Bf16(zeroed(elements)?),
+                    KvDtype::Bf16 | KvDtype::Int8 => Blocks::Bf16(zeroed(elements)?),
                 })
             };
             (0..spec.layers).map(layer).collect::<Result<Vec<_>, BackendError>>()
         };
+        let heads = match spec.dtype {
+            KvDtype::Int8 => (0..spec.layers)
+                .map(|_| {
+                    let scales = 2 * BLOCK_TOKENS * spec.kv_heads * blocks;
+                    Ok(Blocks::Int8 { codes: zeroed(elements)?, scales: zeroed(scales)? })
+                })
+                .collect::<Result<Vec<_>, BackendError>>()?,
+            _ => layers(elements)?,
+        };
         let index = (BLOCK_TOKENS * spec.index_dim).saturating_mul(blocks);
         let latent = (BLOCK_TOKENS * value_stride(spec.latent_dim)).saturating_mul(blocks);
-        Ok(Self { spec, layers: layers(elements)?, index: layers(index)?, latent: layers(latent)? })
+        Ok(Self { spec, layers: heads, index: layers(index)?, latent: layers(latent)? })
     }
 
     fn head_elements(spec: &CacheSpec) -> usize {
@@ -75,7 +104,7 @@ impl CpuCache {
 
     /// Whether keys lie token by token.
     pub(super) fn token_major(&self) -> bool {
-        self.spec.index_dim > 0
+        self.spec.index_dim > 0 || self.spec.dtype == KvDtype::Int8
     }
 
     pub(super) fn block(&self, layer: usize, block: usize, kv_head: usize) -> KvBlock<'_> {
@@ -91,6 +120,11 @@ impl CpuCache {
                 let (keys, values) = data[at..at + len].split_at(split);
                 KvBlock::Bf16 { keys, values }
             }
+            Blocks::Int8 { codes, scales } => {
+                let (keys, values) = codes[at..at + len].split_at(split);
+                let at = (block * self.spec.kv_heads + kv_head) * 2 * BLOCK_TOKENS;
+                KvBlock::Int8 { keys, values, scales: &scales[at..at + 2 * BLOCK_TOKENS] }
+            }
         }
     }
 
@@ -99,6 +133,7 @@ impl CpuCache {
         match &self.index[layer] {
             Blocks::F32(data) => IndexBlock::F32(&data[block * len..(block + 1) * len]),
             Blocks::Bf16(data) => IndexBlock::Bf16(&data[block * len..(block + 1) * len]),
+            Blocks::Int8 { .. } => unreachable!("{HEADS_ONLY}"),
         }
     }
 
@@ -106,6 +141,7 @@ impl CpuCache {
         match &mut self.index[layer] {
             Blocks::F32(data) => write_index(data, plan, keys, |value| value),
             Blocks::Bf16(data) => write_index(data, plan, keys, f32_to_bf16),
+            Blocks::Int8 { .. } => unreachable!("{HEADS_ONLY}"),
         }
     }
 
@@ -119,6 +155,7 @@ impl CpuCache {
         match &self.latent[layer] {
             Blocks::F32(data) => LatentBlock::F32(&data[block * len..(block + 1) * len]),
             Blocks::Bf16(data) => LatentBlock::Bf16(&data[block * len..(block + 1) * len]),
+            Blocks::Int8 { .. } => unreachable!("{HEADS_ONLY}"),
         }
     }
 
@@ -127,6 +164,7 @@ impl CpuCache {
         match &mut self.latent[layer] {
             Blocks::F32(data) => write_latent(data, plan, a, b, |value| value),
             Blocks::Bf16(data) => write_latent(data, plan, a, b, f32_to_bf16),
+            Blocks::Int8 { .. } => unreachable!("{HEADS_ONLY}"),
         }
     }
 
@@ -135,6 +173,7 @@ impl CpuCache {
         match &mut self.layers[layer] {
             Blocks::F32(data) => write(data, &spec, plan, k, v, |value| value),
             Blocks::Bf16(data) => write(data, &spec, plan, k, v, f32_to_bf16),
+            Blocks::Int8 { codes, scales } => write_int8(codes, scales, &spec, plan, k, v),
         }
     }
 }
@@ -195,6 +234,36 @@ fn write<T>(
     }
 }
 
+fn write_int8(
+    codes: &mut [i8],
+    scales: &mut [f32],
+    spec: &CacheSpec,
+    plan: &[SequenceRows],
+    k: &HostTensor,
+    v: &HostTensor,
+) {
+    let (hd, stride, len) = (spec.head_dim, value_stride(spec.head_dim), CpuCache::head_elements(spec));
+    for sequence in plan {
+        for (i, row) in sequence.rows.clone().enumerate() {
+            let token = sequence.start + i;
+            let (block, slot) = (sequence.block_table[token / BLOCK_TOKENS] as usize, token % BLOCK_TOKENS);
+            for head in 0..spec.kv_heads {
+                let place = block * spec.kv_heads + head;
+                let columns = head * hd..(head + 1) * hd;
+                let starts = [slot * hd, BLOCK_TOKENS * hd + slot * stride];
+                for (part, (values, start)) in [k, v].into_iter().zip(starts).enumerate() {
+                    let values = &values.row(row)[columns.clone()];
+                    let (scale, factor) = scale(values);
+                    scales[(2 * place + part) * BLOCK_TOKENS + slot] = scale;
+                    for (to, value) in codes[place * len + start..].iter_mut().zip(values) {
+                        *to = code(*value, factor);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Zeros without touching the pages, or an error instead of an abort.
 fn zeroed<T>(len: usize) -> Result<Vec<T>, BackendError> {
     let error = |bytes: usize| BackendError::Memory {
@@ -206,7 +275,7 @@ fn zeroed<T>(len: usize) -> Result<Vec<T>, BackendError> {
         return Ok(Vec::new());
     }
     let layout = std::alloc::Layout::array::<T>(len).map_err(|_| error(usize::MAX))?;
-    // SAFETY: the layout has a size; T is f32 or u16, for which all bits zero is a value; the vector takes over exactly
+    // SAFETY: the layout has a size; T is f32, u16 or i8, for which all bits zero is a value; the vector takes over exactly
     // this allocation with the layout that it will free.
     unsafe {
         let pointer = std::alloc::alloc_zeroed(layout).cast::<T>();

@@ -10,6 +10,8 @@ pub(super) const AT_ONCE: usize = 8;
 
 /// Element of a cached row.
 pub(super) trait Cached: Copy {
+    /// Whether a row has a scale; otherwise it is taken as one.
+    const SCALED: bool = false;
     fn widen(self) -> f32;
     /// Eight elements.
     ///
@@ -49,12 +51,35 @@ impl Cached for u16 {
     }
 }
 
+impl Cached for i8 {
+    const SCALED: bool = true;
+
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load8(from: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: passed on to the caller.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    }
+}
+
+/// A row as it is cached, with its scale.
+#[derive(Clone, Copy)]
+pub(super) struct Row<'a, T> {
+    pub elements: &'a [T],
+    pub scale: f32,
+}
+
 /// Puts the keys of up to 64 tokens, `[hd]` each, into the columns of `keys [hd, 64]` and their values, `[stride]` each, into
 /// the rows of `values [64, stride]`. What stands behind the last token is unspecified but finite, if it was.
 pub(super) fn pack<'a, T: Cached + 'a>(
     isa: Isa,
     count: usize,
-    token: impl Fn(usize) -> (&'a [T], &'a [T]),
+    token: impl Fn(usize) -> (Row<'a, T>, Row<'a, T>),
     hd: usize,
     keys: &mut [f32],
     values: &mut [f32],
@@ -62,18 +87,23 @@ pub(super) fn pack<'a, T: Cached + 'a>(
     let stride = value_stride(hd);
     for first in (0..count).step_by(AT_ONCE) {
         // Beyond the last token the last is repeated.
-        let rows: [&[T]; AT_ONCE] = std::array::from_fn(|i| token((first + i).min(count - 1)).0);
+        let rows: [Row<'_, T>; AT_ONCE] = std::array::from_fn(|i| token((first + i).min(count - 1)).0);
         columns(isa, rows, hd, first, keys);
     }
     for i in 0..count {
-        for (to, value) in values[i * stride..(i + 1) * stride].iter_mut().zip(token(i).1) {
-            *to = value.widen();
+        let Row { elements, scale } = token(i).1;
+        for (to, value) in values[i * stride..(i + 1) * stride].iter_mut().zip(elements) {
+            *to = if T::SCALED { value.widen() * scale } else { value.widen() };
         }
     }
 }
 
-fn columns<T: Cached>(isa: Isa, rows: [&[T]; AT_ONCE], hd: usize, at: usize, keys: &mut [f32]) {
-    assert!(rows.iter().all(|row| row.len() >= hd) && at + AT_ONCE <= BLOCK_TOKENS && keys.len() >= hd * BLOCK_TOKENS);
+fn columns<T: Cached>(isa: Isa, rows: [Row<'_, T>; AT_ONCE], hd: usize, at: usize, keys: &mut [f32]) {
+    assert!(
+        rows.iter().all(|row| row.elements.len() >= hd)
+            && at + AT_ONCE <= BLOCK_TOKENS
+            && keys.len() >= hd * BLOCK_TOKENS
+    );
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx2 {
@@ -84,7 +114,8 @@ fn columns<T: Cached>(isa: Isa, rows: [&[T]; AT_ONCE], hd: usize, at: usize, key
     let _ = isa;
     for d in done..hd {
         for (i, row) in rows.iter().enumerate() {
-            keys[d * BLOCK_TOKENS + at + i] = row[d].widen();
+            let value = row.elements[d].widen();
+            keys[d * BLOCK_TOKENS + at + i] = if T::SCALED { value * row.scale } else { value };
         }
     }
 }
@@ -92,12 +123,15 @@ fn columns<T: Cached>(isa: Isa, rows: [&[T]; AT_ONCE], hd: usize, at: usize, key
 /// Eight by eight.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn columns_avx2<T: Cached>(rows: [&[T]; AT_ONCE], hd: usize, at: usize, keys: &mut [f32]) {
+unsafe fn columns_avx2<T: Cached>(rows: [Row<'_, T>; AT_ONCE], hd: usize, at: usize, keys: &mut [f32]) {
     use std::arch::x86_64::*;
     for d in (0..hd).step_by(8) {
         // SAFETY: the caller guarantees hd elements a row and `[hd, 64]` keys.
         unsafe {
-            let r = rows.map(|row| T::load8(row.as_ptr().add(d)));
+            let r = rows.map(|row| {
+                let values = T::load8(row.elements.as_ptr().add(d));
+                if T::SCALED { _mm256_mul_ps(values, _mm256_set1_ps(row.scale)) } else { values }
+            });
             let pairs = |a: __m256, b: __m256| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
             let ((a0, a1), (a2, a3)) = (pairs(r[0], r[1]), pairs(r[2], r[3]));
             let ((a4, a5), (a6, a7)) = (pairs(r[4], r[5]), pairs(r[6], r[7]));
@@ -127,6 +161,10 @@ unsafe fn columns_avx2<T: Cached>(rows: [&[T]; AT_ONCE], hd: usize, at: usize, k
 mod tests {
     use super::*;
 
+    fn plain<T>(elements: &[T]) -> Row<'_, T> {
+        Row { elements, scale: 1.0 }
+    }
+
     #[test]
     fn keys_become_columns_and_values_stay_rows() {
         for isa in Isa::available() {
@@ -136,13 +174,25 @@ mod tests {
                 let values: Vec<u16> = (0..64 * stride).map(|i| (i * 7) as u16 & 0x7eff).collect();
                 let bits: Vec<u16> = keys.iter().map(|key| (key.to_bits() >> 16) as u16).collect();
                 let (mut k, mut v) = (vec![-1.0; hd * 64], vec![-1.0; 64 * stride]);
-                pack(isa, count, |i| (&bits[i * hd..][..hd], &values[i * stride..][..stride]), hd, &mut k, &mut v);
+                let row = |i: usize| (plain(&bits[i * hd..][..hd]), plain(&values[i * stride..][..stride]));
+                pack(isa, count, row, hd, &mut k, &mut v);
                 for (i, d) in (0..count).flat_map(|i| (0..hd).map(move |d| (i, d))) {
                     assert_eq!(k[d * 64 + i], bf16_to_f32(bits[i * hd + d]), "{isa:?} {hd} {i} {d}");
                     assert_eq!(v[i * stride + d], bf16_to_f32(values[i * stride + d]), "{isa:?} {hd} {i} {d}");
                 }
-                pack(isa, count, |i| (&keys[i * hd..][..hd], &keys[i * hd..][..hd]), hd, &mut k, &mut v);
+                let row = |i: usize| (plain(&keys[i * hd..][..hd]), plain(&keys[i * hd..][..hd]));
+                pack(isa, count, row, hd, &mut k, &mut v);
                 assert!((0..count).all(|i| (0..hd).all(|d| k[d * 64 + i] == keys[i * hd + d])), "{isa:?} {hd}");
+                let codes: Vec<i8> = (0..64 * stride).map(|i| (i * 11 % 255) as u8 as i8).collect();
+                let row = |i: usize| {
+                    let part = |width: usize, scale| Row { elements: &codes[i * width..][..width], scale };
+                    (part(hd, 0.5 + i as f32), part(stride, 0.25))
+                };
+                pack(isa, count, row, hd, &mut k, &mut v);
+                for (i, d) in (0..count).flat_map(|i| (0..hd).map(move |d| (i, d))) {
+                    assert_eq!(k[d * 64 + i], f32::from(codes[i * hd + d]) * (0.5 + i as f32), "{isa:?} {hd} {i} {d}");
+                    assert_eq!(v[i * stride + d], f32::from(codes[i * stride + d]) * 0.25, "{isa:?} {hd} {i} {d}");
+                }
             }
         }
     }

@@ -5,6 +5,7 @@
 
 use super::attention::{State, update};
 use super::cache::{CpuCache, KvBlock, value_stride};
+use super::columns::Row;
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use super::{Isa, cache, columns};
@@ -213,14 +214,23 @@ pub(super) fn gather<'a>(
     match token(0).0 {
         KvBlock::F32 { .. } => {
             let row = |i| match token(i) {
-                (KvBlock::F32 { keys, values }, slot) => row_of(keys, values, slot, hd, stride),
+                (KvBlock::F32 { keys, values }, slot) => row_of(keys, values, [1.0; 2], slot, hd, stride),
                 _ => unreachable!("{ONE_TYPE}"),
             };
             columns::pack(isa, count, row, hd, keys, values);
         }
         KvBlock::Bf16 { .. } => {
             let row = |i| match token(i) {
-                (KvBlock::Bf16 { keys, values }, slot) => row_of(keys, values, slot, hd, stride),
+                (KvBlock::Bf16 { keys, values }, slot) => row_of(keys, values, [1.0; 2], slot, hd, stride),
+                _ => unreachable!("{ONE_TYPE}"),
+            };
+            columns::pack(isa, count, row, hd, keys, values);
+        }
+        KvBlock::Int8 { .. } => {
+            let row = |i| match token(i) {
+                (KvBlock::Int8 { keys, values, scales }, slot) => {
+                    row_of(keys, values, [scales[slot], scales[BLOCK_TOKENS + slot]], slot, hd, stride)
+                }
                 _ => unreachable!("{ONE_TYPE}"),
             };
             columns::pack(isa, count, row, hd, keys, values);
@@ -229,6 +239,14 @@ pub(super) fn gather<'a>(
 }
 
 /// The key and the value in `slot` of a block.
-fn row_of<'a, T>(keys: &'a [T], values: &'a [T], slot: usize, hd: usize, stride: usize) -> (&'a [T], &'a [T]) {
-    (&keys[slot * hd..(slot + 1) * hd], &values[slot * stride..(slot + 1) * stride])
+fn row_of<'a, T>(
+    keys: &'a [T],
+    values: &'a [T],
+    scales: [f32; 2],
+    slot: usize,
+    hd: usize,
+    stride: usize,
+) -> (Row<'a, T>, Row<'a, T>) {
+    let key = Row { elements: &keys[slot * hd..(slot + 1) * hd], scale: scales[0] };
+    (key, Row { elements: &values[slot * stride..(slot + 1) * stride], scale: scales[1] })
 }

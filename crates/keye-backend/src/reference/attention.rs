@@ -3,7 +3,8 @@
 use crate::host::HostTensor;
 use crate::weight::{bf16_to_f32, f32_to_bf16};
 use crate::{
-    AttentionShape, BLOCK_TOKENS, CacheSpec, IndexShape, KvDtype, LatentShape, SequenceRows, Span, UNSELECTED, select,
+    AttentionShape, BLOCK_TOKENS, CacheSpec, IndexShape, KvDtype, LatentShape, SequenceRows, Span, UNSELECTED,
+    int8_rows, select,
 };
 
 /// One query head over the keys and values that `kv(i)` names, `i < count`.
@@ -75,7 +76,7 @@ impl ReferenceCache {
     fn store(dtype: KvDtype) -> impl Fn(f32) -> f32 {
         move |value| match dtype {
             KvDtype::F32 => value,
-            KvDtype::Bf16 => bf16_to_f32(f32_to_bf16(value)),
+            KvDtype::Bf16 | KvDtype::Int8 => bf16_to_f32(f32_to_bf16(value)),
         }
     }
 
@@ -160,9 +161,17 @@ impl ReferenceCache {
         for sequence in plan {
             for (i, row) in sequence.rows.clone().enumerate() {
                 let at = Self::slot(sequence, sequence.start + i) * k.cols;
-                for c in 0..k.cols {
-                    self.keys[layer][at + c] = store(k.row(row)[c]);
-                    self.values[layer][at + c] = store(v.row(row)[c]);
+                for (to, from) in [(&mut self.keys, k), (&mut self.values, v)] {
+                    let heads = from.row(row).chunks_exact(self.spec.head_dim.max(1));
+                    for (to, from) in to[layer][at..].chunks_exact_mut(self.spec.head_dim.max(1)).zip(heads) {
+                        let (scale, factor) = int8_rows::scale(from);
+                        for (to, value) in to.iter_mut().zip(from) {
+                            *to = match self.spec.dtype {
+                                KvDtype::Int8 => f32::from(int8_rows::code(*value, factor)) * scale,
+                                KvDtype::F32 | KvDtype::Bf16 => store(*value),
+                            };
+                        }
+                    }
                 }
             }
         }

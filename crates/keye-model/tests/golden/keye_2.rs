@@ -11,6 +11,10 @@ const FIXTURE: &str = "keye-2-tiny";
 const VOCAB: usize = 320;
 
 fn load<B: Backend>(backend: B, sparse: bool) -> KeyeModel<B> {
+    load_with(backend, sparse, KvDtype::F32)
+}
+
+fn load_with<B: Backend>(backend: B, sparse: bool, kv_dtype: KvDtype) -> KeyeModel<B> {
     let dir = fixture(FIXTURE).join("model");
     let mut config = ModelConfig::load(&dir).unwrap();
     assert!(config.text.experts.is_some() && config.text.indexer.is_some());
@@ -19,7 +23,7 @@ fn load<B: Backend>(backend: B, sparse: bool) -> KeyeModel<B> {
     }
     let media = config.facts().media;
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let options = LoadOptions { cache_tokens: 512, kv_dtype: KvDtype::F32 };
+    let options = LoadOptions { cache_tokens: 512, kv_dtype };
     KeyeModel::load(backend, &config, &media.processor, &checkpoint, options).unwrap()
 }
 
@@ -268,5 +272,27 @@ fn sparse_prompts_in_chunks_equal_the_whole_prompt() {
         for threads in [1, 3] {
             all(&sequence, n, || Cpu::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).unwrap());
         }
+    }
+}
+
+/// Of the golden logits, root mean square: what rounding keys and values loses. Selections may change with index keys.
+#[test]
+fn a_smaller_cache_loses_little() {
+    let golden = Golden::open("text_dense");
+    let sequence = text(&Golden::open("text"));
+    let expected = f32s(&golden.0.get("logits").unwrap());
+    for (kv_dtype, bound) in [(KvDtype::Bf16, 0.004), (KvDtype::Int8, 0.02)] {
+        let mut model = load_with(Cpu::new(CpuOptions::default()).unwrap(), false, kv_dtype);
+        let found = sequence.step(&mut model, 0..sequence.tokens.len(), &mut NoTap);
+        let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+        let rows = |values: &[f32]| match golden.0.get("logits.rows") {
+            Some(rows) => i64s(&rows).iter().flat_map(|r| values[*r as usize * VOCAB..][..VOCAB].to_vec()).collect(),
+            None => values.to_vec(),
+        };
+        let found = rows(&found);
+        let error = square(&mut found.iter().zip(&expected).map(|(a, b)| a - b));
+        let error = (error / square(&mut expected.iter().copied())).sqrt();
+        println!("{kv_dtype:?}: {error:.5}");
+        assert!(error > 0.0 && error < bound, "{kv_dtype:?}: {error}");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use keye::{ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec};
-use keye_backend::{BLOCK_TOKENS, Cpu, CpuOptions};
+use keye_backend::{BLOCK_TOKENS, CacheSpec, Cpu, CpuOptions};
 use keye_limits::Limits;
 use keye_media::{Loader, MediaCost, MediaKind, Patches, Pixels, media_cost, write_sample_clip};
 use keye_model::{Batch, Chunk, KeyeModel, LoadOptions, LogitRows, NoTap, Runner};
@@ -198,7 +198,8 @@ struct Bench {
     config: ModelConfig,
     /// Stored bytes of the weights that a token reads.
     weight_bytes: f64,
-    cache_bytes_per_token: f64,
+    kv_bytes_per_token: f64,
+    index_bytes_per_token: f64,
     /// Tokens that fit beside the weights.
     cache_tokens: Option<u64>,
     /// Tokens of the cache that have been written, from the first block on.
@@ -213,11 +214,14 @@ impl Bench {
         let options = LoadOptions { cache_tokens: tokens, kv_dtype: plan.kv_dtype };
         let config = processor.config.clone();
         let runner = KeyeModel::load(backend, &config, &processor.media.processor, &checkpoint, options)?;
-        let cache_bytes = cache_spec(&config, plan.kv_dtype).block_bytes() / BLOCK_TOKENS;
+        let spec = cache_spec(&config, plan.kv_dtype);
+        let cache_bytes = spec.block_bytes() / BLOCK_TOKENS;
+        let kv_bytes = CacheSpec { index_dim: 0, ..spec }.block_bytes() / BLOCK_TOKENS;
         Ok(Self {
             runner,
             weight_bytes: weight_bytes(&config, &checkpoint),
-            cache_bytes_per_token: cache_bytes as f64,
+            kv_bytes_per_token: kv_bytes as f64,
+            index_bytes_per_token: (cache_bytes - kv_bytes) as f64,
             cache_tokens: MemoryPlan::new(&config, &checkpoint, plan.kv_dtype, 0).tokens_that_fit(cache_bytes),
             config,
             filled: 0,
@@ -286,9 +290,11 @@ impl Bench {
         Ok(())
     }
 
-    /// Weights with their scales, the embedding table left out, and keys and values.
+    /// Weights with their scales, the embedding table left out, and the cached rows that are looked at: of sparse attention
+    /// all index keys, and as many keys and values as are chosen.
     fn bytes_per_token(&self, context: usize) -> f64 {
-        self.weight_bytes + self.cache_bytes_per_token * context as f64
+        let read = self.config.text.indexer.map_or(context, |indexer| indexer.topk.min(context));
+        self.weight_bytes + self.kv_bytes_per_token * read as f64 + self.index_bytes_per_token * context as f64
     }
 }
 

@@ -157,10 +157,12 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
         "kv_cache": {
             "f32": kv_cache(config, KvDtype::F32),
             "bf16": kv_cache(config, KvDtype::Bf16),
+            "int8": kv_cache(config, KvDtype::Int8),
         },
         "memory": {
             "f32": memory(config, checkpoint, KvDtype::F32),
             "bf16": memory(config, checkpoint, KvDtype::Bf16),
+            "int8": memory(config, checkpoint, KvDtype::Int8),
         },
         "media": media(processor),
         "generation": {
