@@ -100,7 +100,7 @@ impl HostWeight {
             Dtype::Bf16 => {
                 WeightData::OwnedBf16(source.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
             }
-            Dtype::Int8 | Dtype::Int4 => WeightData::Packed(source.dtype, source.bytes.clone()),
+            Dtype::Int16 | Dtype::Int8 | Dtype::Int4 => WeightData::Packed(source.dtype, source.bytes.clone()),
             Dtype::F8E4M3 => WeightData::Fp8(Fp8Matrix::of(source).expect("the source was checked above")),
             Dtype::F32 | Dtype::F16 => WeightData::OwnedF32(source.to_f32().into_owned()),
         };
@@ -126,8 +126,12 @@ impl HostWeight {
         }
     }
 
-    pub(crate) fn is_packed(&self) -> bool {
-        matches!(self.data, WeightData::Packed(..))
+    /// Its type, if it is packed.
+    pub(crate) fn packed(&self) -> Option<Dtype> {
+        match self.data {
+            WeightData::Packed(dtype, _) => Some(dtype),
+            _ => None,
+        }
     }
 
     /// The elements of a vector (a weight of one row). Vectors are widened when they are loaded.

@@ -1,4 +1,4 @@
-//! Packed weights: int8 and int4 with scales per group, in tiles that every instruction set reads in place.
+//! Packed weights: int16, int8 and int4 with scales per group, in tiles that every instruction set reads in place.
 //!
 //! A matrix `[rows, cols]` is stored as tiles of [`TILE_ROWS`] rows, one after the other; the last is filled up with rows
 //! of zeros. A tile runs along the columns in blocks of [`BLOCK_COLS`], the last filled up with zeros. Groups are
@@ -25,12 +25,21 @@
 //!
 //! `weight = d * (u - 128)`, `u` in 1..=255.
 //!
+//! `Int16`, [`INT16_BLOCK`] bytes a block, no head: 16.5 bits a weight, for what has to be nearly exact.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | block: 64 | `d bf16[2][16]`: scales of group 0, then of group 1, by row |
+//! | 2048 | `q i16`: 32 vectors of 64 bytes; number `2*r + b` of vector `v` is column `2v + b` of row `r` |
+//!
+//! `weight = d * q`, `q` in -8191..=8191: products of 32 pairs of such numbers fit 32 bits.
+//!
 //! Why so: sixteen rows by four columns are one 64-byte operand of an int8 dot product, whose sixteen sums belong to
 //! sixteen outputs, so that nothing is summed across lanes and one row of activations is broadcast. A tile is one stream
 //! of whole cache lines. The scale of a group in eight bits of floating point is within 1.6 % of the one searched for,
 //! over a range of 256 below the row's largest; searching codes, scale and zero point together takes back what that loses.
 
-use crate::weight::f16_to_f32;
+use crate::weight::{bf16_to_f32, f16_to_f32};
 use crate::{BackendError, Dtype};
 
 /// Version of the layout.
@@ -47,6 +56,10 @@ pub const INT4_HEAD: usize = 64;
 pub const INT4_BLOCK: usize = 576;
 /// Bytes of an int8 block.
 pub const INT8_BLOCK: usize = 1088;
+/// Bytes of an int16 block.
+pub const INT16_BLOCK: usize = 2112;
+/// The largest code of int16.
+pub(crate) const WIDE_MAX: f32 = 8191.0;
 
 /// A value that cannot be packed.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
@@ -66,6 +79,7 @@ pub fn tile_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
     match dtype {
         Dtype::Int4 => blocks.checked_mul(INT4_BLOCK)?.checked_add(INT4_HEAD),
         Dtype::Int8 => blocks.checked_mul(INT8_BLOCK),
+        Dtype::Int16 => blocks.checked_mul(INT16_BLOCK),
         Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F8E4M3 => None,
     }
 }
@@ -88,6 +102,7 @@ pub fn pack_rows(dtype: Dtype, rows: usize, cols: usize, values: &[f32], out: &m
     for (values, out) in values.chunks(TILE_ROWS * cols).zip(out.chunks_exact_mut(tile)) {
         match dtype {
             Dtype::Int4 => pack_int4(isa, cols, values, out),
+            Dtype::Int16 => pack_int16(cols, values, out),
             _ => pack_int8(isa, cols, values, out),
         }
     }
@@ -127,6 +142,13 @@ pub(crate) fn unpack_row(dtype: Dtype, cols: usize, bytes: &[u8], row: usize, ou
                 let pair = bytes[64 + k / 8 * 64 + 4 * r + k % 4];
                 let q = if k % 8 < 4 { pair & 15 } else { pair >> 4 };
                 *out = row_scale * scale_of(s) * (f32::from(q) - f32::from(z) / 16.0);
+            }
+        } else if dtype == Dtype::Int16 {
+            let bytes = &bytes[block * INT16_BLOCK..][..INT16_BLOCK];
+            for (k, out) in out.iter_mut().enumerate() {
+                let (at, code) = (2 * (k / GROUP * 16 + r), 64 + k / 2 * 64 + 4 * r + 2 * (k % 2));
+                let d = bf16_to_f32(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+                *out = d * f32::from(i16::from_le_bytes([bytes[code], bytes[code + 1]]));
             }
         } else {
             let bytes = &bytes[block * INT8_BLOCK..][..INT8_BLOCK];
@@ -208,6 +230,29 @@ fn pack_int8(isa: crate::cpu::Isa, cols: usize, values: &[f32], out: &mut [u8]) 
                 for (k, q) in q.iter().enumerate() {
                     let k = half * GROUP + k;
                     block[64 + k / 4 * 64 + 4 * r + k % 4] = (i16::from(*q) + 128) as u8;
+                }
+            }
+        }
+    }
+}
+
+fn pack_int16(cols: usize, values: &[f32], out: &mut [u8]) {
+    out.fill(0);
+    for (number, block) in out.chunks_exact_mut(INT16_BLOCK).enumerate() {
+        for r in 0..TILE_ROWS.min(values.len() / cols) {
+            for half in 0..2 {
+                let x = group_of(values, cols, r, 2 * number + half);
+                let largest = x.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                // The next bf16 above, so that no code is too large.
+                let bits = (largest / WIDE_MAX).to_bits().div_ceil(1 << 16) as u16;
+                let d = bf16_to_f32(bits);
+                if d < f32::MIN_POSITIVE {
+                    continue;
+                }
+                block[2 * (half * 16 + r)..][..2].copy_from_slice(&bits.to_le_bytes());
+                for (k, x) in x.iter().enumerate() {
+                    let (k, q) = (half * GROUP + k, (x / d).round_ties_even() as i16);
+                    block[64 + k / 2 * 64 + 4 * r + 2 * (k % 2)..][..2].copy_from_slice(&q.to_le_bytes());
                 }
             }
         }

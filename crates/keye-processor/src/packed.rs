@@ -19,6 +19,8 @@ pub(crate) const TAG_PREFIX: &str = "keye_packed:";
 /// Formats of packed tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PackedFormat {
+    /// 16-bit groups.
+    Int16,
     /// 8-bit groups.
     Int8,
     /// 4-bit groups.
@@ -29,6 +31,7 @@ impl PackedFormat {
     /// The name in tags and on the command line.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Int16 => "int16",
             Self::Int8 => "int8",
             Self::Int4 => "int4",
         }
@@ -36,7 +39,7 @@ impl PackedFormat {
 
     /// The format called `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Int8, Self::Int4].into_iter().find(|format| format.name() == name)
+        [Self::Int16, Self::Int8, Self::Int4].into_iter().find(|format| format.name() == name)
     }
 }
 
@@ -90,7 +93,7 @@ pub(crate) fn tag(metadata: &BTreeMap<String, String>, entries: &mut BTreeMap<St
     }
     for (name, text) in tags {
         let tag = PackedTag::parse(text)
-            .ok_or_else(|| format!("{TAG_PREFIX}{name}: expected int4|int8 ROWS COLS, found {text:?}"))?;
+            .ok_or_else(|| format!("{TAG_PREFIX}{name}: expected int4|int8|int16 ROWS COLS, found {text:?}"))?;
         let entry = entries.get_mut(name).ok_or_else(|| format!("{TAG_PREFIX}{name}: there is no such tensor"))?;
         if entry.dtype != Ok(Dtype::U8) {
             let found = entry.dtype.as_ref().map_or_else(String::as_str, |dtype| dtype.name());

@@ -1,4 +1,4 @@
-//! Checkpoints in int8 and int4: which tensors are packed, and the streaming that packs them.
+//! Checkpoints in int16, int8 and int4: which tensors are packed, and the streaming that packs them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -68,12 +68,12 @@ impl Role {
 
     /// How tensors of this role are stored in a model quantised to `to`; `None`: as they are.
     ///
-    /// Vision tower and projector are 5 % of an 8 B model's weights, and what they lose all later layers see: they never
-    /// go below 8 bits.
+    /// Vision tower and projector are 5 % of an 8 B model's weights, and what they lose all later layers see. In int8 the
+    /// features are 2 to 3 % off, half of it by the weights and half by the activations; in int16 less than 0.1 %.
     pub fn stored_as(self, to: PackedFormat) -> Option<PackedFormat> {
         match self {
             Self::Decoder | Self::Embedding | Self::LmHead => Some(to),
-            Self::Vision | Self::Projector => Some(PackedFormat::Int8),
+            Self::Vision | Self::Projector => Some(PackedFormat::Int16),
             Self::Kept => None,
         }
     }
@@ -82,6 +82,7 @@ impl Role {
 /// The backend's type of a packed format.
 pub(crate) fn packed_dtype(format: PackedFormat) -> Dtype {
     match format {
+        PackedFormat::Int16 => Dtype::Int16,
         PackedFormat::Int8 => Dtype::Int8,
         PackedFormat::Int4 => Dtype::Int4,
     }
@@ -116,7 +117,7 @@ pub(crate) fn quantization_config(to: PackedFormat) -> Value {
 pub struct RoleReport {
     /// Which.
     pub role: Role,
-    /// `int4`, `int8`, or the type as it was.
+    /// `int4`, `int8`, `int16`, or the type as it was.
     pub format: String,
     /// How many.
     pub tensors: usize,

@@ -11,9 +11,11 @@ use std::ops::Range;
 
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
-use super::{Isa, quantized, rows};
-use crate::Activation;
+use super::{Isa, quantized, rows, wide};
 use crate::host::{Elements, HostTensor, HostWeight};
+use crate::quantized_rows::QuantizedRows;
+use crate::wide_rows::WideRows;
+use crate::{Activation, Dtype};
 
 /// Elements of k that are summed before lanes are added up: a tile of x of this depth stays in the first-level cache.
 const K_BLOCK: usize = 2048;
@@ -36,6 +38,16 @@ pub(crate) enum Finish<'a> {
     Add,
     /// `out = silu(z) * (x up^T)`
     Gate(&'a HostWeight),
+}
+
+/// Activations as the weight is multiplied with.
+enum PackedRows {
+    /// In eight bits.
+    Narrow(QuantizedRows),
+    /// In fourteen.
+    Wide(WideRows),
+    /// As they are.
+    None,
 }
 
 /// `out [rows, weight.rows] = finish(x weight^T + bias)`.
@@ -67,13 +79,18 @@ pub(crate) struct Job<'a> {
 /// Products of disjoint rows of `x` with weights of one shape and form, in one launch: `out [rows, outputs]`.
 pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], out: &mut HostTensor) {
     let outputs = out.cols;
-    let packed = jobs.iter().any(|job| job.weight.is_packed());
+    let packed = jobs.first().and_then(|job| job.weight.packed());
+    let form = |dtype: Option<Dtype>| dtype.map(|dtype| dtype == Dtype::Int16);
     assert!(jobs.iter().all(|job| (job.weight.rows, job.weight.cols) == (outputs, x.cols)), "weights of one shape");
-    assert!(jobs.iter().all(|job| job.weight.is_packed() == packed), "weights of one form");
+    assert!(jobs.iter().all(|job| form(job.weight.packed()) == form(packed)), "weights of one form");
     assert!(jobs.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "disjoint rows");
     assert!(out.rows == x.rows && jobs.last().is_none_or(|job| job.rows.end <= x.rows), "rows");
-    let quantized = packed.then(|| quantized::quantize(pool, isa, x));
-    let width = if packed { quantized::PANEL } else { PANEL };
+    let activations = match packed {
+        Some(Dtype::Int16) => PackedRows::Wide(wide::quantize(pool, isa, x)),
+        Some(_) => PackedRows::Narrow(quantized::quantize(pool, isa, x)),
+        None => PackedRows::None,
+    };
+    let width = if packed.is_some() { quantized::PANEL } else { PANEL };
     let panels = outputs.div_ceil(width);
     // Tasks of job j begin at starts[j].
     let mut starts = Vec::with_capacity(jobs.len());
@@ -88,14 +105,17 @@ pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], 
         let number = starts.partition_point(|start| *start <= task) - 1;
         let (task, Job { rows, weight, bias, finish }) = (task - starts[number], &jobs[number]);
         let m0 = rows.start + task / panels * ROWS;
-        let n0 = task % panels * width;
+        let n0 = in_streams(task % panels, panels, pool.threads()) * width;
         let m = ROWS.min(rows.end - m0);
         let n = width.min(outputs - n0);
         let x = &x.data[m0 * x.cols..(m0 + m) * x.cols];
         let (sums, rest) = scratch.split(m * width, if matches!(finish, Finish::Gate(_)) { m * width } else { 0 });
         let multiply =
-            |weight: &HostWeight, sums: &mut [f32], widened: &mut Vec<f32>| match (&quantized, weight.elements()) {
-                (Some(x), Elements::Packed(dtype, bytes)) => quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums),
+            |weight: &HostWeight, sums: &mut [f32], widened: &mut Vec<f32>| match (&activations, weight.elements()) {
+                (PackedRows::Narrow(x), Elements::Packed(dtype, bytes)) => {
+                    quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums)
+                }
+                (PackedRows::Wide(x), Elements::Packed(_, bytes)) => wide::panel(isa, x, m0, m, bytes, n0, n, sums),
                 _ => panel(isa, x, m, weight, n0, n, sums, widened),
             };
         multiply(weight, sums, rest.1);
@@ -128,6 +148,13 @@ pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], 
             }
         }
     });
+}
+
+/// Which of `count` panels comes as number `i` to `threads` threads that take turns: each reads its own part of the weights
+/// from end to end, as memory likes it.
+fn in_streams(i: usize, count: usize, threads: usize) -> usize {
+    let each = count / threads;
+    if i < each * threads { i % threads * each + i / threads } else { i }
 }
 
 /// Each head's leading columns times its own weight, the others passed on behind: `x [rows, heads*stride]`, weights

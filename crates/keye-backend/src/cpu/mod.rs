@@ -16,13 +16,16 @@ mod quantized_avx2;
 mod quantized_avx512;
 mod rows;
 mod sparse;
+mod wide;
+#[cfg(target_arch = "x86_64")]
+mod wide_x86;
 
 use std::ops::Range;
 
 use crate::host::{HostTensor, HostWeight};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, GroupedRouting, IndexShape, LatentShape,
-    QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, Expert, GroupedRouting, IndexShape,
+    LatentShape, QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
 };
 use gemm::Finish;
 use pool::{Pool, SyncPtr};
@@ -231,7 +234,8 @@ impl Backend for Cpu {
     fn gated(&self, x: &HostTensor, gate: &HostWeight, up: &HostWeight) -> Result<HostTensor, BackendError> {
         assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "gate and up");
         let mut out = HostTensor::zeros(x.rows, gate.rows);
-        if gate.is_packed() != up.is_packed() {
+        let activations = |weight: &HostWeight| weight.packed().map(|dtype| dtype == Dtype::Int16);
+        if activations(gate) != activations(up) {
             let up = self.linear(x, up, None, Activation::None)?;
             gemm::product(&self.pool, self.isa, x, gate, None, &Finish::Store(Activation::None), &mut out);
             self.each_row(&mut out, 16 * gate.rows, |i, row| rows::silu_mul(self.isa, row, up.row(i)));

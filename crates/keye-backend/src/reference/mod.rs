@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use crate::host::{HostTensor, HostWeight};
 use crate::quantized_rows::fake_quantized;
+use crate::wide_rows::fake_wide;
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, GroupedRouting, IndexShape, LatentShape,
-    QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, Expert, GroupedRouting, IndexShape,
+    LatentShape, QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
 };
 
 pub use attention::ReferenceCache;
@@ -25,8 +26,8 @@ pub struct ReferenceWeight {
     rows: usize,
     cols: usize,
     data: Vec<f32>,
-    /// Packed weights are multiplied with activations in eight bits.
-    packed: bool,
+    /// Packed weights are multiplied with activations in as many bits as kernels do.
+    packed: Option<Dtype>,
 }
 
 impl ReferenceWeight {
@@ -48,7 +49,7 @@ impl Backend for Reference {
 
     fn load(&self, source: &WeightSource) -> Result<ReferenceWeight, BackendError> {
         let weight = HostWeight::load(source)?;
-        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: weight.is_packed() })
+        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: weight.packed() })
     }
 
     fn load_columns(&self, source: &WeightSource, columns: Range<usize>) -> Result<ReferenceWeight, BackendError> {
@@ -163,7 +164,7 @@ impl Backend for Reference {
         activation: Activation,
     ) -> Result<HostTensor, BackendError> {
         assert_eq!(x.cols, weight.cols, "input features");
-        let quantized = weight.packed.then(|| fake_quantized(x));
+        let quantized = weight.packed.map(|dtype| if dtype == Dtype::Int16 { fake_wide(x) } else { fake_quantized(x) });
         let x = quantized.as_ref().unwrap_or(x);
         let mut out = HostTensor::zeros(x.rows, weight.rows);
         for row in 0..x.rows {

@@ -20,7 +20,7 @@ const AFTER_HELP: &str = "\
 Examples:
   keye bench --preset keye-vl-1.5-8b --quant int4
   keye bench --preset keye-vl-8b --quant int8 --only prefill,decode --json
-  keye bench --model ./model --only start,decode
+  keye bench --model ./model --only start,decode --contexts 128,32768
   keye bench --preset keye-vl-2 --layers 12 --only decode
   keye bench --preset keye-vl-2 --context-curve --kv-cache bf16
   keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b --quant int4
@@ -51,6 +51,12 @@ pub struct Args {
     /// What to measure [default: everything]
     #[arg(long, value_name = "PARTS", value_delimiter = ',', conflicts_with = "write_checkpoint")]
     only: Vec<Part>,
+    /// Tokens of the prompts to prefill
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "512,2048", value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    prompts: Vec<u32>,
+    /// Tokens behind which to decode
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "128,4096", value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    contexts: Vec<u32>,
     /// Threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
@@ -82,9 +88,9 @@ pub struct Args {
 pub enum Part {
     /// Loading, and the first token of a prompt of 16.
     Start,
-    /// 512 and 2048 tokens.
+    /// Prompts, in the engine's pieces.
     Prefill,
-    /// Single tokens behind 128 and 4096.
+    /// Single tokens behind others.
     Decode,
     /// 1024 and 4096 patches.
     Vision,
@@ -99,6 +105,10 @@ impl Part {
 /// What to measure, and how.
 pub struct Plan {
     pub parts: Vec<Part>,
+    /// Tokens of the prompts.
+    pub prompts: Vec<usize>,
+    /// Tokens behind which single ones are decoded.
+    pub contexts: Vec<usize>,
     pub threads: usize,
     pub repeat: usize,
     pub kv_dtype: KvDtype,
@@ -196,6 +206,8 @@ fn bench(
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let plan = Plan {
         parts: if args.only.is_empty() { Part::ALL.to_vec() } else { args.only.clone() },
+        prompts: args.prompts.iter().map(|n| *n as usize).collect(),
+        contexts: args.contexts.iter().map(|n| *n as usize).collect(),
         threads: args.threads.map_or(cores, usize::from),
         repeat: usize::from(args.repeat),
         kv_dtype: args.kv_cache.dtype(),

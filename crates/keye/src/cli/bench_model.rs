@@ -15,8 +15,6 @@ use super::bench::{Part, Plan};
 use super::bench_report::{Decode, Prefill, Report, Vision};
 use super::ui::Status;
 
-const PROMPTS: [usize; 2] = [512, 2048];
-const CONTEXTS: [usize; 2] = [128, 4096];
 /// Tokens of a decode run.
 const DECODED: usize = 8;
 /// Patches and the blocks that they attend in: one of 1024; eight frames of 512.
@@ -105,7 +103,8 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
     // From here on the peak is the model's.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     step(status, "start: loading, and a first token")?;
-    let tokens = CONTEXTS[1].max(PROMPTS[1]) + CHUNK;
+    let longest = plan.prompts.iter().chain(&plan.contexts).max().copied().unwrap_or(0);
+    let tokens = longest + CHUNK;
     let start = Instant::now();
     let mut bench = Bench::load(model.dir(), plan, tokens)?;
     bench.prefill(16, 0, 16)?;
@@ -126,7 +125,7 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
         cache_tokens: bench.cache_tokens,
         rss: 0,
     };
-    for tokens in PROMPTS.into_iter().filter(|_| wants(Part::Prefill)) {
+    for tokens in plan.prompts.iter().copied().filter(|_| wants(Part::Prefill)) {
         step(status, &format!("prefill: {tokens} tokens"))?;
         // Each run in blocks of its own: together they fill the cache for decoding.
         let seconds = best(plan.repeat, |run| {
@@ -136,7 +135,7 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
         let operations = bench.runner.cost(MediaKind::Image, &[], tokens).prefill;
         report.prefill.push(Prefill { tokens, seconds, operations });
     }
-    for context in CONTEXTS.into_iter().filter(|_| wants(Part::Decode)) {
+    for context in plan.contexts.iter().copied().filter(|_| wants(Part::Decode)) {
         step(status, &format!("decode: behind {context} tokens"))?;
         bench.fill(context, &mut |done| {
             status.progress(&format!("filling the cache: {done} of {context} tokens"));

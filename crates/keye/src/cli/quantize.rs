@@ -25,7 +25,7 @@ pub struct Args {
     /// Checkpoint directory, or hub id
     #[arg(value_name = "DIR|HUB_ID")]
     model: String,
-    /// Format of the language model's matrices; vision tower and projector are int8 in both
+    /// Format of the language model's matrices; vision tower and projector are int16 in both
     #[arg(long, value_name = "FORMAT", value_parser = PossibleValuesParser::new(["int4", "int8"]))]
     to: String,
     /// The new directory
