@@ -54,7 +54,7 @@ impl Backend for Reference {
 
     fn load_columns(&self, source: &WeightSource, columns: Range<usize>) -> Result<ReferenceWeight, BackendError> {
         let weight = HostWeight::load_columns(source, columns)?;
-        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: false })
+        Ok(ReferenceWeight { rows: weight.rows, cols: weight.cols, data: weight.widen(), packed: None })
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
