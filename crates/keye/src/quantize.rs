@@ -172,6 +172,12 @@ pub fn quantize(
     let text = fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
     let mut raw: Value =
         serde_json::from_slice(&text).with_context(|| format!("{} is not json", config_path.display()))?;
+    if raw["quantization_config"]["quant_method"] == "fp8" {
+        let from = from.display();
+        bail!(
+            "{from}: its weights are 8-bit floats, of which none are packed yet; use it as it is, or quantise a bf16 model"
+        );
+    }
     if checkpoint.is_packed() || raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
         bail!("{}: is quantised already; quantise the original model", from.display());
     }

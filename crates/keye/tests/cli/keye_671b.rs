@@ -25,6 +25,9 @@ fn a_tiny_one_in_8_bits_is_inspected_and_answers() {
     assert_eq!(facts["kv_cache"]["bf16"]["bytes_per_token"], 4 * 40 * 2);
     assert_eq!(facts["plan"]["devices"][0]["fits"], true);
     keye(&["ask", "-m", model, "--max-tokens", "3", &input("one.png"), "What is this?"]).ok();
+    let packed = folder.path().join("int4");
+    let refused = keye(&["quantize", model, "--to", "int4", "-o", packed.to_str().unwrap()]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("use it as it is"), "{refused:#?}");
 
     // The same from bare ids, on both backends.
     let ids: Vec<u8> = (0..90i64).flat_map(|i| (i * 7 % 600).to_le_bytes()).collect();
@@ -52,11 +55,15 @@ fn a_tiny_one_in_8_bits_is_inspected_and_answers() {
 }
 
 #[test]
-fn bf16_weights_are_read_too() {
+fn bf16_weights_are_read_and_quantised_too() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("model");
     write(&dir, "bf16");
     keye(&["ask", "-m", dir.to_str().unwrap(), "--max-tokens", "2", "Hello?"]).ok();
+    let packed = folder.path().join("int4");
+    let packed = packed.to_str().unwrap();
+    keye(&["quantize", dir.to_str().unwrap(), "--to", "int4", "-o", packed]).ok();
+    keye(&["ask", "-m", packed, "--max-tokens", "2", "Hello?"]).ok();
 }
 
 #[test]
