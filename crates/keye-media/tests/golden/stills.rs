@@ -224,14 +224,14 @@ fn frame_lists_say_what_is_wrong() {
         let ranged = refused(list(fixture_name, &["one.png"]), ranged);
         assert!(matches!(ranged, MediaError::Option { option: "video_start", .. }), "{ranged}");
     }
-    // Options of a single frame are 1.5's alone.
+    // Options of a single frame are not Preview's.
     let own = ItemOptions { resized_height: Some(280), resized_width: Some(280), ..Default::default() };
     let Source::Frames(mut frames) = list(SLOW_FAST, &["one.png", "tall.png"]) else { unreachable!() };
     frames.iter_mut().for_each(|frame| frame.options = Some(own.clone()));
     let item = MediaItem { kind: MediaKind::Video, source: Source::Frames(frames), options: ItemOptions::default() };
     assert_eq!(load(&loader(SLOW_FAST), &item).frames.len(), 2);
     let refused = loader(PREVIEW).load(&item, &mut |_| true).unwrap_err();
-    assert!(refused.to_string().contains("1.5"), "{refused}");
+    assert!(refused.to_string().contains("Preview take none"), "{refused}");
 }
 
 #[test]
