@@ -1,10 +1,10 @@
 """A minute of rough clients on a server that runs; ends with 1 when a kept stream does not finish, a 5xx comes, or anything is left.
 
 keye serve -m MODEL --port 8124 --media-path DIRECTORY --max-streams 24 &
-python chaos.py http://127.0.0.1:8124 DIRECTORY [SECONDS] [PID_OF_THE_SERVER] [TMPDIR_OF_THE_SERVER]
+python chaos.py http://127.0.0.1:8124 DIRECTORY [SECONDS] [PID_OF_THE_SERVER] [TMPDIR_OF_THE_SERVER] [LOG_OF_THE_SERVER]
 
 DIRECTORY has one.png, wide.png and clip.mp4. With the server's id its decoders are killed now and then, and counted at the end, as
-are its temporary files.
+are its temporary files; a failure in its log (`--log json`) that is not a killed decoder's is one of the test.
 """
 
 import base64
@@ -26,6 +26,7 @@ BASE, MEDIA = sys.argv[1:3]
 SECONDS = float(sys.argv[3]) if len(sys.argv) > 3 else 60
 PID = sys.argv[4] if len(sys.argv) > 4 else None
 TEMPORARY = sys.argv[5] if len(sys.argv) > 5 else None
+LOG = sys.argv[6] if len(sys.argv) > 6 else os.devnull
 CHAT = f"{BASE}/v1/chat/completions"
 URL = urllib.parse.urlparse(BASE)
 CLIP = open(f"{MEDIA}/clip.mp4", "rb").read()
@@ -53,44 +54,44 @@ def one():
     text = {"type": "text", "text": "What? " + "x " * random.randint(0, 300)}
     body = {"messages": [{"role": "user", "content": [*parts, text]}], "max_tokens": random.randint(1, 300), "ignore_eos": True}
     kind = random.choice(["whole", "stream", "stream", "drop", "half", "bad", "corrupt", "choices", "response", "form", "vector"])
-    status = 0
+    answer = None
     if kind in ("whole", "choices"):
-        status = requests.post(CHAT, json={**body, "n": 3 if kind == "choices" else 1}, timeout=120).status_code
+        answer = requests.post(CHAT, json={**body, "n": 3 if kind == "choices" else 1}, timeout=120)
     elif kind == "form":
-        status = requests.post(CHAT, json={**body, "max_tokens": 300, "regex": "[a-z]{3,9}"}, timeout=120).status_code
+        answer = requests.post(CHAT, json={**body, "max_tokens": 300, "regex": "[a-z]{3,9}"}, timeout=120)
     elif kind == "vector":
-        status = requests.post(f"{BASE}/v1/embeddings", json={"messages": body["messages"]}, timeout=120).status_code
+        answer = requests.post(f"{BASE}/v1/embeddings", json={"messages": body["messages"]}, timeout=120)
     elif kind == "response":
-        status = requests.post(f"{BASE}/v1/responses", json={"input": "Hm?", "max_output_tokens": 9}, timeout=120).status_code
+        answer = requests.post(f"{BASE}/v1/responses", json={"input": "Hm?", "max_output_tokens": 9}, timeout=120)
     elif kind == "stream":
         answer = requests.post(CHAT, json={**body, "stream": True}, timeout=120)
-        status = answer.status_code
         # A decoder may have been killed under it: then it says so.
-        if status == 200 and not answer.text.rstrip().endswith("[DONE]") and '"error"' not in answer.text:
+        if answer.status_code == 200 and not answer.text.rstrip().endswith("[DONE]") and '"error"' not in answer.text:
             wrong.append("a kept stream did not finish")
     elif kind == "drop":
         answer = requests.post(CHAT, json={**body, "stream": True, "max_tokens": 20000}, stream=True, timeout=120)
-        status, most = answer.status_code, random.randint(0, 40)
-        for count, _ in enumerate(answer.iter_lines()):
-            if count > most:
-                break
-        answer.close()
+        most = random.randint(0, 40)
+        if answer.status_code == 200:
+            for count, _ in enumerate(answer.iter_lines()):
+                if count > most:
+                    break
+            answer.close()
     elif kind == "half":
         with socket.create_connection((URL.hostname, URL.port)) as half:
             half.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{"mess')
             time.sleep(random.random() / 10)
     elif kind == "bad":
-        status = requests.post(CHAT, data=random.randbytes(200), headers={"content-type": "application/json"}).status_code
+        answer = requests.post(CHAT, data=random.randbytes(200), headers={"content-type": "application/json"})
     else:
         data = bytearray(CLIP)
         for _ in range(50):
             data[random.randrange(len(data))] = random.randrange(256)
         body["messages"][0]["content"] = [data_url(bytes(data)), text]
-        status = requests.post(CHAT, json=body, timeout=120).status_code
-    seen[kind, status] += 1
-    # A decoder that was killed is the machine's failure, and told as that.
-    if status >= 500 and not PID:
-        wrong.append(f"{kind}: {status}")
+        answer = requests.post(CHAT, json=body, timeout=120)
+    seen[kind, answer.status_code if answer is not None else 0] += 1
+    # A decoder that was killed is the machine's failure; the log says of each failure that it was one.
+    if answer is not None and answer.status_code >= 500 and not PID:
+        wrong.append(f"{kind}: {answer.status_code} {answer.text[:200]}")
 
 
 def client():
@@ -130,6 +131,10 @@ for _ in range(50):
     if not any(left):
         break
     time.sleep(0.2)
+with open(LOG) as log:
+    failures = [line for line in log if '"level":"ERROR"' in line]
+wrong += [line for line in failures if "ended by signal" not in line]
+print("failures in the log:", len(failures))
 for key, count in sorted(seen.items(), key=str):
     print(*key, count)
 print("left of open streams, KV blocks, decoders, temporary files:", *left, "panics:", metric(text, "keye_panics_total"))
