@@ -1,7 +1,7 @@
 //! Products of plain f32 matrices, either side transposed: what a reverse pass needs beside the products with weights.
 //!
 //! A tile of the result stays in registers while k runs; rows of `a` are read in place, columns of `b` are packed. The
-//! order of every sum is fixed by k: blocks of [`K_BLOCK`] from left to right, one element after the other inside, so a
+//! order of every sum is fixed by k: blocks of `K_BLOCK` from left to right, one element after the other inside, so a
 //! result does not depend on threads or on how rows were cut.
 
 #![allow(clippy::needless_range_loop, reason = "a tile indexes several arrays by the same row or column")]
