@@ -16,5 +16,5 @@ if ((${#missing[@]})); then
 fi
 
 cargo build --release --locked -p keye
-exec target/release/keye ask --model fixtures/keye-1_5-tiny/model --temperature 1 --seed 4 --max-tokens 48 "$@" \
+exec cargo run --release --locked --quiet -p keye -- ask --model fixtures/keye-1_5-tiny/model --temperature 1 --seed 4 --max-tokens 48 "$@" \
     media/bikes.mp4 "What happens, and when?"

@@ -12,6 +12,8 @@ mod failures;
 mod inspect;
 #[path = "cli/keye_671b.rs"]
 mod keye_671b;
+#[path = "cli/quantize.rs"]
+mod quantize;
 #[path = "cli/support.rs"]
 mod support;
 #[path = "cli/trace.rs"]

@@ -5,5 +5,7 @@ mod experts;
 #[cfg(feature = "hub")]
 #[path = "golden/hub.rs"]
 mod hub;
+#[path = "golden/quantize.rs"]
+mod quantize;
 #[path = "golden/random_checkpoint.rs"]
 mod random_checkpoint;

@@ -1,0 +1,38 @@
+//! `keye quantize` and `keye bench` as a user runs them.
+
+use crate::support::{keye, model};
+
+#[test]
+fn a_quantised_model_answers() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().join("q").display().to_string();
+    let report = keye(&["quantize", &model(), "--to", "int4", "-o", &dir, "--json"]).ok().json();
+    assert_eq!(report["format"], "int4");
+    assert!(report["report"]["roles"].as_array().unwrap().iter().any(|role| role["format"] == "int16"));
+    let limits = ["--greedy", "--ignore-eos", "--max-tokens", "4", "--max-model-len", "256"];
+    let answer = keye(&[&["ask", "-m", &dir, "What?"][..], &limits].concat()).ok();
+    assert!(answer.stderr.contains("4 tokens"), "{answer:?}");
+    let again = keye(&["quantize", &dir, "--to", "int8", "-o", &format!("{dir}2")]);
+    assert!(again.code == Some(1) && again.stderr.contains("quantised already"), "{again:?}");
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn bench_prints_the_documented_keys() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().display().to_string();
+    let parts = ["--only", "start,decode,vision", "--repeat", "1", "--threads", "1", "--dir", &dir, "--json"];
+    let report = keye(&[&["bench", "--preset", "keye-1.5-tiny", "--quant", "int8"][..], &parts].concat()).ok().json();
+    assert!(report["limits"]["read_gb_s"].as_f64().unwrap() > 0.1, "{report}");
+    for key in ["int8_gop_s", "f16_gflop_s", "f32_gflop_s"] {
+        assert!(report["limits"].get(key).is_some(), "{key}");
+    }
+    let contexts: Vec<_> = report["decode"].as_array().unwrap().iter().map(|run| run["context"].as_u64()).collect();
+    assert_eq!(contexts, [Some(128), Some(4096)]);
+    assert!(report["decode"][0]["tok_s"].as_f64().unwrap() > 0.0);
+    assert_eq!(report["vision"][1]["patches"], 4096);
+    assert!(report["first_token_s"].as_f64().unwrap() > 0.0 && report["rss_gb"].as_f64().unwrap() > 0.0);
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0, "the weights are gone");
+    let refused = keye(&["bench", "--write-checkpoint", &dir, "--preset", "keye-tiny", "--json"]);
+    assert_eq!(refused.code, Some(2), "{refused:?}");
+}
