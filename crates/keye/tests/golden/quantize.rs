@@ -212,24 +212,25 @@ fn accuracy<B: Backend>(model: &str, packed: &Path, backend: B) -> [f64; 4] {
     let source = fixture(model).join("model");
     let pad = Processor::load(&source, &Overrides::default()).unwrap().config.image_token_id;
     let (mut original, mut packed) = (load(&source, cpu()), load(packed, backend));
-    let (mut features, mut logits): ((Vec<f32>, Vec<f32>), (Vec<f32>, Vec<f32>)) = Default::default();
+    // Of the original and of the packed model.
+    let (mut features, mut logits) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     for case in ["text_only", "text_system", "image_one", "image_two", "image_big", "image_options"] {
         let case = Checkpoint::open_file(&fixture(model).join("cases").join(format!("{case}.safetensors"))).unwrap();
         let ((f, l), (qf, ql)) = (run(&mut original, &case, pad), run(&mut packed, &case, pad));
-        features.0.extend(f);
-        features.1.extend(qf);
-        logits.0.extend(l);
-        logits.1.extend(ql);
+        features[0].extend(f);
+        features[1].extend(qf);
+        logits[0].extend(l);
+        logits[1].extend(ql);
     }
     let vocab = original.info().vocab_size;
     let (mut kl, mut same, mut rows) = (0.0, 0.0, 0.0);
-    for (a, b) in logits.0.chunks_exact(vocab).zip(logits.1.chunks_exact(vocab)) {
+    for (a, b) in logits[0].chunks_exact(vocab).zip(logits[1].chunks_exact(vocab)) {
         let (p, q) = (log_softmax(a), log_softmax(b));
         kl += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         same += f64::from(u8::from(top(a) == top(b)));
         rows += 1.0;
     }
-    [relative_error(&features.0, &features.1), relative_error(&logits.0, &logits.1), kl / rows, same / rows]
+    [relative_error(&features[0], &features[1]), relative_error(&logits[0], &logits[1]), kl / rows, same / rows]
 }
 
 /// Bounds of accuracy against f32 on the golden prompts, with the reference's exact arithmetic on the packed weights and with the
