@@ -108,7 +108,7 @@ pub(crate) fn panel(
 }
 
 /// How many of `left` rows the next tile takes: a number that there is a kernel for.
-fn at_once(left: usize) -> usize {
+pub(super) fn at_once(left: usize) -> usize {
     [MAX_ROWS, 6, 4, 3, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
 }
 

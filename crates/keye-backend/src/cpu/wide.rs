@@ -4,15 +4,13 @@
 
 use super::Isa;
 use super::pool::{Pool, SyncPtr};
-use super::quantized::PANEL;
+use super::quantized::{PANEL, at_once};
 use crate::Dtype;
 use crate::host::HostTensor;
 use crate::packed::{BLOCK_COLS, GROUP, INT16_BLOCK, TILE_ROWS, tile_bytes};
 use crate::weight::bf16_to_f32;
 use crate::wide_rows::{WideRows, quantize_wide_row};
 
-/// Rows of activations in a tile.
-const MAX_ROWS: usize = 8;
 /// Blocks of columns that a tile runs along before the next one.
 const K_BLOCKS: usize = 9;
 
@@ -50,7 +48,7 @@ pub(crate) fn panel(isa: Isa, x: &WideRows, m0: usize, m: usize, bytes: &[u8], n
         let count = K_BLOCKS.min(blocks - first);
         let mut row = 0;
         while row < m {
-            let rows = [MAX_ROWS, 6, 4, 3, 2].into_iter().find(|rows| *rows <= m - row).unwrap_or(1);
+            let rows = at_once(m - row);
             for (t, tile) in bytes.chunks_exact(tile).enumerate() {
                 let blocks = &tile[first * INT16_BLOCK..][..count * INT16_BLOCK];
                 let piece = Piece { blocks, x, row: m0 + row, first_group: first * BLOCK_COLS / GROUP };
