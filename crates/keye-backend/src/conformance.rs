@@ -354,6 +354,13 @@ pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, Backen
     Ok(suite.checks)
 }
 
+/// As [`run`], for products with weights of 8-bit floats alone.
+pub fn run_fp8<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
+    let mut suite = Suite { backend, random: Random(2), tolerance, checks: Vec::new() };
+    suite.products(&[Dtype::F8E4M3])?;
+    Ok(suite.checks)
+}
+
 /// As [`run`], for the operations of latent attention and for weights of 8-bit floats.
 pub fn run_latent<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
     let mut suite = Suite { backend, random: Random(2), tolerance, checks: Vec::new() };

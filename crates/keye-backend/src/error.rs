@@ -22,6 +22,14 @@ pub enum BackendError {
         /// What helps.
         remedy: &'static str,
     },
+    /// A device that is not there, or a call to it that failed.
+    #[error("{what}: {reason}")]
+    Device {
+        /// What was to be done.
+        what: String,
+        /// What the device, its driver or its library said.
+        reason: String,
+    },
     /// A setting that is not one.
     #[error("{0}")]
     Setting(String),

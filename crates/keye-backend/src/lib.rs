@@ -19,6 +19,8 @@
 mod backend;
 pub mod conformance;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 mod fp8;
 mod grouped_routing;
@@ -38,6 +40,8 @@ pub use backend::{
 };
 pub use cpu::matmul;
 pub use cpu::{Cpu, CpuOptions, Isa};
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, CudaOptions, Products};
 pub use error::BackendError;
 pub use fp8::BlockScales;
 pub use reference::Reference;

@@ -3,6 +3,9 @@
 
 #[path = "golden/cases.rs"]
 mod cases;
+#[cfg(feature = "cuda-tests")]
+#[path = "golden/cuda.rs"]
+mod cuda;
 #[path = "golden/invariance.rs"]
 mod invariance;
 #[path = "golden/keye_2.rs"]

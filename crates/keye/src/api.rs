@@ -3,20 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use keye_backend::{Backend, BackendError, Cpu, CpuOptions, KvDtype};
+use keye_backend::{BackendError, KvDtype};
 use keye_engine::{Engine, EngineError, EngineOptions, Event, EventStream, Request, SamplingParams};
 use keye_media::{Access, Loader, MediaItem, TimestampRule};
-use keye_model::{KeyeModel, ModelError};
+use keye_model::ModelError;
 use keye_processor::{Checkpoint, Conversation, GenerationConfig, Overrides, Processor, ProcessorError};
 
+use crate::device::{CacheSize, DeviceOptions};
 use crate::media_argument::{ArgumentError, media_item};
-use crate::memory::{MemoryPlan, fit_cache};
+use crate::memory::MemoryPlan;
 
 /// What can be chosen when a model is loaded.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Threads; `None` is one per core.
-    pub threads: Option<usize>,
+    /// What computes.
+    pub device: DeviceOptions,
     /// Longest prompt and answer together, in tokens; `None` is the model's longest, cut so that the cache fits half of
     /// the memory that is free.
     pub max_model_len: Option<usize>,
@@ -37,7 +38,7 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     fn default() -> Self {
         Self {
-            threads: None,
+            device: DeviceOptions::default(),
             max_model_len: None,
             kv_dtype: KvDtype::F32,
             processor: Overrides::default(),
@@ -134,19 +135,20 @@ impl Keye {
         progress(LoadProgress::Loading(&dir));
         let processor = Processor::load(&dir, &options.processor)?;
         let checkpoint = Checkpoint::open(&dir)?;
-        let fit = fit_cache(&processor.config, options.kv_dtype, options.max_model_len, &checkpoint)
-            .map_err(LoadError::Length)?;
-        let backend = Cpu::new(CpuOptions { threads: options.threads, isa: None })?;
-        let device = backend.describe();
-        let load = keye_model::LoadOptions { cache_tokens: fit.tokens, kv_dtype: options.kv_dtype };
-        let runner = KeyeModel::load(backend, &processor.config, &processor.media.processor, &checkpoint, load)?;
+        let loaded = options.device.load(
+            &processor.config,
+            &processor.media.processor,
+            &checkpoint,
+            options.kv_dtype,
+            CacheSize::Fit(options.max_model_len),
+        )?;
         let mut loader =
             Loader { access: options.access, timestamps: options.timestamps, ..Loader::new(processor.media.clone()) };
         adjust(&mut loader);
         let processor = Arc::new(processor);
-        let engine_options = EngineOptions { max_model_len: Some(fit.tokens), ..options.engine };
-        let engine = Engine::new(Box::new(runner), Arc::clone(&processor), loader, engine_options);
-        Ok(Self { engine, processor, device, dir, memory: fit.plan })
+        let engine_options = EngineOptions { max_model_len: Some(loaded.fit.tokens), ..options.engine };
+        let engine = Engine::new(loaded.runner, Arc::clone(&processor), loader, engine_options);
+        Ok(Self { engine, processor, device: loaded.device, dir, memory: loaded.fit.plan })
     }
 
     /// Asks about media, each a path or URL as [`media_item`] reads it: `clip.mp4#fps=1`, `image:photo`.

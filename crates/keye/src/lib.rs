@@ -25,8 +25,11 @@
 //! * Dropping a stream cancels its request.
 
 mod api;
+mod device;
 mod device_plan;
 mod disk;
+#[cfg(any(test, feature = "cuda"))]
+mod gpu_memory;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod media_argument;
@@ -37,6 +40,7 @@ pub mod quantize;
 pub mod random_checkpoint;
 
 pub use api::{AskError, Events, Keye, LoadError, LoadOptions, LoadProgress, default_sampling, resolve_model};
+pub use device::{CacheSize, Device, DeviceOptions, Loaded};
 pub use device_plan::{DevicePlan, WeightBytes, device_plans};
 pub use disk::free_bytes;
 pub use media_argument::{ArgumentError, kind_of_bytes, media_item};

@@ -17,6 +17,14 @@ pub struct CacheFit {
     pub plan: MemoryPlan,
 }
 
+impl CacheFit {
+    /// A cache of `tokens` tokens, whether it fits or not.
+    pub(crate) fn of(config: &ModelConfig, dtype: KvDtype, tokens: usize, checkpoint: &Checkpoint) -> Self {
+        let bytes_per_token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
+        Self { tokens, bytes_per_token, plan: MemoryPlan::new(config, checkpoint, dtype, tokens) }
+    }
+}
+
 /// What is cached of a token.
 pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
     let text = &config.text;
@@ -58,6 +66,12 @@ impl MemoryPlan {
         let kv = cache(CacheSpec { index_dim: 0, ..spec });
         let index_keys = cache(spec).saturating_sub(kv);
         Self { weights, experts, kv, index_keys, activations: activations(config), machine: memory.total }
+    }
+
+    /// The same cache in a GPU's memory of `total` bytes, where experts do not wait on the disk.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(self, weights: u64, activations: u64, total: u64) -> Self {
+        Self { weights, experts: 0, activations, machine: Some(total), ..self }
     }
 
     /// All of it.
@@ -134,7 +148,7 @@ pub fn fit_cache(
     let bytes_per_token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
     let plan = |tokens: usize| MemoryPlan::new(config, checkpoint, dtype, tokens);
     let tokens = fit(config.text.max_position_embeddings, bytes_per_token, wanted, &plan, &Memory::read())?;
-    Ok(CacheFit { tokens, bytes_per_token, plan: plan(tokens) })
+    Ok(CacheFit::of(config, dtype, tokens, checkpoint))
 }
 
 fn fit(

@@ -1,5 +1,6 @@
-//! Checks of the repository itself: `cargo run --release -q -p xtask -- licenses`, and `tree`.
+//! Checks of the repository itself: `cargo run --release -q -p xtask -- licenses`, `tree`, and `kernels`.
 
+mod kernels;
 mod licenses;
 mod tree;
 
@@ -7,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 fn main() -> ExitCode {
-    let check = std::env::args().nth(1);
-    let complaints = match check.as_deref() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let complaints = match args.first().map(String::as_str) {
         Some("licenses") => licenses::check(&root()),
+        Some("kernels") => kernels::check(&root(), &args[1..]),
         Some("tree") => tree::check(&root()),
-        _ => Err("usage: xtask licenses|tree".into()),
+        _ => Err("usage: xtask licenses|tree|kernels".into()),
     };
     let complaints = complaints.unwrap_or_else(|error| vec![error]);
     for complaint in &complaints {

@@ -21,7 +21,7 @@ const TOLERANCES: [(&str, f32); 8] = [
     ("logits_last8", 2e-4),
 ];
 
-fn check<B: Backend>(make: impl Fn() -> B) {
+pub fn check<B: Backend>(make: impl Fn() -> B) {
     let mut worst = TOLERANCES.map(|(name, _)| (name, 0.0f32));
     let mut cases = 0;
     for fixture in FIXTURES {

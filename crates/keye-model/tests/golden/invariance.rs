@@ -10,7 +10,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-fn chunked<B: Backend>(backend: B) {
+pub fn chunked<B: Backend>(backend: B) {
     let fixture = "keye-1_5-tiny";
     let mut model = load(fixture, backend);
     let case = Case::open(fixture, "image_two").unwrap();

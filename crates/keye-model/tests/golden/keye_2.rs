@@ -10,7 +10,7 @@ use crate::support::{Recorder, argmax, f32s, fixture, i64s};
 const FIXTURE: &str = "keye-2-tiny";
 const VOCAB: usize = 320;
 
-fn load<B: Backend>(backend: B, sparse: bool) -> KeyeModel<B> {
+pub fn load<B: Backend>(backend: B, sparse: bool) -> KeyeModel<B> {
     load_with(backend, sparse, KvDtype::F32)
 }
 
@@ -151,7 +151,7 @@ impl Tap for Only<'_> {
     }
 }
 
-fn check<B: Backend>(make: impl Fn() -> B) {
+pub fn check<B: Backend>(make: impl Fn() -> B) {
     let mut model = load(make(), true);
     for name in ["text", "short"] {
         let golden = Golden::open(name);
@@ -177,7 +177,7 @@ fn check<B: Backend>(make: impl Fn() -> B) {
 }
 
 /// An image and three frames between text.
-fn pictures<B: Backend>(mut model: KeyeModel<B>) {
+pub fn pictures<B: Backend>(mut model: KeyeModel<B>) {
     let golden = Golden::open("multimodal");
     let (images, frames) = (golden.grids("image_grid_thw"), golden.grids("video_grid_thw"));
     let config = ModelConfig::load(&fixture(FIXTURE).join("model")).unwrap();

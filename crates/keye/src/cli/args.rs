@@ -6,8 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use keye::{
-    Access, Conversation, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, Overrides, SamplingParams, Source,
-    ThinkMode, TimestampRule,
+    Access, Conversation, Device, DeviceOptions, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, Overrides,
+    SamplingParams, Source, ThinkMode, TimestampRule,
 };
 use keye_media::{BUDGET_SHARES, REPORTED_BUDGET_SHARES, VideoRule};
 use keye_processor::FramePrefix;
@@ -25,9 +25,16 @@ pub struct ModelArgs {
     /// Use downloaded models only, never the network
     #[arg(long)]
     pub offline: bool,
-    /// Threads [default: one per core]
+    /// What computes: cpu, cuda (the first GPU) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
+    /// Threads of the CPU [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Part of a GPU's memory that may be in use, what others use included: weights, activations, and cache in the rest
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_name = "PART", default_value = "0.9", value_parser = part)]
+    pub gpu_memory: f64,
     /// Longest prompt and answer together, in tokens [default: the model's, cut to half of the free memory]
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<usize>,
@@ -83,6 +90,7 @@ pub enum VideoBudget {
 impl ModelArgs {
     /// Loads the model, telling `status` how far it is. `remote` is the consent to open URLs.
     pub fn load(&self, remote: bool, status: &mut Status) -> Result<Keye> {
+        warn_of_device(self.device, status);
         let options = self.options(Access { remote, ..Access::default() });
         let keye = Keye::load_with(&self.model, options, &mut |progress| status.loading(progress))?;
         status.clear();
@@ -93,7 +101,7 @@ impl ModelArgs {
     /// What the flags say about loading.
     pub fn options(&self, access: Access) -> LoadOptions {
         LoadOptions {
-            threads: self.threads.map(usize::from),
+            device: self.device_options(),
             max_model_len: self.max_model_len,
             kv_dtype: self.kv_cache.dtype(),
             processor: self.overrides(),
@@ -104,6 +112,17 @@ impl ModelArgs {
             access,
             offline: self.offline,
             ..LoadOptions::default()
+        }
+    }
+
+    fn device_options(&self) -> DeviceOptions {
+        DeviceOptions {
+            device: self.device,
+            threads: self.threads.map(usize::from),
+            #[cfg(feature = "cuda")]
+            gpu_memory: self.gpu_memory,
+            #[cfg(not(feature = "cuda"))]
+            gpu_memory: DeviceOptions::default().gpu_memory,
         }
     }
 
@@ -119,6 +138,20 @@ impl ModelArgs {
             }),
         }
     }
+}
+
+/// Says what is to be known before a device is used.
+pub fn warn_of_device(device: Device, status: &mut Status) {
+    if let Some(caution) = device.caution() {
+        status.line(caution);
+    }
+}
+
+/// A part of a whole, above 0.
+#[cfg(feature = "cuda")]
+fn part(text: &str) -> Result<f64, String> {
+    let part = text.parse::<f64>().ok().filter(|part| *part > 0.0 && *part <= 1.0);
+    part.ok_or_else(|| "expected a number above 0, at most 1".into())
 }
 
 /// Says that a model is larger than the memory, if it is.

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
-use keye::KvDtype;
 use keye::presets::{Preset, Sizes};
 use keye::random_checkpoint;
+use keye::{Device, DeviceOptions, KvDtype};
 use keye_processor::{Dtype, PackedFormat};
 
 use super::args::KvCache;
@@ -57,7 +57,10 @@ pub struct Args {
     /// Tokens behind which to decode
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "128,4096", value_parser = clap::value_parser!(u32).range(1..=131_072))]
     contexts: Vec<u32>,
-    /// Threads [default: one per core]
+    /// What computes: cpu, cuda (the first GPU) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Device,
+    /// Threads of the CPU [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// The best of this many runs counts
@@ -109,6 +112,8 @@ pub struct Plan {
     pub prompts: Vec<usize>,
     /// Tokens behind which single ones are decoded.
     pub contexts: Vec<usize>,
+    /// What computes.
+    pub device: DeviceOptions,
     pub threads: usize,
     pub repeat: usize,
     pub kv_dtype: KvDtype,
@@ -144,6 +149,9 @@ pub fn run(args: Args) -> Result<()> {
     let mut status = Status::new(false);
     let guard = signals::guard();
     if let (true, Some(sizes)) = (args.context_curve, preset) {
+        if args.device != Device::Cpu {
+            return Err(Usage("--context-curve measures the CPU: leave --device out".into()).into());
+        }
         let config = sizes.model_config(Dtype::Bf16)?;
         let threads = args.threads.map(usize::from);
         let curve = super::bench_context::measure(&config, threads, args.kv_cache.dtype(), &mut status, &|| {
@@ -204,7 +212,13 @@ fn bench(
     status: &mut Status,
 ) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    super::args::warn_of_device(args.device, status);
     let plan = Plan {
+        device: DeviceOptions {
+            device: args.device,
+            threads: Some(args.threads.map_or(cores, usize::from)),
+            ..DeviceOptions::default()
+        },
         parts: if args.only.is_empty() { Part::ALL.to_vec() } else { args.only.clone() },
         prompts: args.prompts.iter().map(|n| *n as usize).collect(),
         contexts: args.contexts.iter().map(|n| *n as usize).collect(),

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use keye::{ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec};
-use keye_backend::{BLOCK_TOKENS, CacheSpec, Cpu, CpuOptions};
+use keye::{CacheSize, Device, ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec};
+use keye_backend::{BLOCK_TOKENS, CacheSpec};
 use keye_limits::Limits;
 use keye_media::{Loader, MediaCost, MediaKind, Patches, Pixels, media_cost, write_sample_clip};
-use keye_model::{Batch, Chunk, KeyeModel, LoadOptions, LogitRows, NoTap, Runner};
+use keye_model::{Batch, Chunk, LogitRows, NoTap, Runner};
 use keye_processor::{Checkpoint, ModelConfig, Processor};
 
 use super::bench::{Part, Plan};
@@ -92,8 +92,15 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
         status.line(text);
         if stop() { bail!("given up") } else { Ok(()) }
     };
+    // A GPU's limits are not those of the machine.
+    let limits = |before: Option<Limits>| {
+        (plan.device.device == Device::Cpu).then(|| {
+            let now = keye_limits::measure(plan.threads);
+            before.map_or(now, |before| better(before, now))
+        })
+    };
     step(status, "the machine's limits")?;
-    let before = keye_limits::measure(plan.threads);
+    let before = limits(None);
     let processor = Processor::load(model.dir(), &Overrides::default())?;
     let mut media = Vec::new();
     if wants(Part::Media) {
@@ -114,7 +121,7 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
     let mut report = Report {
         model: model.name.clone(),
         quant: model.quant.clone(),
-        device: bench.runner.describe(),
+        device: bench.device.clone(),
         threads: plan.threads,
         limits: before,
         first_token: wants(Part::Start).then_some(first_token),
@@ -155,7 +162,7 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
     let status_file = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     report.rss = kilobytes(&status_file, "VmHWM:").unwrap_or(0);
     step(status, "the machine's limits again")?;
-    report.limits = better(before, keye_limits::measure(plan.threads));
+    report.limits = limits(before);
     Ok(report)
 }
 
@@ -193,7 +200,8 @@ fn media_run(processor: &Processor, repeat: usize) -> Result<MediaCost> {
 
 /// A loaded model with its cache.
 struct Bench {
-    runner: KeyeModel<Cpu>,
+    runner: Box<dyn Runner>,
+    device: String,
     config: ModelConfig,
     /// Stored bytes of the weights that a token reads.
     weight_bytes: f64,
@@ -209,15 +217,15 @@ impl Bench {
     fn load(dir: &Path, plan: &Plan, tokens: usize) -> Result<Self> {
         let processor = Processor::load(dir, &Overrides::default())?;
         let checkpoint = Checkpoint::open(dir)?;
-        let backend = Cpu::new(CpuOptions { threads: Some(plan.threads), isa: None })?;
-        let options = LoadOptions { cache_tokens: tokens, kv_dtype: plan.kv_dtype };
         let config = processor.config.clone();
-        let runner = KeyeModel::load(backend, &config, &processor.media.processor, &checkpoint, options)?;
+        let pixels = &processor.media.processor;
+        let loaded = plan.device.load(&config, pixels, &checkpoint, plan.kv_dtype, CacheSize::Exactly(tokens))?;
         let spec = cache_spec(&config, plan.kv_dtype);
         let cache_bytes = spec.block_bytes() / BLOCK_TOKENS;
         let kv_bytes = CacheSpec { index_dim: 0, ..spec }.block_bytes() / BLOCK_TOKENS;
         Ok(Self {
-            runner,
+            runner: loaded.runner,
+            device: loaded.device,
             weight_bytes: weight_bytes(&config, &checkpoint),
             kv_bytes_per_token: kv_bytes as f64,
             index_bytes_per_token: (cache_bytes - kv_bytes) as f64,

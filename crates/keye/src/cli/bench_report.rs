@@ -13,7 +13,8 @@ pub struct Report {
     pub quant: String,
     pub device: String,
     pub threads: usize,
-    pub limits: Limits,
+    /// The machine's, when it computes.
+    pub limits: Option<Limits>,
     /// Seconds from opening the files to the first logits of 16 tokens.
     pub first_token: Option<f64>,
     pub prefill: Vec<Prefill>,
@@ -53,15 +54,15 @@ pub struct Vision {
 impl Report {
     /// The arithmetic peak that fractions are of: int8, or f32 on a machine without.
     fn peak(&self) -> Option<f64> {
-        self.limits.int8.or(self.limits.f32)
+        self.limits.and_then(|limits| limits.int8.or(limits.f32))
     }
 
     fn of_peak(&self, operations: f64, seconds: f64) -> Option<f64> {
         self.peak().map(|peak| operations / seconds / peak)
     }
 
-    fn of_read(&self, decode: &Decode) -> f64 {
-        decode.bytes / decode.seconds / self.limits.read
+    fn of_read(&self, decode: &Decode) -> Option<f64> {
+        self.limits.map(|limits| decode.bytes / decode.seconds / limits.read)
     }
 
     pub fn json(&self) -> Value {
@@ -71,7 +72,7 @@ impl Report {
             json!({"tokens": run.tokens, "tok_s": round(run.tokens as f64 / run.seconds), "fraction": fraction})
         });
         let decode = self.decode.iter().map(|run| {
-            json!({"context": run.context, "tok_s": round(1.0 / run.seconds), "fraction": round(self.of_read(run))})
+            json!({"context": run.context, "tok_s": round(1.0 / run.seconds), "fraction": self.of_read(run).map(round)})
         });
         let vision = self.vision.iter().map(|run| {
             let fraction = self.of_peak(run.operations, run.seconds).map(round);
@@ -88,12 +89,12 @@ impl Report {
             "quant": self.quant,
             "device": self.device,
             "threads": self.threads,
-            "limits": {
-                "read_gb_s": giga(Some(self.limits.read)),
-                "int8_gop_s": giga(self.limits.int8),
-                "f16_gflop_s": giga(self.limits.f16),
-                "f32_gflop_s": giga(self.limits.f32),
-            },
+            "limits": self.limits.map(|limits| json!({
+                "read_gb_s": giga(Some(limits.read)),
+                "int8_gop_s": giga(limits.int8),
+                "f16_gflop_s": giga(limits.f16),
+                "f32_gflop_s": giga(limits.f32),
+            })),
             "prefill": prefill.collect::<Vec<_>>(),
             "decode": decode.collect::<Vec<_>>(),
             "vision": vision.collect::<Vec<_>>(),
@@ -107,16 +108,16 @@ impl Report {
     pub fn text(&self) -> String {
         let giga = |rate: Option<f64>, unit: &str| rate.map_or("none".to_owned(), |r| format!("{:.0} {unit}", r / 1e9));
         let percent = |part: Option<f64>| part.map_or(String::new(), |part| format!("{:>6.1} %", 100.0 * part));
-        let mut text = format!(
-            "{}, {} weights; {}\nlimits      reads {:.1} GB/s, int8 {}, f16 {}, f32 {}\n",
-            self.model,
-            self.quant,
-            self.device,
-            self.limits.read / 1e9,
-            giga(self.limits.int8, "GOP/s"),
-            giga(self.limits.f16, "GFLOP/s"),
-            giga(self.limits.f32, "GFLOP/s"),
-        );
+        let mut text = format!("{}, {} weights; {}\n", self.model, self.quant, self.device);
+        if let Some(limits) = self.limits {
+            text += &format!(
+                "limits      reads {:.1} GB/s, int8 {}, f16 {}, f32 {}\n",
+                limits.read / 1e9,
+                giga(limits.int8, "GOP/s"),
+                giga(limits.f16, "GFLOP/s"),
+                giga(limits.f32, "GFLOP/s"),
+            );
+        }
         if let Some(seconds) = self.first_token {
             text += &format!("start       first token of a prompt of 16 after {seconds:.2} s\n");
         }
@@ -126,7 +127,7 @@ impl Report {
             text += &format!("prefill     {:>5} tokens   {rate:>8.2} tok/s  {fraction}\n", run.tokens);
         }
         for run in &self.decode {
-            let fraction = percent(Some(self.of_read(run)));
+            let fraction = percent(self.of_read(run));
             text += &format!("decode      {:>5} before   {:>8.2} tok/s  {fraction}\n", run.context, 1.0 / run.seconds);
         }
         for run in &self.vision {
@@ -167,7 +168,7 @@ mod tests {
             quant: "int4".into(),
             device: "d".into(),
             threads: 2,
-            limits: Limits { read: 30e9, int8: Some(1000e9), f16: None, f32: Some(200e9) },
+            limits: Some(Limits { read: 30e9, int8: Some(1000e9), f16: None, f32: Some(200e9) }),
             first_token: Some(1.25),
             prefill: vec![Prefill { tokens: 512, seconds: 8.0, operations: 4000e9 }],
             decode: vec![Decode { context: 128, seconds: 0.2, bytes: 3e9 }],
@@ -202,7 +203,8 @@ mod tests {
             json!([{"clip": "c", "cpu_s": 3.0, "wall_s": 2.0, "rss_mb": 50.0, "ratio_to_decode": 1.25}])
         );
         assert_eq!((&json["rss_gb"], &json["first_token_s"]), (&json!(5.0), &json!(1.25)));
-        let without = Report { limits: Limits { int8: None, ..report.limits }, ..report.clone() };
+        let limits = report.limits.map(|limits| Limits { int8: None, ..limits });
+        let without = Report { limits, ..report.clone() };
         assert_eq!(without.json()["vision"][0]["fraction"], 2.5);
         for text in ["12,345 tokens fit", "64.00 tok/s", "50.0 %", "1.25 times", "5.00 GB", "f16 none"] {
             assert!(report.text().contains(text), "{text}: {}", report.text());

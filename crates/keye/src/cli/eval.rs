@@ -83,6 +83,7 @@ pub fn run(args: Args) -> Result<()> {
     let What::World(args) = args.what;
     let mut status = Status::new(false);
     let uniform = args.frames == Frames::Uniform;
+    super::args::warn_of_device(args.model.device, &mut status);
     let keye = Keye::load_adjusted(
         &args.model.model,
         args.model.options(keye::Access::default()),

@@ -164,6 +164,7 @@ pub fn run(args: Args) -> Result<()> {
     };
 
     let mut status = Status::new(false);
+    super::args::warn_of_device(args.model.device, &mut status);
     let ceilings = config.ceilings.clone();
     let keye = Keye::load_adjusted(&args.model.model, options, &mut |progress| status.loading(progress), |loader| {
         loader.limits = ceilings.limits();

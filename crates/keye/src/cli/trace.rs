@@ -72,14 +72,24 @@ pub struct Args {
     #[arg(long, value_name = "FILE.safetensors")]
     compare: Option<PathBuf>,
     /// What computes
-    #[arg(long, default_value = "reference", value_parser = ["reference", "cpu"])]
+    #[arg(long, default_value = "reference", value_parser = BACKENDS)]
     backend: String,
 }
+
+/// What may compute.
+#[cfg(not(feature = "cuda"))]
+const BACKENDS: [&str; 2] = ["reference", "cpu"];
+/// What may compute; `cuda-f32` without the matrix cores' rounding.
+#[cfg(feature = "cuda")]
+const BACKENDS: [&str; 4] = ["reference", "cpu", "cuda", "cuda-f32"];
 
 pub fn run(args: Args) -> Result<()> {
     check_output(&args.out)?;
     check_overwrite(&args)?;
     let mut status = Status::new(false);
+    if args.backend.starts_with("cuda") {
+        super::args::warn_of_device(keye::Device::Cuda(0), &mut status);
+    }
     let dir = resolve_model(&args.model, false, &mut |progress| status.loading(progress))?;
     let tensors = match (&args.inputs, &args.request) {
         (Some(path), _) => from_inputs(&args, &dir, path, &mut status)?,
@@ -156,6 +166,13 @@ fn load(
     }
     Ok(match args.backend.as_str() {
         "cpu" => on(Cpu::new(CpuOptions::default()).map_err(LoadError::from)?, dir, config, pixels, options)?,
+        #[cfg(feature = "cuda")]
+        name @ ("cuda" | "cuda-f32") => {
+            use keye_backend::{Cuda, CudaOptions, Products};
+            let products = if name == "cuda" { Products::Bf16 } else { Products::F32 };
+            let cuda = Cuda::new(CudaOptions { products, ..CudaOptions::default() }).map_err(LoadError::from)?;
+            on(cuda, dir, config, pixels, options)?
+        }
         _ => on(Reference, dir, config, pixels, options)?,
     })
 }

@@ -1,0 +1,260 @@
+//! One GPU through CUDA's driver: a context, a stream on which everything happens in order, the loaded kernels.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::Mutex;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+use super::blas::{Blas, Operands, Shape, WORKSPACE};
+use super::device::Grid;
+use super::kernels::MODULES;
+use super::{libraries, nvrtc};
+use crate::BackendError;
+
+/// Bytes of each of the two pinned buffers through which large uploads go.
+const STAGING: usize = 32 << 20;
+
+pub(super) struct Gpu {
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    kernels: HashMap<&'static str, sys::CUfunction>,
+    staging: Mutex<Option<Staging>>,
+    name: String,
+    /// cuBLASLt and its workspace, when wanted.
+    blas: Option<(Blas, u64)>,
+}
+
+/// Pinned buffers and the events after which each may be filled again.
+struct Staging {
+    buffers: [*mut u8; 2],
+    free: [sys::CUevent; 2],
+}
+
+// SAFETY: handles of the driver may be used by any thread that has made the context current, which every call here does;
+// the staging buffers are used under their lock.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver locks inside.
+unsafe impl Sync for Gpu {}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(DriverError) -> BackendError {
+    |error| BackendError::Device { what: what.into(), reason: format!("the CUDA driver says {error:?}") }
+}
+
+fn device_error(what: &str, reason: String) -> BackendError {
+    BackendError::Device { what: what.into(), reason }
+}
+
+impl Gpu {
+    /// Opens device `ordinal` and loads all kernels for its architecture.
+    pub fn open(ordinal: usize, library: bool) -> Result<Self, BackendError> {
+        libraries::driver()
+            .map_err(|reason| device_error("CUDA", format!("{reason}; is NVIDIA's driver installed?")))?;
+        result::init().map_err(failed("starting CUDA"))?;
+        let count = result::device::get_count().map_err(failed("counting GPUs"))?;
+        if ordinal >= count as usize {
+            return Err(device_error("CUDA", format!("GPU {ordinal} was asked for, {count} found")));
+        }
+        let device = result::device::get(ordinal as i32).map_err(failed("opening the GPU"))?;
+        let name = result::device::get_name(device).map_err(failed("the GPU's name"))?;
+        use sys::CUdevice_attribute_enum::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+        };
+        // SAFETY: the device is one; the primary context is kept for the life of the process.
+        let (major, minor, context) = unsafe {
+            let attribute =
+                |which| result::device::get_attribute(device, which).map_err(failed("the GPU's capability"));
+            let context = result::primary_ctx::retain(device).map_err(failed("opening the GPU"))?;
+            result::ctx::set_current(context).map_err(failed("using the GPU"))?;
+            // Freed memory is kept for the next allocation instead of going back to the system.
+            let pool = result::device::get_default_mem_pool(device).map_err(failed("the GPU's memory"))?;
+            let mut keep = u64::MAX;
+            result::mem_pool::set_attribute(
+                pool,
+                sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut keep).cast(),
+            )
+            .map_err(failed("the GPU's memory"))?;
+            (attribute(MAJOR)?, attribute(MINOR)?, context)
+        };
+        if major < 8 {
+            return Err(device_error(
+                &name,
+                format!("compute capability 8.0 (Ampere) or newer is needed, this has {major}.{minor}"),
+            ));
+        }
+        let architecture = if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") };
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
+        let mut driver = 0;
+        // SAFETY: one integer is written.
+        unsafe { sys::cuDriverGetVersion(&raw mut driver) }.result().map_err(failed("the driver's version"))?;
+        let mut kernels = HashMap::new();
+        for module in MODULES {
+            let open = |cubin: &[u8]| {
+                if !nvrtc::is_whole(cubin) {
+                    return Err(format!("{}: the machine code is cut short", module.name));
+                }
+                // SAFETY: the image has the tables that its head speaks of. Modules are never unloaded, so their functions stay valid.
+                let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
+                loaded.map_err(|error| format!("{}: the CUDA driver says {error:?}", module.name))
+            };
+            let loaded = nvrtc::load(&module, &architecture, driver, open);
+            let loaded = loaded.map_err(|reason| device_error("kernels", reason))?;
+            // SAFETY: the module is loaded, the names end with zero.
+            unsafe {
+                for kernel in module.kernels() {
+                    let name = CString::new(kernel).map_err(|e| device_error(kernel, e.to_string()))?;
+                    let function = result::module::get_function(loaded, name).map_err(failed(kernel))?;
+                    kernels.insert(kernel, function);
+                }
+            }
+        }
+        let blas = match library {
+            true => {
+                let blas = Blas::open().map_err(|reason| device_error("cuBLASLt", reason))?;
+                // SAFETY: a plain allocation, kept for the life of the process.
+                let workspace = unsafe { result::malloc_async(stream, WORKSPACE) };
+                Some((blas, workspace.map_err(failed("cuBLASLt's workspace"))?))
+            }
+            false => None,
+        };
+        let name =
+            format!("{name}, compute capability {major}.{minor}, driver {}.{}", driver / 1000, driver % 1000 / 10);
+        Ok(Self { context, stream, kernels, staging: Mutex::new(None), name, blas })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes that are free, and all.
+    pub fn memory(&self) -> Result<(u64, u64), BackendError> {
+        let memory = self.enter().and_then(|()| result::mem_get_info());
+        memory.map(|(free, total)| (free as u64, total as u64)).map_err(failed("the GPU's memory"))
+    }
+
+    /// Whether products may be left to cuBLASLt.
+    pub fn has_library(&self) -> bool {
+        self.blas.is_some()
+    }
+
+    /// `d = x w^T`, or added to d; all addresses of operands of that shape, the workspace is set here.
+    pub fn library_product(&self, shape: Shape, at: Operands, add: bool) -> Result<(), BackendError> {
+        self.enter().map_err(failed("cuBLASLt"))?;
+        let (blas, workspace) = self.blas.as_ref().ok_or_else(|| device_error("cuBLASLt", "not opened".into()))?;
+        // SAFETY: the stream is this context's, the workspace of the right size; the operands are the caller's tensors.
+        unsafe { blas.product(shape, Operands { workspace: *workspace, ..at }, add, self.stream.cast()) }
+            .map_err(|reason| device_error("cuBLASLt", reason))
+    }
+
+    fn enter(&self) -> Result<(), DriverError> {
+        // SAFETY: the context lives as long as the process.
+        unsafe { result::ctx::set_current(self.context) }
+    }
+
+    pub fn allocate(&self, bytes: usize) -> Result<u64, DriverError> {
+        self.enter()?;
+        // SAFETY: the size is not zero.
+        unsafe { result::malloc_async(self.stream, bytes) }
+    }
+
+    pub fn free(&self, address: u64) {
+        // SAFETY: the address came from `allocate` and is freed once; freeing is ordered behind the launches that use it.
+        // A failure means that the context is gone, and its memory with it.
+        let _ = self.enter().and_then(|()| unsafe { result::free_async(address, self.stream) });
+    }
+
+    pub fn zero(&self, address: u64, bytes: usize) -> Result<(), BackendError> {
+        // SAFETY: the range is inside an allocation.
+        self.enter()
+            .and_then(|()| unsafe { result::memset_d8_async(address, 0, bytes, self.stream) })
+            .map_err(failed("clearing memory"))
+    }
+
+    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), BackendError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges are inside allocations.
+        self.enter()
+            .and_then(|()| unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) })
+            .map_err(failed("copying on the GPU"))
+    }
+
+    /// Small pieces are copied by the driver before it returns; large ones go through pinned buffers, one filled while the
+    /// other is on its way.
+    pub fn upload(&self, address: u64, bytes: &[u8]) -> Result<(), BackendError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let upload = || {
+            self.enter()?;
+            if bytes.len() < 1 << 20 {
+                // SAFETY: the range is inside an allocation; pageable memory is read before the call returns.
+                return unsafe { result::memcpy_htod_async(address, bytes, self.stream) };
+            }
+            let mut staging = self.staging.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let staging = match &mut *staging {
+                Some(staging) => staging,
+                none => none.insert(Staging::new()?),
+            };
+            for (i, piece) in bytes.chunks(STAGING).enumerate() {
+                let (buffer, event) = (staging.buffers[i % 2], staging.free[i % 2]);
+                // SAFETY: the buffer has STAGING bytes and is not read by the device any more once its event has passed.
+                unsafe {
+                    result::event::synchronize(event)?;
+                    std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer, piece.len());
+                    let staged = std::slice::from_raw_parts(buffer, piece.len());
+                    result::memcpy_htod_async(address + (i * STAGING) as u64, staged, self.stream)?;
+                    result::event::record(event, self.stream)?;
+                }
+            }
+            Ok(())
+        };
+        upload().map_err(failed("copying to the GPU"))
+    }
+
+    pub fn download(&self, address: u64, out: &mut [u8]) -> Result<(), BackendError> {
+        let mut download = || {
+            self.enter()?;
+            // SAFETY: the range is inside an allocation, and the copy is waited for while `out` is borrowed.
+            unsafe {
+                if !out.is_empty() {
+                    result::memcpy_dtoh_async(out, address, self.stream)?;
+                }
+                result::stream::synchronize(self.stream)
+            }
+        };
+        download().map_err(failed("copying from the GPU"))
+    }
+
+    pub fn launch(&self, kernel: &'static str, grid: Grid, args: &mut [*mut c_void]) -> Result<(), BackendError> {
+        let function = *self.kernels.get(kernel).ok_or_else(|| device_error(kernel, "no such kernel".into()))?;
+        let blocks = (grid.blocks[0], grid.blocks[1], grid.blocks[2]);
+        let mut launch = || {
+            self.enter()?;
+            // SAFETY: `Device::launch` demands the kernel's own arguments.
+            unsafe {
+                if grid.shared > 48 << 10 {
+                    use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
+                    result::function::set_function_attribute(function, LIMIT, grid.shared as i32)?;
+                }
+                result::launch_kernel(function, blocks, (grid.threads, 1, 1), grid.shared, self.stream, args)
+            }
+        };
+        launch().map_err(failed(kernel))
+    }
+}
+
+impl Staging {
+    fn new() -> Result<Self, DriverError> {
+        // SAFETY: plain allocations, kept for the life of the process.
+        unsafe {
+            let buffer = || result::malloc_host(STAGING, 0).map(<*mut c_void>::cast::<u8>);
+            let event = || result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING);
+            Ok(Self { buffers: [buffer()?, buffer()?], free: [event()?, event()?] })
+        }
+    }
+}

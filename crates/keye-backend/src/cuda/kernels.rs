@@ -1,0 +1,53 @@
+//! The kernels' sources. Each module is the common part followed by its own file: no include paths, no headers.
+
+/// Kernels that are compiled together.
+#[derive(Debug, Clone, Copy)]
+pub struct Module {
+    /// The file's name without its extension.
+    pub name: &'static str,
+    parts: [&'static str; 2],
+}
+
+const COMMON: &str = include_str!("kernels/common.cuh");
+
+/// All modules.
+pub const MODULES: [Module; 6] = [
+    Module { name: "rows", parts: [COMMON, include_str!("kernels/rows.cu")] },
+    Module { name: "product", parts: [COMMON, include_str!("kernels/product.cu")] },
+    Module { name: "packed", parts: [COMMON, include_str!("kernels/packed.cu")] },
+    Module { name: "attention", parts: [COMMON, include_str!("kernels/attention.cu")] },
+    Module { name: "select", parts: [COMMON, include_str!("kernels/select.cu")] },
+    Module { name: "experts", parts: [COMMON, include_str!("kernels/experts.cu")] },
+];
+
+impl Module {
+    /// The whole source.
+    pub fn source(&self) -> String {
+        format!("{}\n#line 1 \"{}.cu\"\n{}", self.parts[0], self.name, self.parts[1])
+    }
+
+    /// Names of its kernels: what follows `KERNEL(threads)`.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        let name = |text: &'static str| {
+            let text = text.split_once(')')?.1.trim_start();
+            Some(&text[..text.find('(')?])
+        };
+        self.parts[1].split("KERNEL(").skip(1).filter_map(name).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_have_one_name_each() {
+        let mut names: Vec<_> = MODULES.iter().flat_map(Module::kernels).collect();
+        assert!(names.len() > 40 && names.contains(&"product_bf16_few") && names.contains(&"attend_rows_80_bf16"));
+        assert!(names.iter().all(|name| name.bytes().all(|b| b == b'_' || b.is_ascii_alphanumeric())));
+        names.sort_unstable();
+        let all = names.len();
+        names.dedup();
+        assert_eq!(names.len(), all);
+    }
+}

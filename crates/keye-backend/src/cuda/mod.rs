@@ -1,0 +1,421 @@
+//! NVIDIA GPUs from Ampere on: own kernels, compiled by NVRTC for the chip that is found. Feature `cuda`.
+//!
+//! Nothing of CUDA is needed to build or to start; [`Cuda::new`] says what is missing. `kernels/` has the device's side,
+//! one file an operation group; `docs/cuda.md` what has been run where.
+//!
+//! Activations are f32. What products read of them (bf16 rows, or rows in eight bits for packed weights) is made once for all
+//! products with the same rows. Every result is row-invariant, in both modes of [`Products`].
+
+mod attention;
+mod blas;
+mod device;
+#[cfg(feature = "cuda-emulator")]
+mod emulator;
+mod gpu;
+pub mod kernels;
+mod libraries;
+pub mod nvrtc;
+mod products;
+mod tensor;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use device::{Arg, Device, Grid, ProductArg};
+use products::Epilogue;
+use tensor::Form;
+
+pub use attention::{Cache, Plan};
+pub use tensor::{Index, Tensor, Weight};
+
+use crate::{
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, IndexShape, QkNorm, SequenceRows, Span,
+    WeightSource,
+};
+
+/// How rows are multiplied with weights stored as bf16, and queries with keys. Packed weights are not concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// Activations are rounded to bf16; sums are f32. The matrix cores' way.
+    #[default]
+    Bf16,
+    /// Everything in f32. Slow: to tell the rounding of [`Products::Bf16`] from an error.
+    F32,
+}
+
+/// Settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CudaOptions {
+    /// The GPU's number.
+    pub device: usize,
+    /// Products.
+    pub products: Products,
+    /// Large bf16 products are left to cuBLASLt, which has to be there. Faster, but a row's result then depends on the
+    /// number of rows.
+    pub library: bool,
+}
+
+/// One GPU. Clones share it.
+#[derive(Clone)]
+pub struct Cuda {
+    device: Arc<Device>,
+    products: Products,
+}
+
+impl Cuda {
+    /// Opens a GPU and loads the kernels, compiling them where no cache has them.
+    ///
+    /// # Errors
+    /// When driver, GPU or (for the first start) NVRTC is missing; the message says which.
+    pub fn new(options: CudaOptions) -> Result<Self, BackendError> {
+        let device = Arc::new(Device::Gpu(gpu::Gpu::open(options.device, options.library)?));
+        Ok(Self { device, products: options.products })
+    }
+
+    /// The kernels compiled for the CPU with g++, very slow: for tests where there is no GPU. `None` without g++, and on
+    /// other processors than x86-64.
+    #[cfg(feature = "cuda-emulator")]
+    pub fn emulated(products: Products) -> Option<Self> {
+        static DEVICE: std::sync::OnceLock<Option<Arc<Device>>> = std::sync::OnceLock::new();
+        let device =
+            DEVICE.get_or_init(|| emulator::Emulator::build().map(|emulator| Arc::new(Device::Emulator(emulator))));
+        device.clone().map(|device| Self { device, products })
+    }
+
+    /// Waits until everything launched so far has been done.
+    pub fn synchronize(&self) -> Result<(), BackendError> {
+        self.device.allocate("a word", 16)?.download(0).map(drop)
+    }
+
+    /// Bytes of the GPU's memory: free, and in all.
+    pub fn memory(&self) -> Result<(u64, u64), BackendError> {
+        match &*self.device {
+            Device::Gpu(gpu) => gpu.memory(),
+            #[cfg(feature = "cuda-emulator")]
+            Device::Emulator(_) => Ok((1 << 30, 1 << 30)),
+        }
+    }
+
+    fn embed_rows(&self, table: &Weight, ids: &Index) -> Result<Tensor, BackendError> {
+        let out = Tensor::room(&self.device, ids.len, table.cols)?;
+        let (kernel, shape) = match table.form {
+            Form::F32 | Form::Wide => ("embed_f32", [table.cols, table.stride]),
+            Form::Bf16 => ("embed_bf16", [table.cols, table.stride]),
+            Form::Fp8 => {
+                let table = ProductArg {
+                    weight: table.memory.address(),
+                    y: out.memory.address(),
+                    n: table.rows as u32,
+                    k: table.cols as u32,
+                    w_stride: table.stride as u32,
+                    w_block: table.block as u32,
+                    ..Default::default()
+                };
+                let args = [Arg::Product(table), ids.memory.arg()];
+                self.device.launch("embed_fp8", Grid::of(ids.len, 1, 256), &args)?;
+                return Ok(out);
+            }
+            Form::Int8 => ("embed_int8", [table.rows, table.cols]),
+            Form::Int4 => ("embed_int4", [table.rows, table.cols]),
+        };
+        let [a, b] = shape.map(|n| Arg::U32(n as u32));
+        let args = [table.memory.arg(), ids.memory.arg(), out.memory.arg(), a, b];
+        self.device.launch(kernel, Grid::of(ids.len, 1, 256), &args)?;
+        Ok(out)
+    }
+}
+
+impl Backend for Cuda {
+    type Tensor = Tensor;
+    type Weight = Weight;
+    type Index = Index;
+    type Cache = Cache;
+    type Plan = Plan;
+
+    fn describe(&self) -> String {
+        let name = match &*self.device {
+            Device::Gpu(gpu) => gpu.name(),
+            #[cfg(feature = "cuda-emulator")]
+            Device::Emulator(_) => "kernels compiled for the CPU",
+        };
+        let products = match self.products {
+            Products::Bf16 => "bf16",
+            Products::F32 => "f32",
+        };
+        format!("cuda ({name}, products in {products})")
+    }
+
+    fn load(&self, source: &WeightSource) -> Result<Weight, BackendError> {
+        Weight::load(&self.device, source, self.products)
+    }
+
+    fn load_columns(&self, source: &WeightSource, columns: Range<usize>) -> Result<Weight, BackendError> {
+        Weight::load_columns(&self.device, source, columns, self.products)
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Tensor, BackendError> {
+        Ok(Tensor::new(self.device.zeros("activations", rows * cols * 4)?, rows, cols))
+    }
+
+    fn upload(&self, rows: usize, cols: usize, values: &[f32]) -> Result<Tensor, BackendError> {
+        assert_eq!(values.len(), rows * cols, "values");
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Ok(Tensor::new(self.device.upload("activations", &bytes)?, rows, cols))
+    }
+
+    fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<Tensor, BackendError> {
+        assert_eq!(values.len(), rows * cols, "values");
+        let bytes = self.device.upload("pixels", values)?;
+        let out = Tensor::room(&self.device, rows, cols)?;
+        let args = [bytes.arg(), out.memory.arg(), Arg::U64(values.len() as u64)];
+        self.device.launch("widen_u8", Grid::of(values.len().div_ceil(256), 1, 256), &args)?;
+        Ok(out)
+    }
+
+    fn upload_index(&self, values: &[u32]) -> Result<Index, BackendError> {
+        Ok(Index { memory: self.device.upload_u32("an index", values)?, len: values.len() })
+    }
+
+    fn download(&self, x: &Tensor) -> Result<Vec<f32>, BackendError> {
+        let bytes = x.memory.download(x.bytes())?;
+        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    fn download_index(&self, index: &Index) -> Result<Vec<u32>, BackendError> {
+        let bytes = index.memory.download(index.len * 4)?;
+        Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    fn rows(&self, x: &Tensor) -> usize {
+        x.rows
+    }
+
+    fn cols(&self, x: &Tensor) -> usize {
+        x.cols
+    }
+
+    fn reshape(&self, x: Tensor, rows: usize, cols: usize) -> Result<Tensor, BackendError> {
+        assert_eq!(x.rows * x.cols, rows * cols, "elements");
+        Ok(Tensor::new(x.memory, rows, cols))
+    }
+
+    fn slice_rows(&self, x: &Tensor, rows: Range<usize>) -> Result<Tensor, BackendError> {
+        let out = Tensor::room(&self.device, rows.len(), x.cols)?;
+        self.device.copy((&x.memory, rows.start * x.cols * 4), (&out.memory, 0), out.bytes())?;
+        Ok(out)
+    }
+
+    fn copy_rows(&self, x: &Tensor, from: Range<usize>, to: &mut Tensor, at: usize) -> Result<(), BackendError> {
+        assert_eq!(x.cols, to.cols, "columns");
+        assert!(from.end <= x.rows && at + from.len() <= to.rows, "rows");
+        to.change();
+        let width = x.cols * 4;
+        self.device.copy((&x.memory, from.start * width), (&to.memory, at * width), from.len() * width)
+    }
+
+    fn gather_rows(&self, x: &Tensor, index: &Index, group: usize) -> Result<Tensor, BackendError> {
+        let out = Tensor::room(&self.device, index.len / group, group * x.cols)?;
+        let args = [x.memory.arg(), index.memory.arg(), out.memory.arg(), Arg::U32(x.cols as u32)];
+        self.device.launch("gather_rows", Grid::of(index.len, 1, 256), &args)?;
+        Ok(out)
+    }
+
+    fn embed(&self, table: &Weight, ids: &Index) -> Result<Tensor, BackendError> {
+        self.embed_rows(table, ids)
+    }
+
+    fn add_weighted_rows(
+        &self,
+        x: &mut Tensor,
+        table: &Weight,
+        index: &Index,
+        weights: &Tensor,
+    ) -> Result<(), BackendError> {
+        assert_eq!((x.cols, weights.rows), (table.cols, x.rows), "columns and rows");
+        let widened;
+        let (kernel, memory, stride) = match table.form {
+            Form::F32 | Form::Wide => ("add_weighted_rows_f32", &table.memory, table.stride),
+            Form::Bf16 => ("add_weighted_rows_bf16", &table.memory, table.stride),
+            Form::Fp8 | Form::Int8 | Form::Int4 => {
+                // Such tables are small; nothing is gained by reading them packed.
+                let rows = self.upload_index(&(0..table.rows as u32).collect::<Vec<_>>())?;
+                widened = self.embed_rows(table, &rows)?;
+                ("add_weighted_rows_f32", &widened.memory, table.cols)
+            }
+        };
+        let args = [
+            x.change(),
+            memory.arg(),
+            index.memory.arg(),
+            weights.memory.arg(),
+            Arg::U32(x.cols as u32),
+            Arg::U32(weights.cols as u32),
+            Arg::U32(stride as u32),
+        ];
+        self.device.launch(kernel, Grid::of(x.rows, 1, 256), &args)
+    }
+
+    fn layer_norm(&self, x: &Tensor, gamma: &Weight, beta: &Weight, eps: f32) -> Result<Tensor, BackendError> {
+        assert_eq!((gamma.cols, beta.cols), (x.cols, x.cols), "columns");
+        let out = Tensor::room(&self.device, x.rows, x.cols)?;
+        let args =
+            [x.memory.arg(), gamma.vector(), beta.vector(), out.memory.arg(), Arg::U32(x.cols as u32), Arg::F32(eps)];
+        self.device.launch("layer_norm", Grid::of(x.rows, 1, 256), &args)?;
+        Ok(out)
+    }
+
+    fn rms_norm(&self, x: &Tensor, gamma: &Weight, eps: f32) -> Result<Tensor, BackendError> {
+        assert_eq!(gamma.cols, x.cols, "columns");
+        let out = Tensor::room(&self.device, x.rows, x.cols)?;
+        let args = [x.memory.arg(), gamma.vector(), out.memory.arg(), Arg::U32(x.cols as u32), Arg::F32(eps)];
+        self.device.launch("rms_norm", Grid::of(x.rows, 1, 256), &args)?;
+        Ok(out)
+    }
+
+    fn linear(
+        &self,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Weight>,
+        activation: Activation,
+    ) -> Result<Tensor, BackendError> {
+        let mut out = Tensor::room(&self.device, x.rows, weight.rows)?;
+        self.product(x, weight, bias, &mut out, activation.into())?;
+        Ok(out)
+    }
+
+    fn linear_add(
+        &self,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Weight>,
+        y: &mut Tensor,
+    ) -> Result<(), BackendError> {
+        self.product(x, weight, bias, y, Epilogue::Add)
+    }
+
+    fn gated(&self, x: &Tensor, gate: &Weight, up: &Weight) -> Result<Tensor, BackendError> {
+        let mut out = Tensor::room(&self.device, x.rows, gate.rows)?;
+        self.product(x, gate, None, &mut out, Epilogue::Store)?;
+        self.product(x, up, None, &mut out, Epilogue::Gate)?;
+        Ok(out)
+    }
+
+    fn route(
+        &self,
+        x: &Tensor,
+        router: &Weight,
+        count: usize,
+        normalise: bool,
+    ) -> Result<(Index, Tensor), BackendError> {
+        self.route_rows(x, router, count, normalise)
+    }
+
+    fn add_experts(
+        &self,
+        x: &Tensor,
+        experts: &[Expert<Weight>],
+        chosen: &Index,
+        weights: &Tensor,
+        y: &mut Tensor,
+    ) -> Result<(), BackendError> {
+        self.experts(x, experts, chosen, weights, y)
+    }
+
+    fn rope(&self, x: &mut Tensor, heads: usize, angles: &Tensor) -> Result<(), BackendError> {
+        let head_dim = x.cols / heads;
+        assert_eq!((angles.rows, angles.cols), (x.rows, head_dim), "angles");
+        let rows = x.rows;
+        let args = [x.change(), angles.memory.arg(), Arg::U32(heads as u32), Arg::U32(head_dim as u32)];
+        self.device.launch("rope", Grid::of(rows, 1, 256), &args)
+    }
+
+    fn attention(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        shape: AttentionShape,
+        spans: &[Span],
+    ) -> Result<Tensor, BackendError> {
+        self.attend_spans(q, k, v, shape, spans)
+    }
+
+    fn cache(&self, spec: &CacheSpec, blocks: usize) -> Result<Cache, BackendError> {
+        if spec.latent_dim > 0 {
+            return Err(self.without_latent_attention());
+        }
+        Cache::new(&self.device, spec, blocks)
+    }
+
+    fn plan(&self, sequences: &[SequenceRows]) -> Result<Plan, BackendError> {
+        Plan::new(&self.device, sequences)
+    }
+
+    fn norm_rope_write(
+        &self,
+        q: &mut Tensor,
+        k: Tensor,
+        v: Tensor,
+        norm: Option<QkNorm<'_, Weight>>,
+        angles: &Tensor,
+        cache: &mut Cache,
+        layer: usize,
+        plan: &Plan,
+    ) -> Result<(), BackendError> {
+        let gammas = norm.as_ref().map_or([0; 2], |norm| {
+            assert_eq!((norm.q.cols, norm.k.cols), (angles.cols, angles.cols), "widths of the norms");
+            [norm.q, norm.k].map(|gamma| {
+                gamma.vector();
+                gamma.memory.address()
+            })
+        });
+        let eps = norm.as_ref().map_or(0.0, |norm| norm.eps);
+        self.write_cache(q, &k, &v, gammas, eps, angles, cache, layer, plan)
+    }
+
+    fn paged_attention(
+        &self,
+        q: &Tensor,
+        cache: &Cache,
+        layer: usize,
+        plan: &Plan,
+        shape: AttentionShape,
+    ) -> Result<Tensor, BackendError> {
+        self.attend_cached(q, cache, layer, plan, shape, None)
+    }
+
+    fn write_index_keys(
+        &self,
+        keys: &Tensor,
+        cache: &mut Cache,
+        layer: usize,
+        plan: &Plan,
+    ) -> Result<(), BackendError> {
+        self.write_index(keys, cache, layer, plan)
+    }
+
+    fn select(
+        &self,
+        q: &Tensor,
+        weights: &Tensor,
+        cache: &Cache,
+        layer: usize,
+        plan: &Plan,
+        shape: IndexShape,
+    ) -> Result<Index, BackendError> {
+        self.select_keys(q, weights, cache, layer, plan, shape)
+    }
+
+    fn sparse_attention(
+        &self,
+        q: &Tensor,
+        cache: &Cache,
+        layer: usize,
+        plan: &Plan,
+        shape: AttentionShape,
+        selected: &Index,
+    ) -> Result<Tensor, BackendError> {
+        self.attend_cached(q, cache, layer, plan, shape, Some(selected))
+    }
+}

@@ -1,0 +1,37 @@
+//! The golden data on CUDA's kernels: on a GPU, or else compiled for the CPU.
+
+use keye_backend::{Backend, Cuda, CudaOptions, Products};
+
+use crate::{cases, invariance, keye_2};
+
+fn cuda(products: Products) -> Option<Cuda> {
+    let gpu = Cuda::new(CudaOptions { products, ..CudaOptions::default() });
+    let found = gpu.ok().or_else(|| Cuda::emulated(products));
+    match &found {
+        Some(cuda) => println!("{}", cuda.describe()),
+        None => println!("skipped: neither a GPU nor a g++ to compile the kernels for the CPU with"),
+    }
+    found
+}
+
+#[test]
+fn cuda_reproduces_every_case() {
+    let Some(cuda) = cuda(Products::F32) else { return };
+    cases::check(|| cuda.clone());
+}
+
+#[test]
+fn second_generation_on_cuda() {
+    let Some(cuda) = cuda(Products::F32) else { return };
+    keye_2::check(|| cuda.clone());
+    keye_2::pictures(keye_2::load(cuda, true));
+}
+
+/// Bit for bit also where queries, keys and weights are rounded for the matrix cores.
+#[test]
+fn cuda_is_row_invariant() {
+    for products in [Products::F32, Products::Bf16] {
+        let Some(cuda) = cuda(products) else { return };
+        invariance::chunked(cuda);
+    }
+}
