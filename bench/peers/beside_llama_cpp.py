@@ -2,12 +2,11 @@
 """keye beside llama.cpp, in turns: an 8 B language model at 4 bits, random weights, the same machine and threads.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python --no-binary llama-cpp-python && pip install gguf numpy
-    keye bench --write-checkpoint keye-8b-int4 --preset keye-vl-1.5-8b --quant int4
-    python bench/peers/beside_llama_cpp.py --keye target/release/keye --model keye-8b-int4 --gguf qwen3-8b-q4_k_m.gguf
+    python bench/peers/beside_llama_cpp.py --keye target/release/keye --gguf qwen3-8b-q4_k_m.gguf
 
 The GGUF file is written first if it is not there (Q4_K_M's mix of Q4_K and Q6_K, 5 GB). llama.cpp runs with flash attention,
-batches of 512 and a context of no more than is needed; the binding always repacks weights, which `llama-bench --repack 0`
-does not. Prints one line of json: rates of every round, and the ratio of the best.
+batches of 512 and a context of no more than is needed, in turns with its weights repacked (its default) and as they are in the
+file (`llama-bench --repack 0`): the faster of the two counts. Prints one line of json: rates of every round, and the ratio of the best.
 """
 import argparse
 import json
@@ -93,13 +92,22 @@ def peer(arguments):
     """One round of llama.cpp, in a process of its own: its memory is gone when it ends."""
     start = time.time()
     import llama_cpp
+    if arguments.as_stored:
+        defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+        def as_stored():
+            parameters = defaults()
+            parameters.use_extra_bufts = False
+            return parameters
+        # The binding has no switch for it; its constructor takes the defaults from here.
+        llama_cpp.llama_cpp.llama_model_default_params = as_stored
     model = llama_cpp.Llama(arguments.gguf, n_ctx=PROMPT + CONTEXT, n_batch=PROMPT, n_ubatch=PROMPT, flash_attn=True,
                             n_threads=arguments.threads, n_threads_batch=arguments.threads, verbose=False)
     ids = [i * 7919 % 150000 for i in range(PROMPT)]
     model.eval(ids[:16])
     first = time.time() - start
     best = {"prefill": 0.0, "decode": 0.0}
-    for _ in range(2):
+    for _ in range(arguments.repeat):
         model.reset()
         at = time.time()
         model.eval(ids)
@@ -114,7 +122,8 @@ def peer(arguments):
 
 
 def ours(arguments):
-    command = [arguments.keye, "bench", "--model", arguments.model, "--only", "start,prefill,decode", "--json", "--repeat", "2"]
+    weights = ["--model", arguments.model] if arguments.model else ["--preset", "keye-vl-1.5-8b", "--quant", "int4"]
+    command = [arguments.keye, "bench", *weights, "--only", "start,prefill,decode", "--json", "--repeat", str(arguments.repeat)]
     command += ["--prompts", str(PROMPT), "--contexts", str(CONTEXT), "--threads", str(arguments.threads)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {"prefill": found["prefill"][0]["tok_s"], "decode": found["decode"][0]["tok_s"],
@@ -124,11 +133,13 @@ def ours(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keye", default="target/release/keye")
-    parser.add_argument("--model", help="packed checkpoint, as keye bench --write-checkpoint makes one")
+    parser.add_argument("--model", help="packed checkpoint, as `keye bench --write-checkpoint` makes one [default: random weights in memory]")
     parser.add_argument("--gguf", required=True)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--peer-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--as-stored", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer_only:
         return peer(arguments)
@@ -138,11 +149,12 @@ def main():
     for _ in range(arguments.rounds):
         mine = ours(arguments)
         command = [sys.executable, __file__, "--peer-only", "--gguf", arguments.gguf, "--threads", str(arguments.threads)]
-        theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        rounds.append({"keye": mine, "llama.cpp": theirs})
+        command += ["--repeat", str(arguments.repeat)]
+        run = lambda more: json.loads(subprocess.run(command + more, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        rounds.append({"keye": mine, "llama.cpp": run([]), "llama.cpp as stored": run(["--as-stored"])})
         print(rounds[-1], file=sys.stderr, flush=True)
-    best = lambda who, what: max(entry[who][what] for entry in rounds)
-    ratio = {what: round(best("keye", what) / best("llama.cpp", what), 2) for what in ("prefill", "decode")}
+    best = lambda what, *who: max(entry[name][what] for entry in rounds for name in who)
+    ratio = {what: round(best(what, "keye") / best(what, "llama.cpp", "llama.cpp as stored"), 2) for what in ("prefill", "decode")}
     print(json.dumps({"bench": "beside_llama_cpp", "threads": arguments.threads, "rounds": rounds, "ratio": ratio}))
 
 

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """keye's vision tower beside PyTorch's: transformers' SiglipVisionModel of the same sizes, random weights, in turns.
 
-    pip install torch transformers --extra-index-url https://download.pytorch.org/whl/cpu
-    keye bench --write-checkpoint keye-8b-int4 --preset keye-vl-1.5-8b --quant int4
-    python bench/peers/beside_torch_vision.py --keye target/release/keye --model keye-8b-int4
+    pip install torch transformers
+    python bench/peers/beside_torch_vision.py --keye target/release/keye
 
-Cases as `keye bench` has them: one block of 1024 patches, eight blocks of 512. PyTorch runs 3 of the 27 layers, its time is
+Both have random weights. Cases as `keye bench` has them: one block of 1024 patches, eight blocks of 512. PyTorch runs 3 of the 27 layers, its time is
 taken times 9. Prints one line of json: seconds of every round, and the ratio of the best.
 """
 import argparse
@@ -32,7 +31,7 @@ def peer(arguments):
         pixels = torch.randn(frames, 3, height, width).to(model.dtype)
         times = []
         with torch.inference_mode():
-            for _ in range(3):
+            for _ in range(arguments.repeat + 1):
                 start = time.time()
                 model(pixel_values=pixels, interpolate_pos_encoding=True)
                 times.append(time.time() - start)
@@ -41,8 +40,9 @@ def peer(arguments):
 
 
 def ours(arguments):
-    command = [arguments.keye, "bench", "--model", arguments.model, "--only", "vision", "--json", "--repeat", "2",
-               "--threads", str(arguments.threads)]
+    weights = ["--model", arguments.model] if arguments.model else ["--preset", "keye-vl-1.5-8b", "--quant", "int4", "--layers", "1"]
+    command = [arguments.keye, "bench", *weights, "--only", "vision", "--json", "--threads", str(arguments.threads)]
+    command += ["--repeat", str(arguments.repeat)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {"limits": found["limits"], **{str(run["patches"]): run["seconds"] for run in found["vision"]}}
 
@@ -50,10 +50,11 @@ def ours(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keye", default="target/release/keye")
-    parser.add_argument("--model", help="packed checkpoint, as keye bench --write-checkpoint makes one")
+    parser.add_argument("--model", help="packed checkpoint [default: random weights of the real sizes]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--peer-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer_only:
@@ -62,6 +63,7 @@ def main():
     for _ in range(arguments.rounds):
         mine = ours(arguments)
         command = [sys.executable, __file__, "--peer-only", "--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+        command += ["--repeat", str(arguments.repeat)]
         theirs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         rounds.append({"keye": mine, "torch": theirs})
         print(rounds[-1], file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-//! Sharded safetensors, memory-mapped.
+//! Sharded safetensors, memory-mapped or inside the program.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 
 use crate::safetensors_file::{Entry, SafetensorsFile};
-use crate::{Dtype, PackedFormat, ProcessorError};
+use crate::{CheckpointFiles, Dtype, PackedFormat, ProcessorError};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -64,9 +64,9 @@ pub struct DtypeTotal {
     pub bytes: u64,
 }
 
-/// The weights of a directory, or of one safetensors file.
+/// The weights of a checkpoint, or of one safetensors file.
 pub struct Checkpoint {
-    /// The directory or file, for messages.
+    /// The directory, file or embedded checkpoint, for messages.
     path: PathBuf,
     files: Vec<SafetensorsFile>,
     /// Name to index of its file and place in it.
@@ -79,38 +79,34 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Maps every shard of `dir` (`model.safetensors.index.json`, or `model.safetensors`) and checks the headers.
+    /// Maps every shard (`model.safetensors.index.json` says which, or `model.safetensors`) and checks the headers.
     ///
     /// Where there is an index, its tensors are the checkpoint's: others in the shards are left out.
-    pub fn open(dir: &Path) -> Result<Self, ProcessorError> {
-        let index_path = dir.join(INDEX);
-        if index_path.exists() {
-            return Self::open_index(dir, &index_path);
+    pub fn open(from: impl Into<CheckpointFiles>) -> Result<Self, ProcessorError> {
+        let files = from.into();
+        if files.exists(INDEX) {
+            return Self::open_index(&files);
         }
-        let single = dir.join(SINGLE);
-        if !single.exists() {
-            return Err(ProcessorError::File { path: dir.to_owned(), reason: no_weights(dir) });
+        if !files.exists(SINGLE) {
+            return Err(ProcessorError::File { path: files.root().to_owned(), reason: no_weights(&files) });
         }
-        let mut checkpoint = Self::open_file(&single)?;
-        checkpoint.path = dir.to_owned();
-        Ok(checkpoint)
+        Ok(Self::of_file(files.root(), SafetensorsFile::open_in(&files, SINGLE)?))
     }
 
     /// Maps one file.
     pub fn open_file(path: &Path) -> Result<Self, ProcessorError> {
-        let mut file = SafetensorsFile::open(path)?;
-        let tensors = std::mem::take(&mut file.entries).into_iter().map(|(name, entry)| (name, (0, entry))).collect();
-        Ok(Self { path: path.to_owned(), files: vec![file], tensors })
+        Ok(Self::of_file(path, SafetensorsFile::open(path)?))
     }
 
-    fn open_index(dir: &Path, index_path: &Path) -> Result<Self, ProcessorError> {
-        let wrong = |reason: String| ProcessorError::File { path: index_path.to_owned(), reason };
-        let read = |source| ProcessorError::Read { path: index_path.to_owned(), source };
-        let size = std::fs::metadata(index_path).map_err(read)?.len();
-        if size > MAX_INDEX_BYTES {
-            return Err(wrong(format!("{size} bytes; at most {MAX_INDEX_BYTES} are read")));
-        }
-        let text = std::fs::read(index_path).map_err(read)?;
+    fn of_file(path: &Path, mut file: SafetensorsFile) -> Self {
+        let tensors = std::mem::take(&mut file.entries).into_iter().map(|(name, entry)| (name, (0, entry))).collect();
+        Self { path: path.to_owned(), files: vec![file], tensors }
+    }
+
+    fn open_index(from: &CheckpointFiles) -> Result<Self, ProcessorError> {
+        let index_path = from.path(INDEX);
+        let wrong = |reason: String| ProcessorError::File { path: index_path.clone(), reason };
+        let text = from.read(INDEX, MAX_INDEX_BYTES)?;
         let index: Index = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
         let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (name, shard) in index.weight_map {
@@ -123,16 +119,16 @@ impl Checkpoint {
                     "weight_map: expected names of .safetensors files beside it, found {shard:?}"
                 )));
             }
-            let path = dir.join(&shard);
-            if !path.exists() {
+            if !from.exists(&shard) {
                 let count = names.len();
                 return Err(wrong(format!(
                     "shard {shard}, which holds {count} tensors, is missing; download it again"
                 )));
             }
-            let mut file = SafetensorsFile::open(&path)?;
+            let mut file = SafetensorsFile::open_in(from, &shard)?;
             for name in names {
                 let Some(entry) = file.entries.remove(&name) else {
+                    let path = file.path;
                     let reason = format!("{} says that it is in this file; it is not", index_path.display());
                     return Err(ProcessorError::Tensor { path, name, reason });
                 };
@@ -141,7 +137,7 @@ impl Checkpoint {
             file.entries.clear();
             files.push(file);
         }
-        Ok(Self { path: dir.to_owned(), files, tensors })
+        Ok(Self { path: from.root().to_owned(), files, tensors })
     }
 
     /// The tensor `name`, whose shape must be `shape`.
@@ -172,7 +168,7 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The directory or file that was opened.
+    /// The directory or file that was opened, or the embedded checkpoint's name.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -247,12 +243,12 @@ fn stored(name: &str, file: &SafetensorsFile, entry: &Entry) -> Option<StoredTen
     })
 }
 
-/// Why there are no weights in `dir`, and what to do.
-fn no_weights(dir: &Path) -> String {
-    if !dir.is_dir() {
+/// Why there are no weights among the files, and what to do.
+fn no_weights(files: &CheckpointFiles) -> String {
+    if matches!(files, CheckpointFiles::Directory(dir) if !dir.is_dir()) {
         return "expected a checkpoint directory; there is none".into();
     }
-    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| dir.join(name).exists());
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| files.exists(name));
     let hint = if pickled { "; pytorch_model.bin is not read: save it as safetensors" } else { "" };
     format!("no weights: neither {INDEX} nor {SINGLE} is there{hint}")
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::files::{CONFIG_BYTES, Fields, read_json, whole};
+use crate::files::{CONFIG_BYTES, Fields, whole};
 use crate::latent_config::{self, GroupConfig, LatentConfig};
-use crate::{Facts, ProcessorError, Variant};
+use crate::{CheckpointFiles, Facts, ProcessorError, Variant};
 
 /// A feed-forward block of experts (2.0, 671B).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -152,11 +152,14 @@ pub(crate) const MAX_POSITIONS: usize = 1 << 24;
 const MAX_IMAGE_SIDE: usize = 1 << 14;
 const MAX_PATCH_SIDE: usize = 64;
 
+/// Its file.
+const CONFIG: &str = "config.json";
+
 impl ModelConfig {
-    /// Reads and checks `config.json` of a checkpoint directory.
-    pub fn load(dir: &Path) -> Result<Self, ProcessorError> {
-        let path = dir.join("config.json");
-        Self::from_value(&path, &read_json(&path, CONFIG_BYTES)?)
+    /// Reads and checks `config.json` of a checkpoint.
+    pub fn load(from: impl Into<CheckpointFiles>) -> Result<Self, ProcessorError> {
+        let files = from.into();
+        Self::from_value(&files.path(CONFIG), &files.read_json(CONFIG, CONFIG_BYTES)?)
     }
 
     /// Checks the contents of a config.json; `path` is for messages. Text fields stand at the top or in `text_config`.

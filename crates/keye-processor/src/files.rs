@@ -1,7 +1,5 @@
-//! Reading small json files with errors that name file and field.
+//! The fields of small json files, with errors that name file and field.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -16,37 +14,6 @@ pub(crate) const VOCABULARY_BYTES: u64 = 256 << 20;
 /// A damaged file: `reason` says field, expected and found.
 pub(crate) fn file_error(path: &Path, reason: impl Into<String>) -> ProcessorError {
     ProcessorError::File { path: path.to_owned(), reason: reason.into() }
-}
-
-/// The bytes of `path`, at most `limit` of them.
-pub(crate) fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>, ProcessorError> {
-    let read = |source| ProcessorError::Read { path: path.to_owned(), source };
-    let mut bytes = Vec::new();
-    File::open(path).map_err(read)?.take(limit + 1).read_to_end(&mut bytes).map_err(read)?;
-    if bytes.len() as u64 > limit {
-        return Err(file_error(path, format!("expected at most {limit} bytes, found more")));
-    }
-    Ok(bytes)
-}
-
-/// The text of `path`.
-pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, ProcessorError> {
-    String::from_utf8(read_bytes(path, limit)?).map_err(|e| {
-        file_error(path, format!("expected UTF-8, found another byte at {}", e.utf8_error().valid_up_to()))
-    })
-}
-
-/// The json value in `path`.
-pub(crate) fn read_json(path: &Path, limit: u64) -> Result<Value, ProcessorError> {
-    serde_json::from_slice(&read_bytes(path, limit)?).map_err(|e| file_error(path, format!("expected json: {e}")))
-}
-
-/// Like [`read_json`]; `None` when there is no such file.
-pub(crate) fn read_json_if_present(path: &Path, limit: u64) -> Result<Option<Value>, ProcessorError> {
-    match read_json(path, limit) {
-        Err(ProcessorError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        other => other.map(Some),
-    }
 }
 
 /// What a json value is, for messages: its type, and the value itself when it is short.

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::ProcessorError;
-use crate::files::{CONFIG_BYTES, Fields, read_json_if_present};
+use crate::files::{CONFIG_BYTES, Fields};
+use crate::{CheckpointFiles, ProcessorError};
 
 /// Defaults of a checkpoint; `None` where the file says nothing.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -29,9 +29,10 @@ pub struct GenerationConfig {
 impl GenerationConfig {
     /// Reads `generation_config.json` of a checkpoint directory; without the file, greedy with no end tokens of its own.
     /// `vocab` bounds the token ids.
-    pub fn load(dir: &Path, vocab: usize) -> Result<Self, ProcessorError> {
-        let path = dir.join("generation_config.json");
-        match read_json_if_present(&path, CONFIG_BYTES)? {
+    pub fn load(from: impl Into<CheckpointFiles>, vocab: usize) -> Result<Self, ProcessorError> {
+        let (files, name) = (from.into(), "generation_config.json");
+        let path = files.path(name);
+        match files.read_json_if_present(name, CONFIG_BYTES)? {
             Some(value) => Self::from_value(&path, &value, vocab),
             None => Ok(Self::default()),
         }

@@ -1,7 +1,7 @@
 //! What a checkpoint's files say, and the text side of the models. No computation on weights.
 //!
 //! **In**: a checkpoint directory in Hugging Face layout (config.json, tokenizer.json, chat template,
-//! preprocessor_config.json, generation_config.json, safetensors shards), a [`Conversation`] as the OpenAI and
+//! preprocessor_config.json, generation_config.json, safetensors shards) or the same inside the program, a [`Conversation`] as the OpenAI and
 //! transformers formats write it, and the processed media of that conversation. **Out**: a [`Prompt`]: token ids with
 //! every media token in place, three-axis positions, and which rows of which media feed which tokens; named weights
 //! as slices of a memory map ([`Checkpoint`]); and, on the way back, the parts of an answer ([`Answer`]).
@@ -14,6 +14,7 @@
 //!   before anything is allocated, and weights are mapped, not read.
 
 mod checkpoint;
+mod checkpoint_files;
 mod config;
 mod conversation;
 mod dtype;
@@ -37,6 +38,7 @@ mod tool_calls;
 mod writer;
 
 pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
+pub use checkpoint_files::{CheckpointFiles, EmbeddedFiles};
 pub use config::{ExpertsConfig, IndexerConfig, ModelConfig, TextConfig, VisionConfig};
 pub use conversation::Conversation;
 pub use dtype::Dtype;

@@ -9,16 +9,21 @@ use std::path::Path;
 use keye_media::{ProcessorConfig, Resample, VideoConfig};
 use serde_json::Value;
 
-use crate::ProcessorError;
-use crate::files::{CONFIG_BYTES, Fields, read_json_if_present};
+use crate::files::{CONFIG_BYTES, Fields};
+use crate::{CheckpointFiles, ProcessorError};
 
+/// Its name.
+pub(crate) const FILE: &str = "preprocessor_config.json";
 const MAX_PIXELS: u64 = 1 << 40;
 
-/// Reads `preprocessor_config.json` of a checkpoint directory; without the file, the published values (spec §10.1) and
+/// Reads `preprocessor_config.json` of a checkpoint; without the file, the published values (spec §10.1) and
 /// the limits of clips as `video` has them.
-pub(crate) fn load(dir: &Path, video: VideoConfig) -> Result<(ProcessorConfig, VideoConfig), ProcessorError> {
-    let path = dir.join("preprocessor_config.json");
-    match read_json_if_present(&path, CONFIG_BYTES)? {
+pub(crate) fn load(
+    files: &CheckpointFiles,
+    video: VideoConfig,
+) -> Result<(ProcessorConfig, VideoConfig), ProcessorError> {
+    let path = files.path(FILE);
+    match files.read_json_if_present(FILE, CONFIG_BYTES)? {
         Some(value) => Ok((from_value(&path, &value)?, clips(&path, &value, video)?)),
         None => Ok((ProcessorConfig::default(), video)),
     }

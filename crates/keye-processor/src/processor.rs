@@ -1,7 +1,5 @@
 //! A checkpoint's text side, loaded once.
 
-use std::path::Path;
-
 use keye_media::{Media, MediaConfig, VideoRule};
 
 use crate::expand::Expander;
@@ -9,8 +7,8 @@ use crate::files::file_error;
 use crate::positions::{positions, sequential_positions};
 use crate::preprocessor_config;
 use crate::{
-    ChatTemplate, Conversation, FeatureSpan, FramePrefix, GenerationConfig, ModelConfig, PositionRule, ProcessorError,
-    TemplateOptions, Tokenizer,
+    ChatTemplate, CheckpointFiles, Conversation, FeatureSpan, FramePrefix, GenerationConfig, ModelConfig, PositionRule,
+    ProcessorError, TemplateOptions, Tokenizer,
 };
 
 /// What the caller wants other than the checkpoint's files say.
@@ -57,22 +55,23 @@ pub struct Processor {
 }
 
 impl Processor {
-    /// Reads the files of a checkpoint directory; weights are not touched.
-    pub fn load(dir: &Path, overrides: &Overrides) -> Result<Self, ProcessorError> {
-        let config = ModelConfig::load(dir)?;
-        let mut generation = GenerationConfig::load(dir, config.text.vocab_size)?;
+    /// Reads the files of a checkpoint; weights are not touched.
+    pub fn load(from: impl Into<CheckpointFiles>, overrides: &Overrides) -> Result<Self, ProcessorError> {
+        let files = &from.into();
+        let config = ModelConfig::load(files)?;
+        let mut generation = GenerationConfig::load(files, config.text.vocab_size)?;
         if generation.eos_token_id.is_empty() {
             generation.eos_token_id.clone_from(&config.eos_token_id);
         }
-        let media = media_config(dir, &config, overrides)?;
+        let media = media_config(files, &config, overrides)?;
         // Every vocabulary that `config` accepts fits 32 bits.
-        let tokenizer = Tokenizer::load(dir)?.padded_to(config.text.vocab_size as u32);
+        let tokenizer = Tokenizer::load(files)?.padded_to(config.text.vocab_size as u32);
         if tokenizer.vocab_size() > config.text.vocab_size {
             let (have, found) = (config.text.vocab_size, tokenizer.vocab_size());
             let reason = format!("vocab_size: expected at least the {found} ids of the tokenizer, found {have}");
-            return Err(file_error(&dir.join("config.json"), reason));
+            return Err(file_error(&files.path("config.json"), reason));
         }
-        let template = ChatTemplate::load(dir, config.variant)?;
+        let template = ChatTemplate::load(files, config.variant)?;
         let expander = Expander::new(&config, &tokenizer, media.processor.merge_size, overrides.frame_prefix.as_ref())?;
         Ok(Self { config, generation, media, tokenizer, template, expander })
     }
@@ -106,10 +105,14 @@ impl Processor {
 }
 
 /// The variant's rules, then preprocessor_config.json, then the overrides.
-fn media_config(dir: &Path, config: &ModelConfig, overrides: &Overrides) -> Result<MediaConfig, ProcessorError> {
+fn media_config(
+    files: &CheckpointFiles,
+    config: &ModelConfig,
+    overrides: &Overrides,
+) -> Result<MediaConfig, ProcessorError> {
     let variant = config.facts().media;
-    let (mut processor, video) = preprocessor_config::load(dir, variant.video)?;
-    let path = dir.join("preprocessor_config.json");
+    let (mut processor, video) = preprocessor_config::load(files, variant.video)?;
+    let path = files.path(preprocessor_config::FILE);
     for (name, found, vision) in [
         ("patch_size", processor.patch_size, config.vision.patch_size),
         ("merge_size", processor.merge_size, config.vision.spatial_merge_size),

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::packed::{self, PackedTag};
-use crate::{Dtype, ProcessorError};
+use crate::{CheckpointFiles, Dtype, ProcessorError};
 
 /// The limit of the reference implementation; the header of the largest checkpoints is below 1 MB.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -62,6 +63,18 @@ impl SafetensorsFile {
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         Self::parse(path, Bytes::from_owner(map))
+    }
+
+    /// File `name` of a checkpoint, where it lies.
+    pub fn open_in(files: &CheckpointFiles, name: &str) -> Result<Self, ProcessorError> {
+        let path = files.path(name);
+        match files {
+            CheckpointFiles::Directory(_) => Self::open(&path),
+            CheckpointFiles::Embedded(embedded) => {
+                let absent = || ProcessorError::Read { path: path.clone(), source: ErrorKind::NotFound.into() };
+                Self::parse(&path, Bytes::from_static(embedded.get(name).ok_or_else(absent)?))
+            }
+        }
     }
 
     fn parse(path: &Path, map: Bytes) -> Result<Self, ProcessorError> {

@@ -1,15 +1,14 @@
 //! The checkpoint's chat template (Jinja), rendered like transformers does.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 
 use minijinja::value::{Kwargs, Rest, Value as Variable, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::files::{CONFIG_BYTES, Fields, file_error, read_json_if_present, read_text};
-use crate::{ProcessorError, Variant};
+use crate::files::{CONFIG_BYTES, Fields, file_error};
+use crate::{CheckpointFiles, ProcessorError, Variant};
 
 /// Variables of a rendering.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +34,7 @@ const FUEL: u64 = 20_000_000;
 /// Ceiling of the rendered text, several times the longest context of the family.
 const OUTPUT_BYTES: usize = 16 << 20;
 const NAME: &str = "chat_template";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// A compiled template.
 pub struct ChatTemplate {
@@ -45,12 +45,12 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Takes the first that a checkpoint directory has: chat_template.json, chat_template.jinja, `chat_template` of
+    /// Takes the first that a checkpoint has: chat_template.json, chat_template.jinja, `chat_template` of
     /// tokenizer_config.json; else the published template, without its default system prompt for Preview (spec §8.2).
-    pub fn load(dir: &Path, variant: Variant) -> Result<Self, ProcessorError> {
-        let config_path = dir.join("tokenizer_config.json");
-        let config = read_json_if_present(&config_path, CONFIG_BYTES)?;
-        let (path, source) = source(dir, &config_path, config.as_ref(), variant)?;
+    pub fn load(from: impl Into<CheckpointFiles>, variant: Variant) -> Result<Self, ProcessorError> {
+        let files = from.into();
+        let config = files.read_json_if_present(TOKENIZER_CONFIG, CONFIG_BYTES)?;
+        let (path, source) = source(&files, config.as_ref(), variant)?;
         let mut template = Self::new(source).map_err(|e| file_error(&path, e.to_string()))?;
         for name in ["bos_token", "eos_token", "pad_token", "unk_token"] {
             let token = config.as_ref().and_then(|config| config.get(name));
@@ -112,34 +112,34 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, ProcessorErr
 }
 
 fn source(
-    dir: &Path,
-    config_path: &Path,
+    files: &CheckpointFiles,
     config: Option<&Value>,
     variant: Variant,
 ) -> Result<(std::path::PathBuf, String), ProcessorError> {
-    let path = dir.join("chat_template.json");
-    if let Some(file) = read_json_if_present(&path, CONFIG_BYTES)? {
+    let path = files.path("chat_template.json");
+    if let Some(file) = files.read_json_if_present("chat_template.json", CONFIG_BYTES)? {
         let fields = Fields::of(&path, &file)?;
         let text = fields.str(NAME)?.ok_or_else(|| fields.error(NAME, "missing"))?;
         return Ok((path.clone(), text.to_owned()));
     }
-    let path = dir.join("chat_template.jinja");
-    match read_text(&path, CONFIG_BYTES) {
+    let path = files.path("chat_template.jinja");
+    match files.read_text("chat_template.jinja", CONFIG_BYTES) {
         Ok(text) => return Ok((path, text)),
         Err(ProcessorError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
         Err(other) => return Err(other),
     }
     if let Some(config) = config {
-        let fields = Fields::of(config_path, config)?;
+        let config_path = files.path(TOKENIZER_CONFIG);
+        let fields = Fields::of(&config_path, config)?;
         // A list has several templates under names; "default" is the one for chat.
         let named = |list: &Vec<Value>| {
             list.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str().map(str::to_owned))
         };
         match fields.get(NAME) {
             None => {}
-            Some(Value::String(text)) => return Ok((config_path.to_owned(), text.clone())),
+            Some(Value::String(text)) => return Ok((config_path.clone(), text.clone())),
             Some(Value::Array(list)) if named(list).is_some() => {
-                return Ok((config_path.to_owned(), named(list).unwrap_or_default()));
+                return Ok((config_path.clone(), named(list).unwrap_or_default()));
             }
             Some(_) => return Err(fields.error(NAME, "expected a string, or a list with a template named \"default\"")),
         }

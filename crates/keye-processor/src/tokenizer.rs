@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokenizers::DecoderWrapper;
 
-use crate::ProcessorError;
-use crate::files::{CONFIG_BYTES, Fields, VOCABULARY_BYTES, describe, file_error, read_bytes, read_json, read_text};
+use crate::files::{CONFIG_BYTES, Fields, VOCABULARY_BYTES, describe, file_error};
+use crate::{CheckpointFiles, ProcessorError};
 
 /// Byte-level BPE with the checkpoint's special tokens. Cheap to clone.
 ///
@@ -44,29 +44,32 @@ fn longest_whitespace(text: &str) -> usize {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint directory, or else builds the same from `vocab.json`, `merges.txt` and
+    /// Reads `tokenizer.json` of a checkpoint, or else builds the same from `vocab.json`, `merges.txt` and
     /// `tokenizer_config.json`.
-    pub fn load(dir: &Path) -> Result<Self, ProcessorError> {
-        let path = dir.join("tokenizer.json");
-        match read_bytes(&path, VOCABULARY_BYTES) {
+    pub fn load(from: impl Into<CheckpointFiles>) -> Result<Self, ProcessorError> {
+        let (files, name) = (from.into(), "tokenizer.json");
+        let path = files.path(name);
+        match files.read(name, VOCABULARY_BYTES) {
             Ok(bytes) => Self::from_bytes(&path, &bytes),
             Err(ProcessorError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                if !dir.join("vocab.json").exists() {
+                if !files.exists("vocab.json") {
                     let reason = "missing, and there is no vocab.json with merges.txt and tokenizer_config.json to make \
                                   it from; download the checkpoint's tokenizer files";
                     return Err(file_error(&path, reason));
                 }
-                Self::from_vocab_and_merges(dir)
+                Self::from_vocab_and_merges(files)
             }
             Err(other) => Err(other),
         }
     }
 
     /// Builds the tokenizer from `vocab.json`, `merges.txt` and the `added_tokens_decoder` of `tokenizer_config.json`.
-    pub fn from_vocab_and_merges(dir: &Path) -> Result<Self, ProcessorError> {
-        let vocab = read_json(&dir.join("vocab.json"), VOCABULARY_BYTES)?;
-        let merges_path = dir.join("merges.txt");
-        let merges = read_text(&merges_path, VOCABULARY_BYTES)?
+    pub fn from_vocab_and_merges(from: impl Into<CheckpointFiles>) -> Result<Self, ProcessorError> {
+        let files = from.into();
+        let vocab = files.read_json("vocab.json", VOCABULARY_BYTES)?;
+        let merges_path = files.path("merges.txt");
+        let merges = files
+            .read_text("merges.txt", VOCABULARY_BYTES)?
             .lines()
             .enumerate()
             .filter(|(i, line)| !(line.is_empty() || *i == 0 && line.starts_with("#version")))
@@ -75,8 +78,8 @@ impl Tokenizer {
                 None => Err(file_error(&merges_path, format!("line {}: expected two pieces, found {line:?}", i + 1))),
             })
             .collect::<Result<Vec<Value>, _>>()?;
-        let config_path = dir.join("tokenizer_config.json");
-        let added = added_tokens(&config_path, &read_json(&config_path, CONFIG_BYTES)?)?;
+        let config_path = files.path("tokenizer_config.json");
+        let added = added_tokens(&config_path, &files.read_json("tokenizer_config.json", CONFIG_BYTES)?)?;
         let byte_level =
             json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
         let split =
@@ -91,7 +94,7 @@ impl Tokenizer {
                 "vocab": vocab, "merges": merges,
             },
         });
-        let built = Self::from_bytes(&dir.join("vocab.json"), whole.to_string().as_bytes())?;
+        let built = Self::from_bytes(&files.path("vocab.json"), whole.to_string().as_bytes())?;
         for token in &added {
             let (content, id) = (token["content"].as_str().unwrap_or_default(), token["id"].as_u64());
             let found = built.token_to_id(content);

@@ -1,13 +1,15 @@
 //! A checkpoint, ready to be asked.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use keye_backend::{BackendError, KvDtype};
 use keye_engine::{Engine, EngineError, EngineOptions, Event, EventStream, Request, SamplingParams};
 use keye_media::{Access, Loader, MediaItem, TimestampRule};
 use keye_model::ModelError;
-use keye_processor::{Checkpoint, Conversation, GenerationConfig, Overrides, Processor, ProcessorError};
+use keye_processor::{
+    Checkpoint, CheckpointFiles, Conversation, GenerationConfig, Overrides, Processor, ProcessorError,
+};
 
 use crate::device::{CacheSize, DeviceOptions};
 use crate::media_argument::{ArgumentError, media_item};
@@ -105,12 +107,20 @@ pub struct Keye {
     engine: Engine,
     processor: Arc<Processor>,
     device: String,
-    dir: PathBuf,
+    files: CheckpointFiles,
     memory: MemoryPlan,
 }
 
 impl Keye {
-    /// Loads a checkpoint directory or a hub id (`org/name`, `org/name@revision`), which is downloaded when it is not cached.
+    /// Loads keye-nano, the small model inside this library: it answers questions about the synthetic clips of `keye-world`,
+    /// and knows nothing else.
+    #[cfg(feature = "nano")]
+    pub fn embedded(options: LoadOptions) -> Result<Self, LoadError> {
+        Self::load(crate::NANO, options)
+    }
+
+    /// Loads a checkpoint directory, a hub id (`org/name`, `org/name@revision`), which is downloaded when it is not cached, or
+    /// [`NANO`](crate::NANO).
     pub fn load(model: impl AsRef<str>, options: LoadOptions) -> Result<Self, LoadError> {
         Self::load_with(model.as_ref(), options, &mut |_| ())
     }
@@ -131,10 +141,10 @@ impl Keye {
         progress: &mut dyn FnMut(LoadProgress<'_>),
         adjust: impl FnOnce(&mut Loader),
     ) -> Result<Self, LoadError> {
-        let dir = resolve_model(model, options.offline, progress)?;
-        progress(LoadProgress::Loading(&dir));
-        let processor = Processor::load(&dir, &options.processor)?;
-        let checkpoint = Checkpoint::open(&dir)?;
+        let files = resolve_model(model, options.offline, progress)?;
+        progress(LoadProgress::Loading(files.root()));
+        let processor = Processor::load(&files, &options.processor)?;
+        let checkpoint = Checkpoint::open(&files)?;
         let loaded = options.device.load(
             &processor.config,
             &processor.media.processor,
@@ -148,7 +158,7 @@ impl Keye {
         let processor = Arc::new(processor);
         let engine_options = EngineOptions { max_model_len: Some(loaded.fit.tokens), ..options.engine };
         let engine = Engine::new(loaded.runner, Arc::clone(&processor), loader, engine_options);
-        Ok(Self { engine, processor, device: loaded.device, dir, memory: loaded.fit.plan })
+        Ok(Self { engine, processor, device: loaded.device, files, memory: loaded.fit.plan })
     }
 
     /// Asks about media, each a path or URL as [`media_item`] reads it: `clip.mp4#fps=1`, `image:photo`.
@@ -197,9 +207,9 @@ impl Keye {
         &self.memory
     }
 
-    /// The checkpoint's directory.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// The checkpoint's files.
+    pub fn files(&self) -> &CheckpointFiles {
+        &self.files
     }
 }
 
@@ -236,12 +246,19 @@ pub fn default_sampling(generation: &GenerationConfig) -> SamplingParams {
     }
 }
 
-/// The directory of `model`: a directory, or a hub id.
+/// The files of `model`: a directory, a hub id, or [`NANO`](crate::NANO).
 pub fn resolve_model(
     model: &str,
     offline: bool,
     progress: &mut dyn FnMut(LoadProgress<'_>),
-) -> Result<PathBuf, LoadError> {
+) -> Result<CheckpointFiles, LoadError> {
+    if model == crate::NANO {
+        return embedded();
+    }
+    // A local model needs none of the hub's settings.
+    if Path::new(model).is_dir() {
+        return Ok(model.into());
+    }
     #[cfg(feature = "hub")]
     {
         let variable = |name: &str| match (name, offline) {
@@ -251,22 +268,26 @@ pub fn resolve_model(
         let mut on_download = |step: crate::hub::Download<'_>| {
             progress(LoadProgress::Downloading { file: step.file, done: step.done, total: step.total });
         };
-        // A local model needs none of the hub's settings.
-        if Path::new(model).is_dir() {
-            return Ok(model.into());
-        }
         let hub = crate::hub::Hub::from_lookup(&variable);
         let dir = hub.and_then(|hub| hub.resolve(model, &mut on_download));
-        dir.map_err(|error| LoadError::Resolve(format!("{error:#}")))
+        dir.map(CheckpointFiles::Directory).map_err(|error| LoadError::Resolve(format!("{error:#}")))
     }
     #[cfg(not(feature = "hub"))]
     {
         let _ = (offline, progress);
-        match Path::new(model).is_dir() {
-            true => Ok(model.into()),
-            false => Err(LoadError::Resolve(format!(
-                "{model}: there is no such directory; this build has no downloads (feature hub)"
-            ))),
-        }
+        Err(LoadError::Resolve(format!(
+            "{model}: there is no such directory; this build has no downloads (feature hub)"
+        )))
     }
+}
+
+#[cfg(feature = "nano")]
+fn embedded() -> Result<CheckpointFiles, LoadError> {
+    Ok(CheckpointFiles::Embedded(&crate::nano::FILES))
+}
+
+#[cfg(not(feature = "nano"))]
+fn embedded() -> Result<CheckpointFiles, LoadError> {
+    let reason = "this build has no model inside (feature nano); name a checkpoint directory or a hub id";
+    Err(LoadError::Resolve(format!("{}: {reason}", crate::NANO)))
 }

@@ -1,6 +1,6 @@
 //! Keye-VL: questions about images and short videos, answered by one Rust library.
 //!
-//! **In**: a checkpoint (a directory in Hugging Face layout, or a hub id), pictures and clips, a question. **Out**: a stream
+//! **In**: a checkpoint (a directory in Hugging Face layout, a hub id, or the small one inside), pictures and clips, a question. **Out**: a stream
 //! of [`Event`]s: what is being done, then text as it is generated, then counts and timings.
 //!
 //! ```
@@ -34,6 +34,8 @@ mod gpu_memory;
 pub mod hub;
 mod media_argument;
 mod memory;
+#[cfg(feature = "nano")]
+mod nano;
 mod new_dir;
 pub mod presets;
 pub mod quantize;
@@ -46,7 +48,10 @@ pub use disk::free_bytes;
 pub use media_argument::{ArgumentError, kind_of_bytes, media_item};
 pub use memory::{CacheFit, MemoryPlan, cache_spec, fit_cache};
 
+/// The name of the model inside this library, where there is one (feature `nano`): see `Keye::embedded`.
+pub const NANO: &str = "keye-nano";
+
 pub use keye_backend::KvDtype;
 pub use keye_engine::{EngineError, Event, EventStream, FinishReason, Request, SamplingParams, Stage, Timings, Usage};
 pub use keye_media::{Access, ItemOptions, MediaError, MediaItem, MediaKind, Source, TimestampRule};
-pub use keye_processor::{Answer, Conversation, Overrides, ThinkMode};
+pub use keye_processor::{Answer, CheckpointFiles, Conversation, Overrides, ThinkMode};

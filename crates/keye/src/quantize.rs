@@ -11,8 +11,8 @@ use keye_backend::packed::{TILE_ROWS, pack_rows, tile_bytes, unpack};
 use keye_backend::{Dtype, WeightSource};
 use keye_model::{split_experts, stored_layout, weight_layout};
 use keye_processor::{
-    Checkpoint, Dtype as Stored, ModelConfig, NewTensor, PackedFormat, PackedTag, PackedTags, ProcessorError,
-    StoredTensor, write_packed_checkpoint,
+    Checkpoint, CheckpointFiles, Dtype as Stored, ModelConfig, NewTensor, PackedFormat, PackedTag, PackedTags,
+    ProcessorError, StoredTensor, write_packed_checkpoint,
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -20,6 +20,8 @@ use serde_json::{Value, json};
 
 use crate::new_dir::{NewDir, is_small_file};
 
+const CONFIG: &str = "config.json";
+const CONFIG_BYTES: u64 = 4 << 20;
 /// Elements of a shard, as transformers saves them.
 const SHARD_BYTES: u64 = 5_000_000_000;
 /// Values that are widened to f32 at a time.
@@ -161,25 +163,32 @@ struct Sums {
 /// # Errors
 /// Names the file or tensor: a checkpoint that is quantised already, a value that is not finite, no room.
 pub fn quantize(
-    from: &Path,
+    from: impl Into<CheckpointFiles>,
+    to: PackedFormat,
+    to_dir: &Path,
+    progress: &mut dyn FnMut(u64, u64) -> bool,
+) -> Result<Report> {
+    quantize_files(&from.into(), to, to_dir, progress)
+}
+
+fn quantize_files(
+    from: &CheckpointFiles,
     to: PackedFormat,
     to_dir: &Path,
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<Report> {
     let config = ModelConfig::load(from)?;
     let checkpoint = Checkpoint::open(from)?;
-    let config_path = from.join("config.json");
-    let text = fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
-    let mut raw: Value =
-        serde_json::from_slice(&text).with_context(|| format!("{} is not json", config_path.display()))?;
+    let mut raw: Value = serde_json::from_slice(&from.read(CONFIG, CONFIG_BYTES)?)
+        .with_context(|| format!("{} is not json", from.path(CONFIG).display()))?;
     if raw["quantization_config"]["quant_method"] == "fp8" {
-        let from = from.display();
+        let from = from.root().display();
         bail!(
             "{from}: its weights are 8-bit floats, of which none are packed yet; use it as it is, or quantise a bf16 model"
         );
     }
     if checkpoint.is_packed() || raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
-        bail!("{}: is quantised already; quantise the original model", from.display());
+        bail!("{}: is quantised already; quantise the original model", from.root().display());
     }
     raw["quantization_config"] = quantization_config(to);
 
@@ -195,7 +204,7 @@ pub fn quantize(
     let used = originals.values().map(|original| &original.stored.name).collect::<BTreeSet<_>>().len();
     let dir = NewDir::create(to_dir, &format!("the {to} model"), bytes)?;
     copy_small_files(from, &dir.path)?;
-    write_json(&dir.path.join("config.json"), &raw)?;
+    write_json(&dir.path.join(CONFIG), &raw)?;
 
     let mut sums: BTreeMap<(Role, String), Sums> = BTreeMap::new();
     let mut done = 0;
@@ -447,15 +456,27 @@ fn forget(bytes: &[u8]) {
     }
 }
 
-fn copy_small_files(from: &Path, to: &Path) -> Result<()> {
+fn copy_small_files(from: &CheckpointFiles, to: &Path) -> Result<()> {
+    let is_copied = |name: &str| {
+        let replaced = name == CONFIG || name.ends_with(".safetensors.index.json");
+        !replaced && !name.ends_with(".bin.index.json") && is_small_file(name)
+    };
+    let from = match from {
+        CheckpointFiles::Directory(dir) => dir,
+        CheckpointFiles::Embedded(embedded) => {
+            for (name, bytes) in embedded.files.iter().filter(|(name, _)| is_copied(name)) {
+                fs::write(to.join(name), bytes).with_context(|| format!("cannot write {name}"))?;
+            }
+            return Ok(());
+        }
+    };
     let cannot = || format!("cannot copy the files of {}", from.display());
     for entry in fs::read_dir(from).with_context(cannot)? {
         let entry = entry.with_context(cannot)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         // The hub's cache has links to files.
         let is_file = fs::metadata(entry.path()).is_ok_and(|metadata| metadata.is_file());
-        let replaced = name == "config.json" || name.ends_with(".safetensors.index.json");
-        if is_file && !replaced && !name.ends_with(".bin.index.json") && is_small_file(&name) {
+        if is_file && is_copied(&name) {
             fs::copy(entry.path(), to.join(&name))
                 .with_context(|| format!("cannot copy {}", entry.path().display()))?;
         }

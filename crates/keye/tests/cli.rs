@@ -12,6 +12,9 @@ mod failures;
 mod inspect;
 #[path = "cli/keye_671b.rs"]
 mod keye_671b;
+#[cfg(feature = "nano")]
+#[path = "cli/nano.rs"]
+mod nano;
 #[path = "cli/quantize.rs"]
 mod quantize;
 #[path = "cli/support.rs"]

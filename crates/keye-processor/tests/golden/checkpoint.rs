@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use keye_processor::{
-    Checkpoint, Dtype, NewTensor, PackedFormat, PackedTag, PackedTags, ProcessorError, SafetensorsWriter,
-    write_checkpoint, write_file, write_packed_checkpoint,
+    Checkpoint, CheckpointFiles, Dtype, EmbeddedFiles, NewTensor, Overrides, PackedFormat, PackedTag, PackedTags,
+    Processor, ProcessorError, SafetensorsWriter, write_checkpoint, write_file, write_packed_checkpoint,
 };
 use safetensors::SafeTensors;
 
@@ -294,4 +294,52 @@ fn packed_tensors_are_aligned_tagged_and_keep_their_shape() {
     assert!(
         error(write_packed_checkpoint(dir.path(), &tensors, &unaligned, u64::MAX, fill)).contains("multiple of 64")
     );
+}
+
+/// The files of a directory as a program would have them inside.
+fn embedded(dir: &Path) -> &'static EmbeddedFiles {
+    let read = |name: &String| -> (&'static str, &'static [u8]) {
+        (name.clone().leak(), std::fs::read(dir.join(name)).unwrap().leak())
+    };
+    let files: Vec<_> = listing(dir).iter().map(read).collect();
+    Box::leak(Box::new(EmbeddedFiles { name: "inside", files: files.leak() }))
+}
+
+#[test]
+fn an_embedded_checkpoint_reads_like_its_directory_and_where_it_lies() {
+    let dir = fixtures().join("keye-1_5-tiny/model");
+    let inside = embedded(&dir);
+    let files = CheckpointFiles::Embedded(inside);
+    let whole = inside.get("model.safetensors").unwrap().as_ptr_range();
+    let [outer, inner] = [Checkpoint::open(&dir), Checkpoint::open(&files)].map(Result::unwrap);
+    assert_eq!(outer.names().collect::<Vec<_>>(), inner.names().collect::<Vec<_>>());
+    for name in outer.names() {
+        let [a, b] = [&outer, &inner].map(|checkpoint| checkpoint.get(name).unwrap());
+        assert_eq!((a.dtype, &a.shape, &a.bytes), (b.dtype, &b.shape, &b.bytes), "{name}");
+        let place = b.bytes.as_ptr_range();
+        assert!(whole.start <= place.start && place.end <= whole.end, "{name} was copied");
+    }
+    let load = |files: CheckpointFiles| Processor::load(&files, &Overrides::default()).unwrap();
+    let [outer, inner] = [load(CheckpointFiles::from(&dir)), load(files)];
+    assert_eq!(outer.config, inner.config);
+    assert_eq!(outer.generation, inner.generation);
+    assert_eq!(outer.media, inner.media);
+    assert_eq!(outer.template.source(), inner.template.source());
+    assert_eq!(outer.tokenizer.vocab_size(), inner.tokenizer.vocab_size());
+}
+
+#[test]
+fn embedded_shards_are_found_and_a_missing_file_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors: Vec<_> = ["a", "b", "c"].iter().map(|name| tensor(name, Dtype::U8, &[4])).collect();
+    write(dir.path(), &tensors, 8).unwrap();
+    let open = || Checkpoint::open(CheckpointFiles::Embedded(embedded(dir.path())));
+    assert_eq!(open().unwrap().names().collect::<Vec<_>>(), ["a", "b", "c"]);
+    std::fs::remove_file(dir.path().join("model-00002-of-00002.safetensors")).unwrap();
+    assert!(error(open()).contains("inside/model.safetensors.index.json: shard model-00002"));
+    std::fs::remove_file(dir.path().join("model.safetensors.index.json")).unwrap();
+    assert!(error(open()).contains("inside: no weights: neither model.safetensors.index.json nor model.safetensors"));
+    let nothing = CheckpointFiles::Embedded(embedded(dir.path()));
+    let config = error(Processor::load(&nothing, &Overrides::default()));
+    assert!(config.contains("inside/config.json: cannot read"), "{config}");
 }

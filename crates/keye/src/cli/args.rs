@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use keye::{
-    Access, Conversation, Device, DeviceOptions, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, Overrides,
+    Access, Conversation, Device, DeviceOptions, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, NANO, Overrides,
     SamplingParams, Source, ThinkMode, TimestampRule,
 };
 use keye_media::{BUDGET_SHARES, REPORTED_BUDGET_SHARES, VideoRule};
@@ -15,13 +15,19 @@ use keye_processor::FramePrefix;
 use super::failure::Usage;
 use super::ui::Status;
 
+/// Said when the model inside the program is used unasked.
+pub const UNNAMED: &str =
+    "no --model: using keye-nano, the small model trained on synthetic shapes; it knows nothing else";
+
 /// Which model, and how it is loaded.
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Checkpoint directory, or hub id like Kwai-Keye/Keye-VL-1_5-8B (downloaded once, resumed when cut off)
+    #[cfg_attr(feature = "nano", doc = "[default: keye-nano, inside this program, which knows synthetic shapes only]")]
     #[arg(short, long, env = "KEYE_MODEL", value_name = "DIR|HUB_ID")]
-    pub model: String,
+    #[cfg_attr(not(feature = "nano"), arg(required = true))]
+    model: Option<String>,
     /// Use downloaded models only, never the network
     #[arg(long)]
     pub offline: bool,
@@ -92,10 +98,23 @@ impl ModelArgs {
     pub fn load(&self, remote: bool, status: &mut Status) -> Result<Keye> {
         warn_of_device(self.device, status);
         let options = self.options(Access { remote, ..Access::default() });
-        let keye = Keye::load_with(&self.model, options, &mut |progress| status.loading(progress))?;
+        let keye = Keye::load_with(self.chosen(status), options, &mut |progress| status.loading(progress))?;
         status.clear();
         warn_of_disk(&keye, status);
         Ok(keye)
+    }
+
+    /// The model's name.
+    pub fn name(&self) -> &str {
+        self.model.as_deref().unwrap_or(NANO)
+    }
+
+    /// As [`Self::name`]; `status` tells when nobody named it.
+    pub fn chosen(&self, status: &mut Status) -> &str {
+        if self.model.is_none() {
+            status.line(UNNAMED);
+        }
+        self.name()
     }
 
     /// What the flags say about loading.

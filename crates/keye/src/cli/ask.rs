@@ -40,7 +40,7 @@ be loaded, 4 media cannot be read, 130 interrupted.";
 
 /// Ask one question about any number of images and videos
 #[derive(clap::Args)]
-#[command(after_help = AFTER_HELP, override_usage = "keye ask [OPTIONS] --model <DIR|HUB_ID> [MEDIA]... <QUESTION>")]
+#[command(after_help = AFTER_HELP, override_usage = "keye ask [OPTIONS] [MEDIA]... <QUESTION>")]
 pub struct Args {
     /// Images and videos in order, then the question
     #[arg(required = true, value_name = "MEDIA... QUESTION")]
@@ -190,7 +190,7 @@ fn object(finished: &Finished, media: &[MediaItem], seed: u64, args: &Args, keye
         "usage": finished.usage,
         "timings": seconds(&finished.timings),
         "media": media.collect::<Vec<_>>(),
-        "model": args.model.model,
+        "model": args.model.name(),
         "device": keye.device(),
         "seed": seed,
     })

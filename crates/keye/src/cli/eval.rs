@@ -15,7 +15,7 @@ use super::ui::{self, Status};
 
 const AFTER_HELP: &str = "\
 Examples:
-  keye eval world -m ./model
+  keye eval world
   keye eval world -m ./model --tasks when,count --count 200 --json
   keye eval world -m ./model --text-only
   keye eval world -m ./model --frames uniform
@@ -85,7 +85,7 @@ pub fn run(args: Args) -> Result<()> {
     let uniform = args.frames == Frames::Uniform;
     super::args::warn_of_device(args.model.device, &mut status);
     let keye = Keye::load_adjusted(
-        &args.model.model,
+        args.model.chosen(&mut status),
         args.model.options(keye::Access::default()),
         &mut |progress| status.loading(progress),
         |loader| {
@@ -133,7 +133,7 @@ fn print(args: &WorldArgs, report: &Report) -> Result<()> {
     }
     let frames = if args.frames == Frames::Uniform { "uniform" } else { "slow-fast" };
     let report = json!({
-        "model": args.model.model, "split": args.split.name(), "text_only": args.text_only, "frames": frames,
+        "model": args.model.name(), "split": args.split.name(), "text_only": args.text_only, "frames": frames,
         "tasks": report.rows, "mean": report.mean(),
     });
     ui::out(&format!("{report:#}\n"))

@@ -5,18 +5,20 @@ use std::path::Path;
 use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use keye::presets::{Preset, Sizes};
-use keye::{KvDtype, LoadError, MemoryPlan, WeightBytes, cache_spec, device_plans, resolve_model};
+use keye::{KvDtype, LoadError, MemoryPlan, NANO, WeightBytes, cache_spec, device_plans, resolve_model};
 use keye_backend::BLOCK_TOKENS;
 use keye_media::VideoRule;
 use keye_model::{TensorShape, stored_layout, weight_layout};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Variant};
 use serde_json::{Map, Value, json};
 
+use super::args::UNNAMED;
 use super::failure::Usage;
 use super::ui::{self, Status, bytes, grouped};
 
 const AFTER_HELP: &str = "\
 Examples:
+  keye inspect
   keye inspect ./Keye-VL-1_5-8B
   keye inspect Kwai-Keye/Keye-VL-8B-Preview
   keye inspect ./model --json | jq .parameters
@@ -31,7 +33,8 @@ cache in bf16. --preset plans a published model from its sizes alone. Weights ar
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
     /// Checkpoint directory, or hub id
-    #[arg(required_unless_present = "preset")]
+    #[cfg_attr(feature = "nano", doc = "[default: keye-nano, inside this program]")]
+    #[cfg_attr(not(feature = "nano"), arg(required_unless_present = "preset"))]
     model: Option<String>,
     /// Plan the memory of this model from its sizes, without a checkpoint
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)), conflicts_with = "model")]
@@ -45,13 +48,19 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let Some(model) = &args.model else { return preset(&args) };
+    if args.preset.is_some() {
+        return preset(&args);
+    }
     let mut status = Status::new(args.json);
-    let dir = resolve_model(model, args.offline, &mut |progress| status.loading(progress))?;
+    if args.model.is_none() {
+        status.line(UNNAMED);
+    }
+    let model = args.model.as_deref().unwrap_or(NANO);
+    let files = resolve_model(model, args.offline, &mut |progress| status.loading(progress))?;
     status.clear();
-    let processor = Processor::load(&dir, &Overrides::default()).map_err(LoadError::from)?;
-    let checkpoint = Checkpoint::open(&dir).map_err(LoadError::from)?;
-    let facts = facts(&dir, &processor, &checkpoint);
+    let processor = Processor::load(&files, &Overrides::default()).map_err(LoadError::from)?;
+    let checkpoint = Checkpoint::open(&files).map_err(LoadError::from)?;
+    let facts = facts(files.root(), &processor, &checkpoint);
     if args.json {
         ui::out(&format!("{facts:#}\n"))?;
     } else {

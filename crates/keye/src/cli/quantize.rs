@@ -22,7 +22,7 @@ Examples:
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
-    /// Checkpoint directory, or hub id
+    /// Checkpoint directory, hub id, or keye-nano
     #[arg(value_name = "DIR|HUB_ID")]
     model: String,
     /// Format of the language model's matrices; vision tower and projector are int16 in both
@@ -44,7 +44,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut status = Status::new(false);
     let from = keye::resolve_model(&args.model, args.offline, &mut |progress| status.loading(progress))?;
     let guard = signals::guard();
-    let result = quantize(&from, to, &args.output, &mut |done, total| {
+    let result = quantize(from, to, &args.output, &mut |done, total| {
         let percent = 100.0 * done as f64 / total.max(1) as f64;
         status.progress(&format!("quantising to {to}: {percent:.0}% of {} weights", ui::grouped(total)));
         !guard.interrupted()

@@ -166,7 +166,8 @@ pub fn run(args: Args) -> Result<()> {
     let mut status = Status::new(false);
     super::args::warn_of_device(args.model.device, &mut status);
     let ceilings = config.ceilings.clone();
-    let keye = Keye::load_adjusted(&args.model.model, options, &mut |progress| status.loading(progress), |loader| {
+    let model = args.model.chosen(&mut status);
+    let keye = Keye::load_adjusted(model, options, &mut |progress| status.loading(progress), |loader| {
         loader.limits = ceilings.limits();
         ceilings.lower(&mut loader.config.video);
     })?;
@@ -175,7 +176,7 @@ pub fn run(args: Args) -> Result<()> {
 
     let server = Server::bind(keye.engine().clone(), keye.shared_processor(), keye.default_sampling(), config)?;
     let address = server.address()?;
-    status.line(&format!("{} on {}", args.model.model, keye.device()));
+    status.line(&format!("{model} on {}", keye.device()));
     let scheme = if encrypted { "https" } else { "http" };
     status.line(&format!("listening on {scheme}://{address}, up to {} tokens", keye.engine().max_model_len()));
     let stop = server.shutdown();
@@ -210,7 +211,7 @@ impl Args {
                 .clone()
                 .zip(self.tls_key.clone())
                 .map(|(certificates, key)| TlsFiles { certificates, key }),
-            model: self.served_model_name.clone().unwrap_or_else(|| self.model.model.clone()),
+            model: self.served_model_name.clone().unwrap_or_else(|| self.model.name().to_owned()),
             api_keys: self.api_key.clone(),
             cors_origins: self.cors_origin.clone(),
             body_bytes: mib(limits.max_body),

@@ -8,7 +8,9 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use keye::{Access, Conversation, KvDtype, LoadError, MediaError, MediaKind, TimestampRule, resolve_model};
+use keye::{
+    Access, CheckpointFiles, Conversation, KvDtype, LoadError, MediaError, MediaKind, TimestampRule, resolve_model,
+};
 use keye_backend::{Backend, Cpu, CpuOptions, Reference};
 use keye_media::{Loader, Media, Pixels, ProcessorConfig, VideoRule};
 use keye_model::{KeyeModel, LoadOptions, Runner, Tap};
@@ -90,10 +92,10 @@ pub fn run(args: Args) -> Result<()> {
     if args.backend.starts_with("cuda") {
         super::args::warn_of_device(keye::Device::Cuda(0), &mut status);
     }
-    let dir = resolve_model(&args.model, false, &mut |progress| status.loading(progress))?;
+    let files = resolve_model(&args.model, false, &mut |progress| status.loading(progress))?;
     let tensors = match (&args.inputs, &args.request) {
-        (Some(path), _) => from_inputs(&args, &dir, path, &mut status)?,
-        (None, Some(path)) => from_request(&args, &dir, path, &mut status)?,
+        (Some(path), _) => from_inputs(&args, &files, path, &mut status)?,
+        (None, Some(path)) => from_request(&args, &files, path, &mut status)?,
         (None, None) => return Err(Usage("expected --request or --inputs".into()).into()),
     };
     status.clear();
@@ -102,18 +104,18 @@ pub fn run(args: Args) -> Result<()> {
     show(&tensors, golden.as_ref())
 }
 
-fn from_inputs(args: &Args, dir: &Path, path: &Path, status: &mut Status) -> Result<Vec<Tensor>> {
-    let mut config = ModelConfig::load(dir).map_err(LoadError::from)?;
+fn from_inputs(args: &Args, files: &CheckpointFiles, path: &Path, status: &mut Status) -> Result<Vec<Tensor>> {
+    let mut config = ModelConfig::load(files).map_err(LoadError::from)?;
     choose_attention(args, &mut config)?;
     let inputs = inputs::Inputs::read(path, &config, args.generate.unwrap_or(0))?;
     status.progress("computing");
     let pixels = config.facts().media.processor;
-    let mut runner = load(args, dir, &config, &pixels, inputs.options())?;
+    let mut runner = load(args, files, &config, &pixels, inputs.options())?;
     inputs.run(runner.as_mut(), &config)
 }
 
-fn from_request(args: &Args, dir: &Path, path: &Path, status: &mut Status) -> Result<Vec<Tensor>> {
-    let mut processor = Processor::load(dir, &Overrides::default()).map_err(LoadError::from)?;
+fn from_request(args: &Args, files: &CheckpointFiles, path: &Path, status: &mut Status) -> Result<Vec<Tensor>> {
+    let mut processor = Processor::load(files, &Overrides::default()).map_err(LoadError::from)?;
     choose_attention(args, &mut processor.config)?;
     let conversation = read_request(path)?;
     let mut media = load_media(args, path, &processor, &conversation, status)?;
@@ -131,7 +133,7 @@ fn from_request(args: &Args, dir: &Path, path: &Path, status: &mut Status) -> Re
         bail!("{n} tokens and --generate {generate}: the model's longest is {longest} together");
     }
     let options = LoadOptions { cache_tokens: n + generate, kv_dtype: KvDtype::F32 };
-    let mut runner = load(args, dir, &processor.config, &processor.media.processor, options)?;
+    let mut runner = load(args, files, &processor.config, &processor.media.processor, options)?;
     tensors.extend(computed_tensors(runner.as_mut(), &media, &prompt, generate)?);
     Ok(tensors)
 }
@@ -150,30 +152,30 @@ fn choose_attention(args: &Args, config: &mut ModelConfig) -> Result<()> {
 
 fn load(
     args: &Args,
-    dir: &Path,
+    files: &CheckpointFiles,
     config: &ModelConfig,
     pixels: &ProcessorConfig,
     options: LoadOptions,
 ) -> Result<Box<dyn Runner>> {
     fn on<B: Backend>(
         backend: B,
-        dir: &Path,
+        files: &CheckpointFiles,
         config: &ModelConfig,
         pixels: &ProcessorConfig,
         options: LoadOptions,
     ) -> Result<Box<dyn Runner>, LoadError> {
-        Ok(Box::new(KeyeModel::load(backend, config, pixels, &Checkpoint::open(dir)?, options)?))
+        Ok(Box::new(KeyeModel::load(backend, config, pixels, &Checkpoint::open(files)?, options)?))
     }
     Ok(match args.backend.as_str() {
-        "cpu" => on(Cpu::new(CpuOptions::default()).map_err(LoadError::from)?, dir, config, pixels, options)?,
+        "cpu" => on(Cpu::new(CpuOptions::default()).map_err(LoadError::from)?, files, config, pixels, options)?,
         #[cfg(feature = "cuda")]
         name @ ("cuda" | "cuda-f32") => {
             use keye_backend::{Cuda, CudaOptions, Products};
             let products = if name == "cuda" { Products::Bf16 } else { Products::F32 };
             let cuda = Cuda::new(CudaOptions { products, ..CudaOptions::default() }).map_err(LoadError::from)?;
-            on(cuda, dir, config, pixels, options)?
+            on(cuda, files, config, pixels, options)?
         }
-        _ => on(Reference, dir, config, pixels, options)?,
+        _ => on(Reference, files, config, pixels, options)?,
     })
 }
 
