@@ -265,7 +265,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
         count: usize,
         normalise: bool,
     ) -> Result<(Self::Index, Self::Tensor), BackendError>;
-    /// `y[i] += sum over t of weights[i, t] * experts[chosen[i, t]](x[i])`, summed from left to right.
+    /// Chosen experts as one of several devices counts them that have `experts` of them: from its first on, the others
+    /// [`crate::UNSELECTED`].
+    fn own_experts(&self, chosen: &Self::Index, experts: Range<usize>) -> Result<Self::Index, BackendError> {
+        let own = |expert: u32| match experts.contains(&(expert as usize)) {
+            true => expert - experts.start as u32,
+            false => crate::UNSELECTED,
+        };
+        self.upload_index(&self.download_index(chosen)?.into_iter().map(own).collect::<Vec<_>>())
+    }
+    /// `y[i] += sum over t of weights[i, t] * experts[chosen[i, t]](x[i])`, summed from left to right; where chosen is
+    /// [`crate::UNSELECTED`] nothing is added.
     fn add_experts(
         &self,
         x: &Self::Tensor,

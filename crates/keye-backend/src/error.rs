@@ -30,6 +30,16 @@ pub enum BackendError {
         /// What the device, its driver or its library said.
         reason: String,
     },
+    /// One of the devices that share a model has failed, and so all have.
+    #[error("rank {rank} of {ranks}: {reason}")]
+    Rank {
+        /// Its number.
+        rank: usize,
+        /// How many there are.
+        ranks: usize,
+        /// What it said.
+        reason: String,
+    },
     /// A setting that is not one.
     #[error("{0}")]
     Setting(String),

@@ -13,10 +13,13 @@
 //!   length (and, in attention over the cache, by absolute 64-token blocks from left to right), never by the number of
 //!   rows, of threads, or by how rows were cut into calls. The suite checks it bit for bit.
 //! * No operation stores more than a tile of attention scores.
+//! * Devices that share a model meet in a [`Collective`]; sums over them have one order.
 //!
 //! No model names here: what a tensor means is `keye-model`'s business.
 
 mod backend;
+mod collective;
+mod column_copy;
 pub mod conformance;
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -38,6 +41,7 @@ pub use backend::{
     Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, Expert, GroupedRouting, IndexShape, KvDtype,
     LatentShape, QkNorm, SequenceRows, Span,
 };
+pub use collective::{Collective, SharedMemory};
 pub use cpu::matmul;
 pub use cpu::{Cpu, CpuOptions, Isa};
 #[cfg(feature = "cuda")]

@@ -95,7 +95,7 @@ impl WeightSource {
     /// Rows that are not there; of packed types other than whole tiles.
     pub fn slice_rows(&self, rows: Range<usize>) -> Result<Self, BackendError> {
         self.check()?;
-        let unit = if self.dtype.is_packed() { TILE_ROWS } else { 1 };
+        let unit = self.row_unit();
         let whole_tiles = rows.start.is_multiple_of(unit) && (rows.end.is_multiple_of(unit) || rows.end == self.rows);
         if rows.start > rows.end || rows.end > self.rows || !whole_tiles {
             let reason = format!("rows {rows:?} of {} of {:?}: expected multiples of {unit}", self.rows, self.dtype);

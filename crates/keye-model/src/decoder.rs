@@ -1,28 +1,33 @@
 //! The language model (spec §6): Qwen3 with three-axis RoPE over a paged KV cache; 2.0 may put experts in the place of the
 //! feed-forward block and let an indexer choose the keys; 671B has experts and latent attention.
 
+use std::ops::Range;
+
 use keye_backend::{Activation, AttentionShape, Backend, BackendError, CacheSpec, KvDtype, QkNorm, SequenceRows};
 use keye_processor::TextConfig;
 
 use crate::feed_forward::FeedForward;
 use crate::indexer::{Indexer, Place, record};
 use crate::latent_attention::LatentAttention;
+use crate::ranks::{Peers, Shard};
 use crate::rope::Rope;
 use crate::vision::linear;
 use crate::weights::{Linear, Weights};
 use crate::{ModelError, Tap};
 
+/// This rank's part of the decoder.
 pub(crate) struct Decoder<B: Backend> {
     pub(crate) config: TextConfig,
+    peers: Peers<B>,
     rope: Rope,
     /// The indexer's, of its own width.
     index_rope: Option<Rope>,
-    /// `[V, H]`
-    embed_tokens: B::Weight,
+    /// `[V, H]`, on rank 0.
+    embed_tokens: Option<B::Weight>,
     layers: Vec<DecoderLayer<B>>,
     /// `[H]`
     norm: B::Weight,
-    /// `[V, H]`; `None` when it is `embed_tokens`.
+    /// This rank's rows of `[V, H]`; `None` when it is all of `embed_tokens`.
     lm_head: Option<B::Weight>,
 }
 
@@ -43,6 +48,7 @@ enum Attention<B: Backend> {
 
 /// Keys and values per head.
 struct HeadsAttention<B: Backend> {
+    shape: AttentionShape,
     q_proj: Linear<B>,
     k_proj: Linear<B>,
     v_proj: Linear<B>,
@@ -54,8 +60,10 @@ struct HeadsAttention<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    pub(crate) fn load(weights: &Weights<'_, B>, config: &TextConfig) -> Result<Self, ModelError> {
-        let h = config.hidden_size;
+    /// The part of `peers`' rank; `weights` are its too.
+    pub(crate) fn load(weights: &Weights<'_, B>, config: &TextConfig, peers: Peers<B>) -> Result<Self, ModelError> {
+        let (h, shard) = (config.hidden_size, weights.shard());
+        let heads = shard.heads(config);
         let value_dim = config.latent.map_or(config.head_dim, |latent| latent.v_head_dim);
         let model = weights.at("model");
         let layers = (0..config.num_hidden_layers)
@@ -65,7 +73,10 @@ impl<B: Backend> Decoder<B> {
                 let o = config.num_attention_heads * value_dim;
                 Ok(DecoderLayer {
                     input_layernorm: layer.vector("input_layernorm.weight", h)?,
-                    o_proj: attention.linear("o_proj", h, o, config.attention_bias)?,
+                    o_proj: {
+                        let part = heads.start * value_dim..heads.end * value_dim;
+                        attention.linear_inputs("o_proj", h, o, config.attention_bias, part)?
+                    },
                     post_attention_layernorm: layer.vector("post_attention_layernorm.weight", h)?,
                     attention: match &config.latent {
                         Some(latent) => Attention::Latent(Box::new(LatentAttention::load(&attention, config, latent)?)),
@@ -76,24 +87,36 @@ impl<B: Backend> Decoder<B> {
             })
             .collect::<Result<_, ModelError>>()?;
         let tied = config.tie_word_embeddings && !weights.has("lm_head.weight");
+        let embed_tokens = model.source("embed_tokens.weight", &[config.vocab_size, h])?;
+        let lm_head = match tied {
+            true => embed_tokens.clone(),
+            false => weights.source("lm_head.weight", &[config.vocab_size, h])?,
+        };
+        let vocabulary = shard.common(config.vocab_size, &[&lm_head], &[])?;
+        let backend = weights.backend();
         Ok(Self {
             rope: match &config.latent {
                 Some(latent) => Rope::yarn(config.rope_theta, latent.qk_rope_head_dim, &latent.yarn),
                 None => Rope::decoder(config.rope_theta, config.head_dim, config.mrope_section),
             },
             index_rope: config.indexer.map(|i| Rope::decoder(config.rope_theta, i.head_dim, i.mrope_section)),
-            embed_tokens: model.matrix("embed_tokens.weight", config.vocab_size, h)?,
+            embed_tokens: if shard.rank == 0 { Some(backend.load(&embed_tokens)?) } else { None },
             layers,
             norm: model.vector("norm.weight", h)?,
-            lm_head: if tied { None } else { Some(weights.matrix("lm_head.weight", config.vocab_size, h)?) },
+            lm_head: match tied && shard == Shard::WHOLE {
+                true => None,
+                false => Some(backend.load(&lm_head.slice_rows(vocabulary)?)?),
+            },
             config: config.clone(),
+            peers,
         })
     }
 
-    pub(crate) fn cache_spec(config: &TextConfig, dtype: KvDtype) -> CacheSpec {
+    /// What a rank caches.
+    pub(crate) fn cache_spec(config: &TextConfig, dtype: KvDtype, shard: Shard) -> CacheSpec {
         let (kv_heads, head_dim) = match config.latent {
             Some(_) => (0, 0),
-            None => (config.num_key_value_heads, config.head_dim),
+            None => (shard.kv_heads(config).len(), config.head_dim),
         };
         CacheSpec {
             layers: config.num_hidden_layers,
@@ -105,22 +128,23 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    /// `[n, H]`
+    /// Rows of tokens `[n, H]`, on rank 0.
     pub(crate) fn embed(&self, backend: &B, tokens: &[u32]) -> Result<B::Tensor, BackendError> {
-        backend.embed(&self.embed_tokens, &backend.upload_index(tokens)?)
+        let table = self.embed_tokens.as_ref().expect("rank 0 embeds");
+        backend.embed(table, &backend.upload_index(tokens)?)
     }
 
-    /// All layers over the rows of a step, `[n, H]`, before the final norm.
+    /// All layers over the rows of a step, `[n, H]`, before the final norm. `x` is rank 0's, the others bring nothing.
     pub(crate) fn forward(
         &self,
         backend: &B,
-        mut x: B::Tensor,
-        positions: &[[u32; 3]],
-        sequences: &[SequenceRows],
+        x: Option<B::Tensor>,
+        Rows { positions, sequences, .. }: &Rows,
         cache: &mut B::Cache,
         tap: &mut dyn Tap,
     ) -> Result<B::Tensor, BackendError> {
-        let config = &self.config;
+        let (config, peers) = (&self.config, &self.peers);
+        let mut x = peers.share(backend, x)?;
         let plan = backend.plan(sequences)?;
         let table = |rope: &Rope, width: usize| {
             let mut table = Vec::with_capacity(positions.len() * width);
@@ -144,13 +168,16 @@ impl<B: Backend> Decoder<B> {
                 }
                 Attention::Latent(latent) => latent.attend(backend, &h, &angles, place)?,
             };
+            let o_proj = &layer.o_proj;
+            let add = |x: &mut B::Tensor| backend.linear_add(&attended, &o_proj.weight, o_proj.bias.as_ref(), x);
             if tap.wants(&format!("attn_out.{number}")) {
-                let out = linear(backend, &attended, &layer.o_proj, Activation::None)?;
+                let mut out = backend.zeros(backend.rows(&x), backend.cols(&x))?;
+                peers.add(backend, &mut out, add)?;
                 record(backend, tap, format_args!("attn_out.{number}"), &out)?;
             }
-            backend.linear_add(&attended, &layer.o_proj.weight, layer.o_proj.bias.as_ref(), &mut x)?;
+            peers.add(backend, &mut x, add)?;
             let h = backend.rms_norm(&x, &layer.post_attention_layernorm, config.rms_norm_eps)?;
-            layer.feed_forward.add(backend, &h, &mut x, number, tap)?;
+            layer.feed_forward.add(backend, peers, &h, &mut x, number, tap)?;
             record(backend, tap, format_args!("hidden_states.{}", number + 1), &x)?;
             if number == 0 && tap.wants("lm_layer0") {
                 tap.record("lm_layer0", config.hidden_size, &backend.download(&x)?);
@@ -164,10 +191,22 @@ impl<B: Backend> Decoder<B> {
         backend.rms_norm(x, &self.norm, self.config.rms_norm_eps)
     }
 
-    /// Logits of normed rows: `[n, V]`.
-    pub(crate) fn logits(&self, backend: &B, x: &B::Tensor) -> Result<B::Tensor, BackendError> {
-        backend.linear(x, self.lm_head.as_ref().unwrap_or(&self.embed_tokens), None, Activation::None)
+    /// Logits `[n, V]` of the wanted rows of what [`Decoder::forward`] gave, on rank 0; at least one is wanted.
+    pub(crate) fn logits(&self, backend: &B, x: &B::Tensor, rows: &Rows) -> Result<Option<B::Tensor>, BackendError> {
+        let rows = backend.gather_rows(x, &backend.upload_index(&rows.wanted)?, 1)?;
+        let rows = self.final_norm(backend, &rows)?;
+        let lm_head = self.lm_head.as_ref().or(self.embed_tokens.as_ref()).expect("a tied table is rank 0's");
+        self.peers.gather(backend, backend.linear(&rows, lm_head, None, Activation::None)?)
     }
+}
+
+/// The rows of a step: what all ranks know of it.
+pub(crate) struct Rows {
+    /// Rotary positions of each.
+    pub(crate) positions: Vec<[u32; 3]>,
+    pub(crate) sequences: Vec<SequenceRows>,
+    /// Those whose logits are wanted.
+    pub(crate) wanted: Vec<u32>,
 }
 
 /// Tables of angles, `[n, head_dim]` and the indexer's own.
@@ -178,13 +217,22 @@ struct Angles<'a, B: Backend> {
 
 impl<B: Backend> HeadsAttention<B> {
     fn load(attention: &Weights<'_, B>, config: &TextConfig) -> Result<Self, ModelError> {
-        let h = config.hidden_size;
-        let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-        let bias = config.attention_bias;
+        let (h, shard, width) = (config.hidden_size, attention.shard(), config.head_dim);
+        let (heads, kv_heads) = (shard.heads(config), shard.kv_heads(config));
+        let outputs = |name: &str, all: usize, own: &Range<usize>| {
+            let part = own.start * width..own.end * width;
+            attention.linear_outputs(name, all * width, h, config.attention_bias, part)
+        };
         Ok(Self {
-            q_proj: attention.linear("q_proj", q, h, bias)?,
-            k_proj: attention.linear("k_proj", kv, h, bias)?,
-            v_proj: attention.linear("v_proj", kv, h, bias)?,
+            shape: AttentionShape {
+                heads: heads.len(),
+                kv_heads: kv_heads.len(),
+                head_dim: width,
+                scale: (width as f32).powf(-0.5),
+            },
+            q_proj: outputs("q_proj", config.num_attention_heads, &heads)?,
+            k_proj: outputs("k_proj", config.num_key_value_heads, &kv_heads)?,
+            v_proj: outputs("v_proj", config.num_key_value_heads, &kv_heads)?,
             q_norm: attention.vector("q_norm.weight", config.head_dim)?,
             k_norm: attention.vector("k_norm.weight", config.head_dim)?,
             indexer: Indexer::load(attention, config)?,
@@ -204,12 +252,7 @@ impl<B: Backend> HeadsAttention<B> {
         place: Place<'_, B>,
         tap: &mut dyn Tap,
     ) -> Result<B::Tensor, BackendError> {
-        let shape = AttentionShape {
-            heads: config.num_attention_heads,
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            scale: (config.head_dim as f32).powf(-0.5),
-        };
+        let shape = self.shape;
         let mut q = linear(backend, x, &self.q_proj, Activation::None)?;
         let k = linear(backend, x, &self.k_proj, Activation::None)?;
         let v = linear(backend, x, &self.v_proj, Activation::None)?;

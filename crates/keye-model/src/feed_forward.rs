@@ -1,8 +1,14 @@
 //! The feed-forward block of a decoder layer: dense, or a mixture of experts (spec of 2.0, §2.2 and §6; of 671B, §4).
+//!
+//! Ranks divide a dense block by its width and a mixture by experts: whole experts stay where they lie in the checkpoint,
+//! in every layout, and may wait on the disk. A token's experts are then unevenly spread over the ranks.
+
+use std::ops::Range;
 
 use keye_backend::{Backend, BackendError, Dtype, Expert, GroupedRouting, WeightSource};
 use keye_processor::{ExpertsConfig, TextConfig};
 
+use crate::ranks::Peers;
 use crate::weights::Weights;
 use crate::{ModelError, Tap};
 
@@ -14,7 +20,10 @@ pub(crate) enum FeedForward<B: Backend> {
         router: B::Weight,
         /// `[E]`, of experts that are chosen by groups.
         choice_bias: Option<B::Weight>,
+        /// This rank's.
         experts: Vec<Expert<B::Weight>>,
+        /// Number of the first of them.
+        first_expert: usize,
         /// Every row's.
         shared: Option<Expert<B::Weight>>,
     },
@@ -24,15 +33,15 @@ impl<B: Backend> FeedForward<B> {
     pub(crate) fn load(mlp: &Weights<'_, B>, text: &TextConfig, layer: usize) -> Result<Self, ModelError> {
         let h = text.hidden_size;
         let Some(config) = text.experts.filter(|experts| experts.is_in_layer(layer)) else {
-            return Ok(Self::Dense(expert(mlp, text.intermediate_size, h)?));
+            return Ok(Self::Dense(dense(mlp, text.intermediate_size, h)?));
         };
         let router = mlp.matrix("gate.weight", config.num_experts, h)?;
         let stored = mlp.at("experts");
+        let own = mlp.shard().experts(config.num_experts);
+        let first_expert = own.start;
         let experts = match stored.has("gate_up_proj") {
-            true => fused(&stored, &config, h)?,
-            false => (0..config.num_experts)
-                .map(|e| expert(&stored.at(e), config.moe_intermediate_size, h))
-                .collect::<Result<_, _>>()?,
+            true => fused(&stored, &config, h, own)?,
+            false => own.map(|e| expert(&stored.at(e), config.moe_intermediate_size, h)).collect::<Result<_, _>>()?,
         };
         let choice_bias = match config.groups {
             Some(_) => Some(mlp.vector("gate.e_score_correction_bias", config.num_experts)?),
@@ -40,23 +49,24 @@ impl<B: Backend> FeedForward<B> {
         };
         let shared = match config.n_shared_experts {
             0 => None,
-            n => Some(expert(&mlp.at("shared_experts"), n * config.moe_intermediate_size, h)?),
+            n => Some(dense(&mlp.at("shared_experts"), n * config.moe_intermediate_size, h)?),
         };
-        Ok(Self::Experts { config, router, choice_bias, experts, shared })
+        Ok(Self::Experts { config, router, choice_bias, experts, first_expert, shared })
     }
 
     /// `x += ffn(h)` for the rows `h [n, H]`.
     pub(crate) fn add(
         &self,
         backend: &B,
+        peers: &Peers<B>,
         h: &B::Tensor,
         x: &mut B::Tensor,
         layer: usize,
         tap: &mut dyn Tap,
     ) -> Result<(), BackendError> {
         match self {
-            Self::Dense(dense) => add_dense(backend, dense, h, x),
-            Self::Experts { config, router, choice_bias, experts, shared } => {
+            Self::Dense(dense) => peers.add(backend, x, |x| add_dense(backend, dense, h, x)),
+            Self::Experts { config, router, choice_bias, experts, first_expert, shared } => {
                 let count = config.num_experts_per_tok;
                 let (chosen, weights) = match (config.groups, choice_bias) {
                     (Some(groups), Some(bias)) => {
@@ -77,20 +87,24 @@ impl<B: Backend> FeedForward<B> {
                     tap.record(&name, count, &values);
                 }
                 crate::indexer::record(backend, tap, format_args!("router_weight.{layer}"), &weights)?;
+                let own = match experts.len() == config.num_experts {
+                    true => chosen,
+                    false => backend.own_experts(&chosen, *first_expert..first_expert + experts.len())?,
+                };
+                let add = |x: &mut B::Tensor| {
+                    backend.add_experts(h, experts, &own, &weights, x)?;
+                    match shared {
+                        Some(shared) => add_dense(backend, shared, h, x),
+                        None => Ok(()),
+                    }
+                };
                 let name = format!("moe_out.{layer}");
                 if tap.wants(&name) {
                     let mut out = backend.zeros(backend.rows(h), backend.cols(x))?;
-                    backend.add_experts(h, experts, &chosen, &weights, &mut out)?;
-                    if let Some(shared) = shared {
-                        add_dense(backend, shared, h, &mut out)?;
-                    }
+                    peers.add(backend, &mut out, add)?;
                     tap.record(&name, backend.cols(x), &backend.download(&out)?);
                 }
-                backend.add_experts(h, experts, &chosen, &weights, x)?;
-                match shared {
-                    Some(shared) => add_dense(backend, shared, h, x),
-                    None => Ok(()),
-                }
+                peers.add(backend, x, add)
             }
         }
     }
@@ -116,12 +130,26 @@ fn expert<B: Backend>(at: &Weights<'_, B>, width: usize, h: usize) -> Result<Exp
     })
 }
 
-/// All experts of a layer in two tensors: input-major `[E, H, 2F]` and `[E, F, H]`, or output-major `[E, 2F, H]` and
-/// `[E, H, F]`; gates before ups. Where both readings fit, input-major it is. Both are used in place.
+/// As [`expert`], this rank's part of the width; of down the columns are copied.
+fn dense<B: Backend>(at: &Weights<'_, B>, width: usize, h: usize) -> Result<Expert<B::Weight>, ModelError> {
+    let (gate, up) = (at.source("gate_proj.weight", &[width, h])?, at.source("up_proj.weight", &[width, h])?);
+    let down = at.source("down_proj.weight", &[h, width])?;
+    let part = at.shard().common(width, &[&gate, &up], &[&down])?;
+    let backend = at.backend();
+    Ok(Expert {
+        gate: backend.load(&gate.slice_rows(part.clone())?)?,
+        up: backend.load(&up.slice_rows(part.clone())?)?,
+        down: backend.load(&down.copy_columns(part)?)?,
+    })
+}
+
+/// The experts `own` of a layer whose experts are all in two tensors: input-major `[E, H, 2F]` and `[E, F, H]`, or
+/// output-major `[E, 2F, H]` and `[E, H, F]`; gates before ups. Where both readings fit, input-major it is. Both are used in place.
 fn fused<B: Backend>(
     stored: &Weights<'_, B>,
     config: &ExpertsConfig,
     h: usize,
+    own: Range<usize>,
 ) -> Result<Vec<Expert<B::Weight>>, ModelError> {
     let (e, f) = (config.num_experts, config.moe_intermediate_size);
     let input_major = stored.shape("gate_up_proj").as_deref() == Some(&[e, h, 2 * f]);
@@ -129,25 +157,24 @@ fn fused<B: Backend>(
     let gate_up = stored.source("gate_up_proj", &gate_up_shape)?;
     let down = stored.source("down_proj", &down_shape)?;
     let backend = stored.backend();
-    (0..e)
-        .map(|e| {
-            Ok(match input_major {
-                true => {
-                    let gate_up = rows(&gate_up, e * h, h, 2 * f)?;
-                    Expert {
-                        gate: backend.load_columns(&gate_up, 0..f)?,
-                        up: backend.load_columns(&gate_up, f..2 * f)?,
-                        down: backend.load_columns(&rows(&down, e * f, f, h)?, 0..h)?,
-                    }
+    own.map(|e| {
+        Ok(match input_major {
+            true => {
+                let gate_up = rows(&gate_up, e * h, h, 2 * f)?;
+                Expert {
+                    gate: backend.load_columns(&gate_up, 0..f)?,
+                    up: backend.load_columns(&gate_up, f..2 * f)?,
+                    down: backend.load_columns(&rows(&down, e * f, f, h)?, 0..h)?,
                 }
-                false => Expert {
-                    gate: backend.load(&rows(&gate_up, e * 2 * f, f, h)?)?,
-                    up: backend.load(&rows(&gate_up, e * 2 * f + f, f, h)?)?,
-                    down: backend.load(&rows(&down, e * h, h, f)?)?,
-                },
-            })
+            }
+            false => Expert {
+                gate: backend.load(&rows(&gate_up, e * 2 * f, f, h)?)?,
+                up: backend.load(&rows(&gate_up, e * 2 * f + f, f, h)?)?,
+                down: backend.load(&rows(&down, e * h, h, f)?)?,
+            },
         })
-        .collect()
+    })
+    .collect()
 }
 
 fn element_bytes(source: &WeightSource) -> Result<usize, ModelError> {

@@ -3,6 +3,7 @@
 //!
 //! Attention runs in the latent space, for prompts as for single tokens: a head's key matrix is multiplied into its query
 //! and its value matrix after the weighted sum, so that what a row yields does not depend on how a prompt is cut.
+//! Ranks divide the heads; the latent rows are every rank's.
 
 use keye_backend::{Activation, Backend, BackendError, LatentShape, WeightSource};
 use keye_processor::{LatentConfig, TextConfig};
@@ -40,22 +41,26 @@ impl<B: Backend> LatentAttention<B> {
         config: &LatentConfig,
     ) -> Result<Self, ModelError> {
         let (h, heads) = (text.hidden_size, text.num_attention_heads);
+        let own = attention.shard().heads(text);
         let LatentConfig { q_lora_rank: q_rank, kv_lora_rank: rank, qk_nope_head_dim: nope, .. } = *config;
         let (rope, v) = (config.qk_rope_head_dim, config.v_head_dim);
         let [kv_a_proj, k_rope_proj] = attention.split_rows("kv_a_proj_with_mqa.weight", [rank, rope], h)?;
         let stored = unpacked(attention.source("kv_b_proj.weight", &[heads * (nope + v), rank])?);
-        let (mut key_up, mut value_up) = (Vec::with_capacity(heads), Vec::with_capacity(heads));
-        for head in 0..heads {
+        let (mut key_up, mut value_up) = (Vec::with_capacity(own.len()), Vec::with_capacity(own.len()));
+        for head in own.clone() {
             let first = head * (nope + v);
             key_up.push(attention.backend().load(&transposed(&stored.slice_rows(first..first + nope)?))?);
             value_up.push(attention.backend().load(&stored.slice_rows(first + nope..first + nope + v)?)?);
         }
         Ok(Self {
-            shape: LatentShape { heads, value_dim: rank, scale: scale(config) },
+            shape: LatentShape { heads: own.len(), value_dim: rank, scale: scale(config) },
             eps: text.rms_norm_eps,
             q_a_proj: attention.linear("q_a_proj", q_rank, h, false)?,
             q_a_layernorm: attention.vector("q_a_layernorm.weight", q_rank)?,
-            q_b_proj: attention.linear("q_b_proj", heads * (nope + rope), q_rank, false)?,
+            q_b_proj: {
+                let part = own.start * (nope + rope)..own.end * (nope + rope);
+                attention.linear_outputs("q_b_proj", heads * (nope + rope), q_rank, false, part)?
+            },
             kv_a_proj,
             k_rope_proj,
             kv_a_layernorm: attention.vector("kv_a_layernorm.weight", rank)?,

@@ -12,7 +12,8 @@
 //!   nor on how a prompt was cut into chunks.
 //! * Every tensor of interest can be watched through a [`Tap`]; without one nothing is copied.
 //!
-//! From patches to logits: [`vision`](self) tower, projector, decoder, held together by [`KeyeModel`].
+//! From patches to logits: [`vision`](self) tower, projector, decoder, held together by [`KeyeModel`], which has one device;
+//! [`ParallelModel`] divides a decoder among several.
 
 mod cost;
 mod decoder;
@@ -22,7 +23,9 @@ mod indexer;
 mod latent_attention;
 mod layout;
 mod model;
+mod parallel;
 mod projector;
+mod ranks;
 mod rope;
 mod runner;
 mod tap;
@@ -32,6 +35,7 @@ mod weights;
 pub use cost::Cost;
 pub use layout::{TensorShape, split_experts, stored_layout, weight_layout};
 pub use model::{KeyeModel, LoadOptions};
+pub use parallel::{ParallelModel, RankDevice};
 pub use runner::{
     Batch, Chunk, EncodeProgress, FeatureId, FeatureRows, LogitRows, ModelError, Outputs, Runner, RunnerInfo,
 };

@@ -8,9 +8,10 @@ use keye_backend::{Activation, BLOCK_TOKENS, Backend, KvDtype, SequenceRows, Wei
 use keye_media::{MediaKind, Patches, Pixels, ProcessorConfig};
 use keye_processor::{Checkpoint, Facts, ModelConfig, VisionSpan};
 
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Rows};
 use crate::encode::{Encoding, Parts};
 use crate::projector::Projector;
+use crate::ranks::{Peers, Shard};
 use crate::vision::{Grid, VisionTower};
 use crate::weights::Weights;
 use crate::{
@@ -26,9 +27,11 @@ pub struct LoadOptions {
     pub kv_dtype: KvDtype,
 }
 
-/// A loaded model.
+/// A loaded model; or rank 0 of one on several devices, which has the tower and projector alone.
 pub struct KeyeModel<B: Backend> {
     backend: B,
+    /// What runs tower and projector, if it is not `backend`; its tensors are the same device's.
+    encoder: Option<B>,
     config: ModelConfig,
     facts: Facts,
     info: RunnerInfo,
@@ -53,12 +56,27 @@ impl<B: Backend> KeyeModel<B> {
         checkpoint: &Checkpoint,
         options: LoadOptions,
     ) -> Result<Self, ModelError> {
+        Self::load_rank(backend, None, Peers(None), config, processor, checkpoint, options)
+    }
+
+    /// As [`KeyeModel::load`], the part of rank 0.
+    pub(crate) fn load_rank(
+        backend: B,
+        encoder: Option<B>,
+        peers: Peers<B>,
+        config: &ModelConfig,
+        processor: &ProcessorConfig,
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+    ) -> Result<Self, ModelError> {
         let facts = config.variant.facts();
-        let weights = Weights::new(checkpoint, &backend, config.fp8_block);
+        let shard = peers.shard();
+        let weights = Weights::new(checkpoint, encoder.as_ref().unwrap_or(&backend), config.fp8_block, Shard::WHOLE);
         let vision = VisionTower::load(&weights, &config.vision, processor)?;
         let projector = Projector::load(&weights, &config.vision, facts.projector_norm, config.text.hidden_size)?;
-        let decoder = Decoder::load(&weights, &config.text)?;
-        let spec = Decoder::<B>::cache_spec(&config.text, options.kv_dtype);
+        let weights = Weights::new(checkpoint, &backend, config.fp8_block, shard);
+        let decoder = Decoder::load(&weights, &config.text, peers)?;
+        let spec = Decoder::<B>::cache_spec(&config.text, options.kv_dtype, shard);
         let num_blocks = options.cache_tokens.div_ceil(BLOCK_TOKENS);
         let cache = backend.cache(&spec, num_blocks)?;
         let info = RunnerInfo {
@@ -66,11 +84,12 @@ impl<B: Backend> KeyeModel<B> {
             max_positions: config.text.max_position_embeddings,
             block_tokens: BLOCK_TOKENS,
             num_blocks,
-            block_bytes: spec.block_bytes(),
+            block_bytes: spec.block_bytes() * shard.ranks,
             feature_row_bytes: config.text.hidden_size * 4,
         };
         Ok(Self {
             backend,
+            encoder,
             config: config.clone(),
             facts,
             info,
@@ -91,8 +110,17 @@ impl<B: Backend> KeyeModel<B> {
     }
 
     fn parts(&self) -> Parts<'_, B> {
-        let Self { backend, config, vision, projector, .. } = self;
-        Parts { backend, config: &config.vision, vision, projector }
+        let Self { config, vision, projector, .. } = self;
+        Parts { backend: self.encoder(), config: &config.vision, vision, projector }
+    }
+
+    fn encoder(&self) -> &B {
+        self.encoder.as_ref().unwrap_or(&self.backend)
+    }
+
+    /// Says what is wrong with a batch.
+    pub(crate) fn check(&self, batch: &Batch) -> Result<(), ModelError> {
+        batch.chunks.iter().try_for_each(|chunk| self.check_chunk(chunk))
     }
 
     /// The patch rectangles that attend together, one per span.
@@ -165,6 +193,19 @@ impl<B: Backend> KeyeModel<B> {
     }
 }
 
+/// The rows of a batch that has been checked.
+pub(crate) fn rows_of(batch: &Batch) -> Rows {
+    let mut rows = Rows { positions: Vec::new(), sequences: Vec::new(), wanted: Vec::new() };
+    for chunk in &batch.chunks {
+        let first = rows.positions.len();
+        rows.positions.extend_from_slice(&chunk.positions);
+        let (start, block_table) = (chunk.start, chunk.block_table.clone());
+        rows.sequences.push(SequenceRows { rows: first..rows.positions.len(), start, block_table });
+        rows.wanted.extend(logit_rows(chunk).map(|row| (first + row) as u32));
+    }
+    rows
+}
+
 /// Rows of a chunk whose logits are wanted.
 fn logit_rows(chunk: &Chunk) -> Range<usize> {
     let n = chunk.tokens.len();
@@ -225,22 +266,16 @@ impl<B: Backend> Runner for KeyeModel<B> {
     }
 
     fn step(&mut self, batch: &Batch, tap: &mut dyn Tap) -> Result<Outputs, ModelError> {
-        batch.chunks.iter().try_for_each(|chunk| self.check_chunk(chunk))?;
+        self.check(batch)?;
         if batch.chunks.is_empty() {
             return Ok(Outputs::default());
         }
         let backend = &self.backend;
-        let mut tokens = Vec::new();
-        let mut positions = Vec::new();
-        let mut sequences = Vec::new();
-        for chunk in &batch.chunks {
-            let rows = tokens.len()..tokens.len() + chunk.tokens.len();
-            tokens.extend_from_slice(&chunk.tokens);
-            positions.extend_from_slice(&chunk.positions);
-            sequences.push(SequenceRows { rows, start: chunk.start, block_table: chunk.block_table.clone() });
-        }
+        let tokens: Vec<u32> = batch.chunks.iter().flat_map(|chunk| &chunk.tokens).copied().collect();
+        let rows = rows_of(batch);
+        let sequences = &rows.sequences;
         let mut x = self.decoder.embed(backend, &tokens)?; // [n, H]
-        for (chunk, sequence) in batch.chunks.iter().zip(&sequences) {
+        for (chunk, sequence) in batch.chunks.iter().zip(sequences) {
             for rows in &chunk.features {
                 let features = &self.features[&rows.feature];
                 backend.copy_rows(features, rows.row..rows.row + rows.len, &mut x, sequence.rows.start + rows.at)?;
@@ -250,13 +285,12 @@ impl<B: Backend> Runner for KeyeModel<B> {
         if tap.wants("inputs_embeds") {
             tap.record("inputs_embeds", hidden_size, &backend.download(&x)?);
         }
-        let x = self.decoder.forward(backend, x, &positions, &sequences, &mut self.cache, tap)?;
+        let x = self.decoder.forward(backend, Some(x), &rows, &mut self.cache, tap)?;
         if tap.wants("lm_final_norm") {
             tap.record("lm_final_norm", hidden_size, &backend.download(&self.decoder.final_norm(backend, &x)?)?);
         }
-        let (mut wanted, mut hidden) = (Vec::new(), Vec::new());
-        for (chunk, sequence) in batch.chunks.iter().zip(&sequences) {
-            wanted.extend(logit_rows(chunk).map(|row| (sequence.rows.start + row) as u32));
+        let mut hidden = Vec::new();
+        for (chunk, sequence) in batch.chunks.iter().zip(sequences) {
             hidden.push(match hidden_rows(chunk) {
                 rows if rows.is_empty() => Vec::new(),
                 rows => {
@@ -266,12 +300,11 @@ impl<B: Backend> Runner for KeyeModel<B> {
                 }
             });
         }
-        if wanted.is_empty() {
+        if rows.wanted.is_empty() {
             return Ok(Outputs { logits: vec![Vec::new(); batch.chunks.len()], hidden });
         }
-        let rows = backend.gather_rows(&x, &backend.upload_index(&wanted)?, 1)?;
-        let rows = self.decoder.final_norm(backend, &rows)?;
-        let mut all = backend.download(&self.decoder.logits(backend, &rows)?)?.into_iter();
+        let logits = self.decoder.logits(backend, &x, &rows)?.expect("rank 0 gets the logits");
+        let mut all = backend.download(&logits)?.into_iter();
         let vocab_size = self.info.vocab_size;
         let logits = batch
             .chunks
@@ -295,7 +328,7 @@ impl<B: Backend> Runner for KeyeModel<B> {
         // The shortest of a few products, so that one interruption does not make an estimate several times too long.
         let (rows, width) = (256, 1024);
         let measure = || -> Result<f64, ModelError> {
-            let b = &self.backend;
+            let b = self.encoder();
             let weight = b.load(&WeightSource::from_f32("probe", width, width, &vec![0.5; width * width]))?;
             let x = b.upload(rows, width, &vec![0.5; rows * width])?;
             let mut seconds = f64::INFINITY;

@@ -166,6 +166,9 @@ pub enum ModelError {
     /// The device.
     #[error(transparent)]
     Backend(#[from] keye_backend::BackendError),
+    /// Ranks that a model does not divide among, or that have ended.
+    #[error("{0}")]
+    Ranks(String),
     /// A batch that breaks the contract of [`Batch`].
     #[error("batch: {0}")]
     Batch(String),

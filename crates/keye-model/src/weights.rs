@@ -1,9 +1,12 @@
 //! From the checkpoint's tensors to the backend's weights.
 
+use std::ops::Range;
+
 use keye_backend::{Backend, BackendError, BlockScales, Dtype, WeightSource};
 use keye_processor::{Checkpoint, StoredTensor};
 
 use crate::ModelError;
+use crate::ranks::Shard;
 
 /// A weight matrix and its bias.
 pub(crate) struct Linear<B: Backend> {
@@ -33,13 +36,19 @@ pub(crate) struct Weights<'a, B: Backend> {
     checkpoint: &'a Checkpoint,
     backend: &'a B,
     fp8_block: [usize; 2],
+    shard: Shard,
     prefix: String,
 }
 
 impl<'a, B: Backend> Weights<'a, B> {
-    /// `fp8_block`: rows and columns of 8-bit weights that share a scale.
-    pub(crate) fn new(checkpoint: &'a Checkpoint, backend: &'a B, fp8_block: [usize; 2]) -> Self {
-        Self { checkpoint, backend, fp8_block, prefix: String::new() }
+    /// `fp8_block`: rows and columns of 8-bit weights that share a scale; `shard`: the part that a rank takes of what is
+    /// divided.
+    pub(crate) fn new(checkpoint: &'a Checkpoint, backend: &'a B, fp8_block: [usize; 2], shard: Shard) -> Self {
+        Self { checkpoint, backend, fp8_block, shard, prefix: String::new() }
+    }
+
+    pub(crate) fn shard(&self) -> Shard {
+        self.shard
     }
 
     /// The weights below `name`.
@@ -104,6 +113,40 @@ impl<'a, B: Backend> Weights<'a, B> {
         let at = self.at(name);
         let bias = if bias { Some(at.vector("bias", out)?) } else { None };
         Ok(Linear { weight: at.matrix("weight", out, input)?, bias })
+    }
+
+    /// As [`Weights::linear`], of which only the outputs `part` are wanted; in place.
+    pub(crate) fn linear_outputs(
+        &self,
+        name: &str,
+        out: usize,
+        input: usize,
+        bias: bool,
+        part: Range<usize>,
+    ) -> Result<Linear<B>, ModelError> {
+        let at = self.at(name);
+        let weight = self.backend.load(&at.source("weight", &[out, input])?.slice_rows(part.clone())?)?;
+        let bias = match bias {
+            true => Some(self.backend.load(&at.source("bias", &[out])?.copy_columns(part)?)?),
+            false => None,
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    /// As [`Weights::linear`], which only has the inputs `part`; its results are summed over the ranks, so rank 0 alone
+    /// has the bias.
+    pub(crate) fn linear_inputs(
+        &self,
+        name: &str,
+        out: usize,
+        input: usize,
+        bias: bool,
+        part: Range<usize>,
+    ) -> Result<Linear<B>, ModelError> {
+        let at = self.at(name);
+        let bias = if bias && self.shard.rank == 0 { Some(at.vector("bias", out)?) } else { None };
+        let weight = self.backend.load(&at.source("weight", &[out, input])?.copy_columns(part)?)?;
+        Ok(Linear { weight, bias })
     }
 
     /// `name.weight [n]` and `name.bias [n]`.

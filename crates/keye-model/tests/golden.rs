@@ -14,5 +14,7 @@ mod keye_2;
 mod latent;
 #[path = "golden/latent_reference.rs"]
 mod latent_reference;
+#[path = "golden/parallel.rs"]
+mod parallel;
 #[path = "golden/support.rs"]
 mod support;

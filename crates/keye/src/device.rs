@@ -2,13 +2,14 @@
 
 use std::str::FromStr;
 
-use keye_backend::{Backend, Cpu, CpuOptions, KvDtype};
+use keye_backend::KvDtype;
 use keye_media::ProcessorConfig;
-use keye_model::{KeyeModel, Runner};
+use keye_model::{LoadOptions, Runner};
 use keye_processor::{Checkpoint, ModelConfig};
 
 use crate::api::LoadError;
 use crate::memory::{CacheFit, fit_cache};
+use crate::ranks::{ModelFiles, load_cpu};
 
 /// A device by name: `cpu`, `cuda` (the first GPU) or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,13 +41,15 @@ pub struct DeviceOptions {
     pub device: Device,
     /// Threads of the CPU; `None` is one per core.
     pub threads: Option<usize>,
+    /// Ranks that the decoder is divided among, each with its part of the threads; of a GPU one.
+    pub ranks: usize,
     /// Part of a GPU's memory that may be in use, 0 to 1.
     pub gpu_memory: f64,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, threads: None, gpu_memory: 0.9 }
+        Self { device: Device::Cpu, threads: None, ranks: 1, gpu_memory: 0.9 }
     }
 }
 
@@ -92,19 +95,28 @@ impl DeviceOptions {
         kv_dtype: KvDtype,
         size: CacheSize,
     ) -> Result<Loaded, LoadError> {
-        let model = Parts { config, pixels, checkpoint, kv_dtype };
         match self.device {
             Device::Cpu => {
                 let fit = match size {
                     CacheSize::Fit(tokens) => {
-                        fit_cache(config, kv_dtype, tokens, checkpoint).map_err(LoadError::Length)?
+                        fit_cache(config, kv_dtype, tokens, checkpoint, self.ranks).map_err(LoadError::Length)?
                     }
-                    CacheSize::Exactly(tokens) => CacheFit::of(config, kv_dtype, tokens, checkpoint),
+                    CacheSize::Exactly(tokens) => CacheFit::of(config, kv_dtype, tokens, checkpoint, self.ranks),
                 };
-                model.on(Cpu::new(CpuOptions { threads: self.threads, isa: None })?, fit)
+                let options = LoadOptions { cache_tokens: fit.tokens, kv_dtype };
+                let files = ModelFiles { config, processor: pixels, checkpoint };
+                let (runner, device) = load_cpu(self.ranks, self.threads, files, options)?;
+                Ok(Loaded { runner, device, fit })
             }
             #[cfg(feature = "cuda")]
-            Device::Cuda(number) => model.on_gpu(number, self.gpu_memory, size),
+            Device::Cuda(_) if self.ranks > 1 => Err(keye_backend::BackendError::Setting(
+                "--tp divides a model among parts of the CPU, not GPUs yet: use --device cpu, or one GPU".into(),
+            )
+            .into()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => {
+                Parts { config, pixels, checkpoint, kv_dtype }.on_gpu(number, self.gpu_memory, size)
+            }
             #[cfg(not(feature = "cuda"))]
             Device::Cuda(_) => Err(keye_backend::BackendError::Setting(
                 "this build has no CUDA: build with --features cuda, or use --device cpu".into(),
@@ -115,6 +127,7 @@ impl DeviceOptions {
 }
 
 /// What a model is made of.
+#[cfg(feature = "cuda")]
 struct Parts<'a> {
     config: &'a ModelConfig,
     pixels: &'a ProcessorConfig,
@@ -122,10 +135,11 @@ struct Parts<'a> {
     kv_dtype: KvDtype,
 }
 
+#[cfg(feature = "cuda")]
 impl Parts<'_> {
-    #[cfg(feature = "cuda")]
     fn on_gpu(&self, number: usize, part: f64, size: CacheSize) -> Result<Loaded, LoadError> {
-        use keye_backend::{Cuda, CudaOptions};
+        use keye_backend::{Backend, Cuda, CudaOptions};
+        use keye_model::KeyeModel;
 
         use crate::gpu_memory::{ACTIVATIONS, GpuMemory, fit_tokens, weight_bytes};
 
@@ -136,7 +150,7 @@ impl Parts<'_> {
         }
         let (free, total) = cuda.memory()?;
         let weights = weight_bytes(&crate::WeightBytes::stored(self.config, self.checkpoint));
-        let mut fit = CacheFit::of(self.config, self.kv_dtype, 0, self.checkpoint);
+        let mut fit = CacheFit::of(self.config, self.kv_dtype, 0, self.checkpoint, 1);
         let tokens = match size {
             CacheSize::Exactly(tokens) => tokens,
             CacheSize::Fit(wanted) => {
@@ -145,15 +159,11 @@ impl Parts<'_> {
                     .map_err(LoadError::Length)?
             }
         };
-        fit = CacheFit::of(self.config, self.kv_dtype, tokens, self.checkpoint);
+        fit = CacheFit::of(self.config, self.kv_dtype, tokens, self.checkpoint, 1);
         fit.plan = fit.plan.on_gpu(weights, ACTIVATIONS, total);
-        self.on(cuda, fit)
-    }
-
-    fn on<B: Backend>(&self, backend: B, fit: CacheFit) -> Result<Loaded, LoadError> {
-        let device = backend.describe();
-        let options = keye_model::LoadOptions { cache_tokens: fit.tokens, kv_dtype: self.kv_dtype };
-        let runner = Box::new(KeyeModel::load(backend, self.config, self.pixels, self.checkpoint, options)?);
+        let device = cuda.describe();
+        let options = LoadOptions { cache_tokens: fit.tokens, kv_dtype: self.kv_dtype };
+        let runner = Box::new(KeyeModel::load(cuda, self.config, self.pixels, self.checkpoint, options)?);
         Ok(Loaded { runner, device, fit })
     }
 }

@@ -1,8 +1,9 @@
 //! How a model would lie on several devices: weights and cache of each, from sizes alone.
 //!
-//! Matrices of the decoder are divided evenly, tower, projector, norms, routers and the narrow projections of latent attention
-//! are on every device. Keys and values are divided by their heads, as far as there are heads; a latent cache has none and
-//! is whole on every device, or holds sequences of its own there, which takes as much.
+//! As `--tp` does it (`docs/parallel.md`): matrices of the decoder are divided evenly, norms, routers, the indexer and the narrow
+//! projections of latent attention are on every device. So that no device is short, each is counted as the first, which alone
+//! has tower, projector and the table of embeddings. Keys and values are divided by their heads, as far as there are heads;
+//! index keys and a latent cache have none and are whole on every device.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ use keye_model::stored_layout;
 use keye_processor::{Checkpoint, Dtype, ModelConfig};
 use serde::Serialize;
 
-use crate::cache_spec;
+use crate::cache_spec_of_ranks;
 
 /// Number of devices and gigabytes of each.
 const SETS: [(u64, u64); 6] = [(1, 24), (1, 80), (8, 80), (8, 141), (16, 80), (32, 80)];
@@ -25,7 +26,7 @@ pub struct WeightBytes {
     pub by_type: BTreeMap<Dtype, u64>,
     /// That devices divide among themselves.
     pub divided: u64,
-    /// That every device has.
+    /// That every device has, or the first alone.
     pub everywhere: u64,
     /// Of experts that tokens are sent to: of these a token reads a few.
     pub experts: u64,
@@ -61,7 +62,8 @@ impl WeightBytes {
 }
 
 fn is_divided(name: &str) -> bool {
-    const WHOLE: [&str; 5] = [".q_a_proj.", ".kv_a_proj_with_mqa.", ".sa_indexer.", ".mlp.gate.", "norm."];
+    const WHOLE: [&str; 6] =
+        ["embed_tokens.", ".q_a_proj.", ".kv_a_proj_with_mqa.", ".sa_indexer.", ".mlp.gate.", "norm."];
     let decoder = name.starts_with("model.") || name.starts_with("lm_head.");
     decoder && !WHOLE.iter().any(|part| name.contains(part))
 }
@@ -87,13 +89,12 @@ pub struct DevicePlan {
 
 /// Plans for devices of common sizes, the cache in bf16.
 pub fn device_plans(config: &ModelConfig, weights: &WeightBytes) -> Vec<DevicePlan> {
-    let token = (cache_spec(config, KvDtype::Bf16).block_bytes() / BLOCK_TOKENS) as u64;
-    let parts = if config.text.latent.is_some() { 1 } else { config.text.num_key_value_heads as u64 };
     let plan = |(devices, gigabytes): (u64, u64)| {
         let device_bytes = gigabytes * 1_000_000_000;
         let usable_bytes = device_bytes / 100 * USED;
         let weight_bytes = weights.divided.div_ceil(devices) + weights.everywhere;
-        let cache_bytes_per_token = token.div_ceil(parts.min(devices));
+        let all = cache_spec_of_ranks(config, KvDtype::Bf16, usize::try_from(devices).unwrap_or(1));
+        let cache_bytes_per_token = (all.block_bytes() / BLOCK_TOKENS) as u64 / devices;
         let cache_tokens = usable_bytes.saturating_sub(weight_bytes) / cache_bytes_per_token.max(1);
         let fits = cache_tokens >= BLOCK_TOKENS as u64;
         DevicePlan { devices, device_bytes, usable_bytes, weight_bytes, fits, cache_bytes_per_token, cache_tokens }
@@ -136,7 +137,7 @@ mod tests {
         assert!(plans.iter().all(|plan| plan.cache_bytes_per_token == 61 * 1152));
         let sixteen = &plans[4];
         assert_eq!(sixteen.usable_bytes, 64_000_000_000);
-        assert!((42e9..45e9).contains(&(sixteen.weight_bytes as f64)), "{sixteen:?}");
+        assert!((44e9..47e9).contains(&(sixteen.weight_bytes as f64)), "{sixteen:?}");
         assert_eq!(sixteen.cache_tokens, (sixteen.usable_bytes - sixteen.weight_bytes) / (61 * 1152));
     }
 

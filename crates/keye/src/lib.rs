@@ -40,13 +40,15 @@ mod new_dir;
 pub mod presets;
 pub mod quantize;
 pub mod random_checkpoint;
+mod ranks;
 
 pub use api::{AskError, Events, Keye, LoadError, LoadOptions, LoadProgress, default_sampling, resolve_model};
 pub use device::{CacheSize, Device, DeviceOptions, Loaded};
 pub use device_plan::{DevicePlan, WeightBytes, device_plans};
 pub use disk::free_bytes;
 pub use media_argument::{ArgumentError, kind_of_bytes, media_item};
-pub use memory::{CacheFit, MemoryPlan, cache_spec, fit_cache};
+pub use memory::{CacheFit, MemoryPlan, cache_spec, cache_spec_of_ranks, fit_cache};
+pub use ranks::{ModelFiles, load_cpu, load_ranks};
 
 /// The name of the model inside this library, where there is one (feature `nano`): see `Keye::embedded`.
 pub const NANO: &str = "keye-nano";

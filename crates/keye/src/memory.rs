@@ -19,19 +19,32 @@ pub struct CacheFit {
 
 impl CacheFit {
     /// A cache of `tokens` tokens, whether it fits or not.
-    pub(crate) fn of(config: &ModelConfig, dtype: KvDtype, tokens: usize, checkpoint: &Checkpoint) -> Self {
-        let bytes_per_token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
-        Self { tokens, bytes_per_token, plan: MemoryPlan::new(config, checkpoint, dtype, tokens) }
+    pub(crate) fn of(
+        config: &ModelConfig,
+        dtype: KvDtype,
+        tokens: usize,
+        checkpoint: &Checkpoint,
+        ranks: usize,
+    ) -> Self {
+        let bytes_per_token = cache_spec_of_ranks(config, dtype, ranks).block_bytes() / BLOCK_TOKENS;
+        Self { tokens, bytes_per_token, plan: MemoryPlan::new(config, checkpoint, dtype, tokens, ranks) }
     }
 }
 
 /// What is cached of a token.
 pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
+    cache_spec_of_ranks(config, dtype, 1)
+}
+
+/// What is cached of a token on all of `ranks` devices together: they divide the heads, as far as there are heads; index
+/// keys and latents are on each.
+pub fn cache_spec_of_ranks(config: &ModelConfig, dtype: KvDtype, ranks: usize) -> CacheSpec {
     let text = &config.text;
-    let index_dim = text.indexer.map_or(0, |indexer| indexer.head_dim);
-    let latent_dim = text.latent.map_or(0, |latent| latent.latent_dim());
+    let index_dim = text.indexer.map_or(0, |indexer| indexer.head_dim * ranks);
+    let latent_dim = text.latent.map_or(0, |latent| latent.latent_dim() * ranks);
     // With latents nothing is kept per head.
-    let (kv_heads, head_dim) = if latent_dim > 0 { (0, 0) } else { (text.num_key_value_heads, text.head_dim) };
+    let (kv_heads, head_dim) =
+        if latent_dim > 0 { (0, 0) } else { (text.num_key_value_heads.max(ranks), text.head_dim) };
     CacheSpec { layers: text.num_hidden_layers, kv_heads, head_dim, dtype, index_dim, latent_dim }
 }
 
@@ -53,19 +66,17 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// For a cache of `tokens` tokens, with what the checkpoint stores.
-    pub fn new(config: &ModelConfig, checkpoint: &Checkpoint, dtype: KvDtype, tokens: usize) -> Self {
+    /// For a cache of `tokens` tokens on `ranks` devices of this machine, with what the checkpoint stores.
+    pub fn new(config: &ModelConfig, checkpoint: &Checkpoint, dtype: KvDtype, tokens: usize, ranks: usize) -> Self {
         let bytes = |name: &str| checkpoint.get(name).map_or(0, |tensor| tensor.bytes.len() as u64);
         let experts = checkpoint.names().filter(|name| name.contains(".mlp.experts.")).map(bytes).sum();
-        Self::of(config, checkpoint.total_bytes().saturating_sub(experts), experts, dtype, tokens, &Memory::read())
-    }
-
-    fn of(config: &ModelConfig, weights: u64, experts: u64, dtype: KvDtype, tokens: usize, memory: &Memory) -> Self {
-        let spec = cache_spec(config, dtype);
+        let weights = checkpoint.total_bytes().saturating_sub(experts);
+        let spec = cache_spec_of_ranks(config, dtype, ranks);
         let cache = |spec: CacheSpec| (spec.block_bytes() as u64).saturating_mul(tokens.div_ceil(BLOCK_TOKENS) as u64);
         let kv = cache(CacheSpec { index_dim: 0, ..spec });
         let index_keys = cache(spec).saturating_sub(kv);
-        Self { weights, experts, kv, index_keys, activations: activations(config), machine: memory.total }
+        let activations = activations(config).saturating_mul(ranks as u64);
+        Self { weights, experts, kv, index_keys, activations, machine: Memory::read().total }
     }
 
     /// The same cache in a GPU's memory of `total` bytes, where experts do not wait on the disk.
@@ -132,7 +143,7 @@ fn activations(config: &ModelConfig) -> u64 {
     STEP_ROWS * 4 * (4 * h + 3 * q + 2 * kv + wide + index) as u64 + fixed
 }
 
-/// Tokens of the cache: `wanted`, or the model's longest sequence cut to half of the memory that is free and to what the
+/// Tokens of the cache, which `ranks` devices of this machine divide: `wanted`, or the model's longest sequence cut to half of the memory that is free and to what the
 /// weights leave.
 ///
 /// # Errors
@@ -144,11 +155,12 @@ pub fn fit_cache(
     dtype: KvDtype,
     wanted: Option<usize>,
     checkpoint: &Checkpoint,
+    ranks: usize,
 ) -> Result<CacheFit, String> {
-    let bytes_per_token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
-    let plan = |tokens: usize| MemoryPlan::new(config, checkpoint, dtype, tokens);
+    let bytes_per_token = cache_spec_of_ranks(config, dtype, ranks).block_bytes() / BLOCK_TOKENS;
+    let plan = |tokens: usize| MemoryPlan::new(config, checkpoint, dtype, tokens, ranks);
     let tokens = fit(config.text.max_position_embeddings, bytes_per_token, wanted, &plan, &Memory::read())?;
-    Ok(CacheFit::of(config, dtype, tokens, checkpoint))
+    Ok(CacheFit::of(config, dtype, tokens, checkpoint, ranks))
 }
 
 fn fit(

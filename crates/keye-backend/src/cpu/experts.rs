@@ -6,9 +6,9 @@ use std::ops::Range;
 use super::Cpu;
 use super::gemm::{Finish, Job, products};
 use crate::host::{HostTensor, HostWeight};
-use crate::{Activation, Expert};
+use crate::{Activation, Expert, UNSELECTED};
 
-/// `y[i] += sum over t of weights[i, t] * expert[chosen[i, t]](x[i])`, summed from left to right.
+/// `y[i] += sum over t of weights[i, t] * expert[chosen[i, t]](x[i])`, summed from left to right, without the unselected.
 pub(super) fn add(
     cpu: &Cpu,
     x: &HostTensor,
@@ -20,7 +20,7 @@ pub(super) fn add(
     let per_row = weights.cols;
     assert_eq!(chosen.len(), x.rows * per_row, "experts of every row");
     // Slots in the order of their experts, so that each expert's rows lie together.
-    let mut slots: Vec<usize> = (0..chosen.len()).collect();
+    let mut slots: Vec<usize> = (0..chosen.len()).filter(|slot| chosen[*slot] != UNSELECTED).collect();
     slots.sort_by_key(|slot| chosen[*slot]);
     let mut groups: Vec<(&Expert<HostWeight>, Range<usize>)> = Vec::new();
     let mut end = 0;
@@ -47,13 +47,14 @@ pub(super) fn add(
     }
     products(&cpu.pool, cpu.isa, &h, &jobs, &mut results);
 
-    let mut place = vec![0; slots.len()];
-    slots.iter().enumerate().for_each(|(at, slot)| place[*slot] = at);
+    let mut place = vec![None; chosen.len()];
+    slots.iter().enumerate().for_each(|(at, slot)| place[*slot] = Some(at));
     let cols = y.cols;
     cpu.each_row(y, 2 * per_row * cols, |i, row| {
         let mut sum = vec![0.0f32; cols];
         for (t, weight) in weights.row(i).iter().enumerate() {
-            for (sum, value) in sum.iter_mut().zip(results.row(place[i * per_row + t])) {
+            let Some(at) = place[i * per_row + t] else { continue };
+            for (sum, value) in sum.iter_mut().zip(results.row(at)) {
                 *sum += weight * value;
             }
         }

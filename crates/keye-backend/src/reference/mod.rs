@@ -324,7 +324,11 @@ impl Backend for Reference {
             let input = x.slice_rows(row..row + 1);
             let mut sum = vec![0.0f32; y.cols];
             for (t, weight) in weights.row(row).iter().enumerate() {
-                let expert = &experts[chosen[row * weights.cols + t] as usize];
+                let number = chosen[row * weights.cols + t];
+                if number == select::UNSELECTED {
+                    continue;
+                }
+                let expert = &experts[number as usize];
                 let h = self.gated(&input, &expert.gate, &expert.up)?;
                 let out = self.linear(&h, &expert.down, None, Activation::None)?;
                 for (sum, value) in sum.iter_mut().zip(&out.data) {

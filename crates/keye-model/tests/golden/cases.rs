@@ -1,7 +1,7 @@
 //! Every tensor of every case, on every backend of this machine.
 
 use keye_backend::{Backend, Cpu, CpuOptions, Isa, Reference};
-use keye_model::NoTap;
+use keye_model::{NoTap, Runner};
 
 use crate::support::{Case, FIXTURES, Recorder, encode, generate, load, load_dir, pads, prefill, write_bf16};
 
@@ -22,16 +22,21 @@ const TOLERANCES: [(&str, f32); 8] = [
 ];
 
 pub fn check<B: Backend>(make: impl Fn() -> B) {
+    check_loaded(&make().describe(), |fixture| Box::new(load(fixture, make())));
+}
+
+/// Every case of every fixture on a model that `load` makes.
+pub fn check_loaded(name: &str, load: impl Fn(&str) -> Box<dyn Runner>) {
     let mut worst = TOLERANCES.map(|(name, _)| (name, 0.0f32));
     let mut cases = 0;
     for fixture in FIXTURES {
-        let mut model = load(fixture, make());
+        let mut model = load(fixture);
         let pads = pads(fixture);
         for case in CASES.into_iter().filter_map(|name| Case::open(fixture, name)) {
             cases += 1;
             let mut tap = Recorder::default();
-            let ids = encode(&mut model, &case, &mut tap);
-            let logits = prefill(&mut model, &case, &ids, pads, &mut tap);
+            let ids = encode(&mut *model, &case, &mut tap);
+            let logits = prefill(&mut *model, &case, &ids, pads, &mut tap);
             tap.0.insert("logits_last8".into(), logits.clone());
             for (i, (stage, tolerance)) in TOLERANCES.into_iter().enumerate() {
                 for prefix in ["image_", "video_", ""] {
@@ -44,14 +49,14 @@ pub fn check<B: Backend>(make: impl Fn() -> B) {
                     worst[i].1 = worst[i].1.max(difference);
                 }
             }
-            assert_eq!(generate(&mut model, &case, &logits, 16), case.generated, "{fixture}/{}", case.name);
+            assert_eq!(generate(&mut *model, &case, &logits, 16), case.generated, "{fixture}/{}", case.name);
             for id in ids {
-                keye_model::Runner::release(&mut model, id);
+                model.release(id);
             }
         }
     }
     assert_eq!(cases, 14, "cases with whole patches");
-    println!("{}: largest differences {worst:?}", make().describe());
+    println!("{name}: largest differences {worst:?}");
 }
 
 #[test]

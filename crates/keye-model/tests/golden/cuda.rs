@@ -24,7 +24,6 @@ fn cuda_reproduces_every_case() {
 fn second_generation_on_cuda() {
     let Some(cuda) = cuda(Products::F32) else { return };
     keye_2::check(|| cuda.clone());
-    keye_2::pictures(keye_2::load(cuda, true));
 }
 
 /// Bit for bit also where queries, keys and weights are rounded for the matrix cores.

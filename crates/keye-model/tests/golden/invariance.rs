@@ -6,17 +6,24 @@ use keye_model::{Batch, Chunk, LogitRows, NoTap, Runner};
 
 use crate::support::{Case, encode, load, pads, prefill};
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
+/// Of 1.5.
+const CHUNKED: &str = "keye-1_5-tiny";
+
 pub fn chunked<B: Backend>(backend: B) {
-    let fixture = "keye-1_5-tiny";
-    let mut model = load(fixture, backend);
+    check_chunks(&mut load(CHUNKED, backend));
+}
+
+/// A model of [`CHUNKED`], with a prompt in all kinds of chunks; returns its logits in one chunk.
+pub fn check_chunks(model: &mut dyn Runner) -> Vec<u32> {
+    let fixture = CHUNKED;
     let case = Case::open(fixture, "image_two").unwrap();
     let pads = pads(fixture);
-    let ids = encode(&mut model, &case, &mut NoTap);
-    let whole = bits(&prefill(&mut model, &case, &ids, pads, &mut NoTap));
+    let ids = encode(model, &case, &mut NoTap);
+    let whole = bits(&prefill(model, &case, &ids, pads, &mut NoTap));
     let n = case.input_ids.len();
     for cuts in [vec![n - 1], vec![1, 2, 40, 64, 65], (1..n).collect::<Vec<_>>(), vec![63, 64]] {
         let mut logits = Vec::new();
@@ -47,6 +54,7 @@ pub fn chunked<B: Backend>(backend: B) {
         let vocab = model.info().vocab_size;
         assert_eq!(bits(&logits[logits.len() - 8 * vocab..]), whole);
     }
+    whole
 }
 
 #[test]

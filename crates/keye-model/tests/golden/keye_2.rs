@@ -152,12 +152,17 @@ impl Tap for Only<'_> {
 }
 
 pub fn check<B: Backend>(make: impl Fn() -> B) {
-    let mut model = load(make(), true);
+    check_loaded(|sparse| Box::new(load(make(), sparse)));
+}
+
+/// Text and pictures on models that `load` makes, with sparse attention or without.
+pub fn check_loaded(load: impl Fn(bool) -> Box<dyn Runner>) {
+    let mut model = load(true);
     for name in ["text", "short"] {
         let golden = Golden::open(name);
         let sequence = text(&golden);
         let mut tap = Recorder::default();
-        let logits = sequence.step(&mut model, 0..sequence.tokens.len(), &mut tap);
+        let logits = sequence.step(&mut *model, 0..sequence.tokens.len(), &mut tap);
         golden.compare("logits", &logits);
         golden.compare("final_hidden", &tap.0["lm_final_norm"]);
         check_recorded(&golden, &tap);
@@ -165,19 +170,20 @@ pub fn check<B: Backend>(make: impl Fn() -> B) {
 
     let golden = Golden::open("text_dense");
     let sequence = text(&golden);
-    let logits = sequence.step(&mut load(make(), false), 0..sequence.tokens.len(), &mut NoTap);
+    let logits = sequence.step(&mut *load(false), 0..sequence.tokens.len(), &mut NoTap);
     golden.compare("logits", &logits);
 
     let golden = Golden::open("decode");
     let mut tap = Recorder::default();
-    continue_greedily(&mut model, &golden, &mut text(&golden), 0, &mut tap);
+    continue_greedily(&mut *model, &golden, &mut text(&golden), 0, &mut tap);
     for layer in 0..3 {
         golden.compare(&format!("selected.{layer}"), &tap.0[&format!("selected.{layer}")]);
     }
+    pictures(&mut *model);
 }
 
 /// An image and three frames between text.
-pub fn pictures<B: Backend>(mut model: KeyeModel<B>) {
+fn pictures(model: &mut dyn Runner) {
     let golden = Golden::open("multimodal");
     let (images, frames) = (golden.grids("image_grid_thw"), golden.grids("video_grid_thw"));
     let config = ModelConfig::load(&fixture(FIXTURE).join("model")).unwrap();
@@ -207,24 +213,21 @@ pub fn pictures<B: Backend>(mut model: KeyeModel<B>) {
     }
     let mut sequence = Sequence { tokens, positions, features };
     let mut tap = Recorder::default();
-    let logits = sequence.step(&mut model, 0..sequence.tokens.len(), &mut tap);
+    let logits = sequence.step(model, 0..sequence.tokens.len(), &mut tap);
     golden.compare("logits", &logits);
     check_recorded(&golden, &tap);
-    continue_greedily(&mut model, &golden, &mut sequence, delta, &mut NoTap);
+    continue_greedily(model, &golden, &mut sequence, delta, &mut NoTap);
 }
 
 #[test]
 fn second_generation_on_the_reference() {
     check(|| Reference);
-    pictures(load(Reference, true));
 }
 
 #[test]
 fn second_generation_on_every_instruction_set() {
     for isa in Isa::available() {
-        let make = || Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap();
-        check(make);
-        pictures(load(make(), true));
+        check(|| Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap());
     }
 }
 
@@ -245,23 +248,30 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-/// Bit for bit: in chunks beside another sequence, token by token, and at once.
+/// A model with a prompt in chunks beside another sequence, token by token, and at once; returns its logits.
+pub fn check_chunks(model: &mut dyn Runner) -> Vec<f32> {
+    let sequence = text(&Golden::open("text"));
+    let n = sequence.tokens.len();
+    let whole = sequence.step(model, 0..n, &mut NoTap);
+    for cuts in [vec![n - 1], vec![3, 15, 16, 17, 40], (1..n).collect()] {
+        let (mut logits, mut start) = (Vec::new(), 0);
+        for end in cuts.into_iter().chain([n]) {
+            logits.extend(sequence.step(model, start..end, &mut NoTap));
+            start = end;
+        }
+        assert_eq!(bits(&logits), bits(&whole));
+    }
+    whole
+}
+
+/// Bit for bit.
 #[test]
 fn sparse_prompts_in_chunks_equal_the_whole_prompt() {
     let golden = Golden::open("text");
     let sequence = text(&golden);
     let n = sequence.tokens.len();
     fn all<B: Backend>(sequence: &Sequence, n: usize, make: impl Fn() -> B) {
-        let mut model = load(make(), true);
-        let whole = sequence.step(&mut model, 0..n, &mut NoTap);
-        for cuts in [vec![n - 1], vec![3, 15, 16, 17, 40], (1..n).collect()] {
-            let (mut logits, mut start) = (Vec::new(), 0);
-            for end in cuts.into_iter().chain([n]) {
-                logits.extend(sequence.step(&mut model, start..end, &mut NoTap));
-                start = end;
-            }
-            assert_eq!(bits(&logits), bits(&whole));
-        }
+        let whole = check_chunks(&mut load(make(), true));
         // As many tokens as are selected: dense attention, to the bit.
         let dense = sequence.step(&mut load(make(), false), 0..n, &mut NoTap);
         assert_eq!(bits(&dense[..16 * VOCAB]), bits(&whole[..16 * VOCAB]));

@@ -10,6 +10,7 @@ use keye_model::{
 use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, write_file};
 
 use crate::latent_reference::*;
+use crate::parallel;
 use crate::support::Recorder;
 
 /// Rows and columns of a block: no dimension is a multiple of them.
@@ -186,9 +187,12 @@ fn error(found: &[f32], expected: &[f64]) -> f64 {
 
 fn check<B: Backend>(backend: B, checkpoints: &Checkpoints, expected: &Expected) {
     let name = backend.describe();
-    let mut model = load(checkpoints.fp8.path(), backend, KvDtype::F32).unwrap();
+    check_loaded(&name, &mut load(checkpoints.fp8.path(), backend, KvDtype::F32).unwrap(), expected);
+}
+
+fn check_loaded(name: &str, model: &mut dyn Runner, expected: &Expected) {
     let mut recorder = Recorder::default();
-    let logits = run(&mut model, &prompt(), &[], &mut recorder);
+    let logits = run(model, &prompt(), &[], &mut recorder);
     let worst = error(&logits, &expected.logits.concat());
     println!("{name}: largest difference {worst:.2e} of the root mean square");
     assert!(worst < 1e-4, "{name}: {worst}");
@@ -212,6 +216,23 @@ fn every_backend_follows_the_formulas() {
     for isa in Isa::available() {
         check(cpu(Some(isa), 2), &checkpoints, &expected);
     }
+}
+
+/// Three ranks, a head and four experts each, with the latent cache on all of them: as the formulas, and bit for bit
+/// however the prompt is cut. Blocks of 8-bit weights that would be cut are refused.
+#[test]
+fn three_ranks_follow_the_formulas() {
+    let checkpoints = checkpoints();
+    let expected = forward(&checkpoints.tensors, &prompt());
+    let config = ModelConfig::load(checkpoints.plain.path()).unwrap();
+    let mut model = parallel::load(checkpoints.plain.path(), &config, 3, || cpu(None, 1)).unwrap();
+    check_loaded("three ranks", &mut model, &expected);
+    let whole = run(&mut model, &prompt(), &[], &mut NoTap);
+    for cuts in [vec![1, 2, 40, 64, 65, 128], vec![63, 64, 149]] {
+        assert_eq!(bits(&run(&mut model, &prompt(), &cuts, &mut NoTap)), bits(&whole), "{cuts:?}");
+    }
+    let error = parallel::load(checkpoints.fp8.path(), &config, 3, || Reference).err().unwrap().to_string();
+    assert!(error.contains("o_proj") && error.contains("multiples of 20"), "{error}");
 }
 
 #[test]

@@ -41,6 +41,9 @@ pub struct ModelArgs {
     #[cfg(feature = "cuda")]
     #[arg(long, value_name = "PART", default_value = "0.9", value_parser = part)]
     pub gpu_memory: f64,
+    /// Divide the decoder among N ranks (tensor parallelism, docs/parallel.md), each with its part of the threads
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub tp: u16,
     /// Longest prompt and answer together, in tokens [default: the model's, cut to half of the free memory]
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<usize>,
@@ -138,6 +141,7 @@ impl ModelArgs {
         DeviceOptions {
             device: self.device,
             threads: self.threads.map(usize::from),
+            ranks: self.tp.into(),
             #[cfg(feature = "cuda")]
             gpu_memory: self.gpu_memory,
             #[cfg(not(feature = "cuda"))]

@@ -46,7 +46,7 @@ pub struct Args {
     #[arg(long, value_name = "N", requires = "preset", value_parser = clap::value_parser!(u16).range(1..))]
     layers: Option<u16>,
     /// Only what attention costs a token behind 1K to 256K others, sparse and dense
-    #[arg(long, requires = "preset", conflicts_with_all = ["only", "quant", "write_checkpoint", "layers", "dir"])]
+    #[arg(long, requires = "preset", conflicts_with_all = ["only", "quant", "write_checkpoint", "layers", "dir", "tp"])]
     context_curve: bool,
     /// What to measure [default: everything]
     #[arg(long, value_name = "PARTS", value_delimiter = ',', conflicts_with = "write_checkpoint")]
@@ -63,6 +63,9 @@ pub struct Args {
     /// Threads of the CPU [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Divide the decoder among N ranks (tensor parallelism, docs/parallel.md), each with its part of the threads
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    tp: u16,
     /// The best of this many runs counts
     #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(1..))]
     repeat: u16,
@@ -217,6 +220,7 @@ fn bench(
         device: DeviceOptions {
             device: args.device,
             threads: Some(args.threads.map_or(cores, usize::from)),
+            ranks: args.tp.into(),
             ..DeviceOptions::default()
         },
         parts: if args.only.is_empty() { Part::ALL.to_vec() } else { args.only.clone() },

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use keye::{CacheSize, Device, ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec};
+use keye::{CacheSize, Device, ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec_of_ranks};
 use keye_backend::{BLOCK_TOKENS, CacheSpec};
 use keye_limits::Limits;
 use keye_media::{Loader, MediaCost, MediaKind, Patches, Pixels, media_cost, write_sample_clip};
@@ -220,7 +220,8 @@ impl Bench {
         let config = processor.config.clone();
         let pixels = &processor.media.processor;
         let loaded = plan.device.load(&config, pixels, &checkpoint, plan.kv_dtype, CacheSize::Exactly(tokens))?;
-        let spec = cache_spec(&config, plan.kv_dtype);
+        let ranks = plan.device.ranks;
+        let spec = cache_spec_of_ranks(&config, plan.kv_dtype, ranks);
         let cache_bytes = spec.block_bytes() / BLOCK_TOKENS;
         let kv_bytes = CacheSpec { index_dim: 0, ..spec }.block_bytes() / BLOCK_TOKENS;
         Ok(Self {
@@ -229,7 +230,7 @@ impl Bench {
             weight_bytes: weight_bytes(&config, &checkpoint),
             kv_bytes_per_token: kv_bytes as f64,
             index_bytes_per_token: (cache_bytes - kv_bytes) as f64,
-            cache_tokens: MemoryPlan::new(&config, &checkpoint, plan.kv_dtype, 0).tokens_that_fit(cache_bytes),
+            cache_tokens: MemoryPlan::new(&config, &checkpoint, plan.kv_dtype, 0, ranks).tokens_that_fit(cache_bytes),
             config,
             filled: 0,
         })

@@ -249,7 +249,7 @@ fn kv_cache(config: &ModelConfig, dtype: KvDtype) -> Value {
 /// What the longest sequence takes, and what fits.
 fn memory(config: &ModelConfig, checkpoint: &Checkpoint, dtype: KvDtype) -> Value {
     let tokens = config.text.max_position_embeddings;
-    let plan = MemoryPlan::new(config, checkpoint, dtype, tokens);
+    let plan = MemoryPlan::new(config, checkpoint, dtype, tokens, 1);
     let token = cache_spec(config, dtype).block_bytes() / BLOCK_TOKENS;
     json!({
         "tokens": tokens,

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use keye::{
-    Access, CheckpointFiles, Conversation, KvDtype, LoadError, MediaError, MediaKind, TimestampRule, resolve_model,
+    Access, CheckpointFiles, Conversation, KvDtype, LoadError, MediaError, MediaKind, ModelFiles, TimestampRule,
+    load_cpu, load_ranks, resolve_model,
 };
-use keye_backend::{Backend, Cpu, CpuOptions, Reference};
+use keye_backend::Reference;
 use keye_media::{Loader, Media, Pixels, ProcessorConfig, VideoRule};
-use keye_model::{KeyeModel, LoadOptions, Runner, Tap};
+use keye_model::{LoadOptions, Runner, Tap};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Prompt, TemplateOptions, seconds_per_grid};
 use serde_json::Value;
 
@@ -76,6 +77,9 @@ pub struct Args {
     /// What computes
     #[arg(long, default_value = "reference", value_parser = BACKENDS)]
     backend: String,
+    /// Divide the decoder among N ranks (tensor parallelism, docs/parallel.md), each with its part of the threads
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
+    tp: u16,
 }
 
 /// What may compute.
@@ -157,25 +161,27 @@ fn load(
     pixels: &ProcessorConfig,
     options: LoadOptions,
 ) -> Result<Box<dyn Runner>> {
-    fn on<B: Backend>(
-        backend: B,
-        files: &CheckpointFiles,
-        config: &ModelConfig,
-        pixels: &ProcessorConfig,
-        options: LoadOptions,
-    ) -> Result<Box<dyn Runner>, LoadError> {
-        Ok(Box::new(KeyeModel::load(backend, config, pixels, &Checkpoint::open(files)?, options)?))
-    }
+    let checkpoint = Checkpoint::open(files).map_err(LoadError::from)?;
+    let model = ModelFiles { config, processor: pixels, checkpoint: &checkpoint };
+    let ranks = args.tp.into();
     Ok(match args.backend.as_str() {
-        "cpu" => on(Cpu::new(CpuOptions::default()).map_err(LoadError::from)?, files, config, pixels, options)?,
+        "cpu" => load_cpu(ranks, None, model, options)?.0,
+        #[cfg(feature = "cuda")]
+        "cuda" | "cuda-f32" if ranks > 1 => {
+            return Err(Usage(
+                "--tp divides a model among parts of the CPU, not GPUs yet: choose --backend cpu".into(),
+            )
+            .into());
+        }
         #[cfg(feature = "cuda")]
         name @ ("cuda" | "cuda-f32") => {
             use keye_backend::{Cuda, CudaOptions, Products};
             let products = if name == "cuda" { Products::Bf16 } else { Products::F32 };
             let cuda = Cuda::new(CudaOptions { products, ..CudaOptions::default() }).map_err(LoadError::from)?;
-            on(cuda, files, config, pixels, options)?
+            let loaded = keye_model::KeyeModel::load(cuda, config, pixels, &checkpoint, options);
+            Box::new(loaded.map_err(LoadError::from)?)
         }
-        _ => on(Reference, files, config, pixels, options)?,
+        _ => load_ranks(ranks, || Ok(Reference), None, model, options)?,
     })
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use keye_processor::{Checkpoint, Dtype, NewTensor, StoredTensor, write_file};
 
-use crate::support::{FIXTURES, Run, cases, fixture, keye};
+use crate::support::{FIXTURES, Run, ask, cases, fixture, input, keye};
 
 /// Largest absolute differences of an f32 implementation (fixtures/README.md). What is not here is exact.
 const TOLERANCES: [(&str, f64); 9] = [
@@ -118,6 +118,22 @@ fn media_files_give_the_golden_tensors() {
             check(name, &case, &out);
         }
     }
+}
+
+#[test]
+fn two_ranks_give_the_golden_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("trace.safetensors");
+    for backend in ["reference", "cpu"] {
+        trace("keye-1_5-tiny", "image_two", &out, &["--tp", "2", "--backend", backend]).ok();
+        check("keye-1_5-tiny", "image_two", &out);
+    }
+    let run = trace("keye-1_5-tiny", "image_two", &folder.path().join("none"), &["--tp", "8"]);
+    assert_eq!(run.code, Some(3), "{run:#?}");
+    let words = "4 query heads do not divide among 8 ranks (--tp); this model takes 1, 2, 4";
+    assert!(run.stderr.contains(words), "{run:#?}");
+    let ask = |ranks| ask(&["--tp", ranks, "--json", &input("one.png"), "What is this?"]).ok().json()["answer"].clone();
+    assert_eq!(ask("2"), ask("1"));
 }
 
 #[test]

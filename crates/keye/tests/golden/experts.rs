@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use keye::presets::Preset;
 use keye::quantize::quantize;
 use keye::random_checkpoint::{total_bytes, write_packed};
+use keye::{ModelFiles, load_cpu};
+use keye_backend::KvDtype;
 use keye_backend::packed::unpack;
-use keye_backend::{Cpu, CpuOptions, KvDtype};
-use keye_model::{Batch, Chunk, KeyeModel, LoadOptions, LogitRows, NoTap, Runner, stored_layout};
+use keye_model::{Batch, Chunk, LoadOptions, LogitRows, NoTap, stored_layout};
 use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, PackedFormat, StoredTensor, write_file};
 
 const EXPERTS: usize = 8;
@@ -71,15 +72,18 @@ fn rewritten(form: Form, dir: &Path) {
 
 /// Logits of all rows of a prompt longer than top-k.
 fn logits(dir: &Path) -> Vec<f32> {
+    logits_of_ranks(dir, 1)
+}
+
+fn logits_of_ranks(dir: &Path, ranks: usize) -> Vec<f32> {
     let config = ModelConfig::load(dir).unwrap();
     let checkpoint = Checkpoint::open(dir).unwrap();
     let missing =
         stored_layout(&config, &checkpoint).into_iter().find(|t| checkpoint.tensor(&t.name, &t.shape).is_err());
     assert_eq!(missing, None);
-    let backend = Cpu::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
     let options = LoadOptions { cache_tokens: 128, kv_dtype: KvDtype::F32 };
-    let media = config.facts().media.processor;
-    let mut model = KeyeModel::load(backend, &config, &media, &checkpoint, options).unwrap();
+    let files = ModelFiles { config: &config, processor: &config.facts().media.processor, checkpoint: &checkpoint };
+    let (mut model, _) = load_cpu(ranks, Some(2), files, options).unwrap();
     let chunk = Chunk {
         tokens: (0..40).map(|i| i * 37 % 320).collect(),
         start: 0,
@@ -89,6 +93,14 @@ fn logits(dir: &Path) -> Vec<f32> {
         logits: LogitRows::Range(0..40),
     };
     model.step(&Batch { chunks: vec![chunk] }, &mut NoTap).unwrap().logits.remove(0)
+}
+
+/// Within `bound` of the largest.
+#[track_caller]
+fn assert_near(found: &[f32], expected: &[f32], bound: f32) {
+    let difference = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    assert!(difference <= bound * largest, "{difference} of {largest}");
 }
 
 #[test]
@@ -124,11 +136,14 @@ fn all_forms_are_the_same_model_and_pack_alike() {
     let difference = logits(&dir).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     assert!(difference < 0.3 * largest, "{difference} of {largest}");
+    // Whole experts of a rank, packed and in place.
+    assert_near(&logits_of_ranks(&dir, 2), &logits(&dir), 0.01);
 
     for (form, name) in [(Form::OutputMajor, "output-major"), (Form::Apart, "apart")] {
         let dir = root.path().join(name);
         rewritten(form, &dir);
         assert!(logits(&dir) == expected, "{name}");
+        assert_near(&logits_of_ranks(&dir, 2), &expected, 1e-5);
         let (other, again, _) = packed(&dir, &format!("{name}-int8"));
         assert_eq!(again.roles, report.roles, "{name}");
         assert!(golden.names().eq(other.names()), "{name}");

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use keye::presets::Preset;
 use keye::quantize::{Report, Role, quantize};
 use keye::random_checkpoint::write_packed;
+use keye::{ModelFiles, load_cpu};
 use keye_backend::{Backend, Cpu, CpuOptions, KvDtype, Reference};
 use keye_media::{MediaKind, Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureRows, KeyeModel, LoadOptions, LogitRows, Runner, Tap};
@@ -162,7 +163,7 @@ impl Tap for Features {
 }
 
 /// Features of a golden case's pictures and logits of every row of its prompt.
-fn run<B: Backend>(model: &mut KeyeModel<B>, case: &Checkpoint, image_pad: u32) -> (Vec<f32>, Vec<f32>) {
+fn run(model: &mut dyn Runner, case: &Checkpoint, image_pad: u32) -> (Vec<f32>, Vec<f32>) {
     let tokens: Vec<u32> = integers(case.get("input_ids")).into_iter().map(|id| id as u32).collect();
     let (n, axes) = (tokens.len(), integers(case.get("position_ids")));
     let (mut tap, mut features) = (Features::default(), Vec::new());
@@ -231,6 +232,34 @@ fn accuracy<B: Backend>(model: &str, packed: &Path, backend: B) -> [f64; 4] {
         rows += 1.0;
     }
     [relative_error(&features[0], &features[1]), relative_error(&logits[0], &logits[1]), kl / rows, same / rows]
+}
+
+/// Groups of packed weights and of activations are the same on two ranks; their sums are rounded in another order.
+#[test]
+fn two_ranks_of_a_packed_model_are_near_one() {
+    for (to, model) in [(PackedFormat::Int8, MODELS[0]), (PackedFormat::Int4, MODELS[1])] {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("q");
+        quantized(model, to, &dir);
+        let processor = Processor::load(&dir, &Overrides::default()).unwrap();
+        let files = ModelFiles {
+            config: &processor.config,
+            processor: &processor.media.processor,
+            checkpoint: &Checkpoint::open(&dir).unwrap(),
+        };
+        let case = Checkpoint::open_file(&fixture(model).join("cases/image_two.safetensors")).unwrap();
+        let [one, two] = [1, 2].map(|ranks| {
+            let options = LoadOptions { cache_tokens: 1024, kv_dtype: KvDtype::F32 };
+            let (mut runner, device) = load_cpu(ranks, Some(2), files, options).unwrap();
+            assert_eq!(device.starts_with("2 ranks of cpu ("), ranks == 2, "{device}");
+            run(&mut *runner, &case, processor.config.image_token_id)
+        });
+        // The tower is not divided.
+        assert!(one.0 == two.0, "{model}: features");
+        let error = relative_error(&one.1, &two.1);
+        println!("{model} {to}: {error:.1e}");
+        assert!(error > 0.0 && error < 0.01, "{model} {to}: {error}");
+    }
 }
 
 /// Bounds of accuracy against f32 on the golden prompts, with the reference's exact arithmetic on the packed weights and with the
