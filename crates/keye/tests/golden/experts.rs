@@ -137,13 +137,13 @@ fn all_forms_are_the_same_model_and_pack_alike() {
     let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     assert!(difference < 0.3 * largest, "{difference} of {largest}");
     // Whole experts of a rank, packed and in place.
-    assert_near(&logits_of_ranks(&dir, 2), &logits(&dir), 0.01);
+    assert_near(&logits_of_ranks(&dir, 2), &logits(&dir), 0.02);
 
     for (form, name) in [(Form::OutputMajor, "output-major"), (Form::Apart, "apart")] {
         let dir = root.path().join(name);
         rewritten(form, &dir);
         assert!(logits(&dir) == expected, "{name}");
-        assert_near(&logits_of_ranks(&dir, 2), &expected, 1e-5);
+        assert_near(&logits_of_ranks(&dir, 2), &expected, 1e-4);
         let (other, again, _) = packed(&dir, &format!("{name}-int8"));
         assert_eq!(again.roles, report.roles, "{name}");
         assert!(golden.names().eq(other.names()), "{name}");
