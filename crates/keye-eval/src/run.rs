@@ -1,13 +1,14 @@
 //! Asks the questions of a plan.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use keye_media::{ItemOptions, MediaItem, MediaKind, Source};
-use keye_world::{Sample, Split, Task, World, WriteError, write_mp4};
+use keye_world::{Sample, Split, Task, World, WriteError};
 
 use crate::answerer::{AnswerError, Answerer};
+use crate::clips::Clips;
 use crate::report::{Report, Row};
 use crate::score::{exact, score};
 
@@ -22,6 +23,10 @@ pub struct Plan {
     pub count: u64,
     /// Ask without showing the clip.
     pub text_only: bool,
+    /// Squeeze every frame to a square of so many pixels a side, as a tower of one fixed resolution would have it.
+    pub square: Option<u32>,
+    /// Where the clips are written and found again by the next run; without, they go in the end.
+    pub clips: Option<PathBuf>,
     /// Questions that are asked at the same time.
     pub at_once: usize,
 }
@@ -56,8 +61,8 @@ pub enum EvalError {
     /// A clip could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// There is no folder for temporary files.
-    #[error("no folder for clips: {0}; let TMPDIR name one")]
+    /// There is no folder for clips.
+    #[error("no folder for clips: {0}; let --clips or TMPDIR name one that can be written")]
     Folder(std::io::Error),
     /// A question was not answered.
     #[error("{question}: {source}")]
@@ -75,6 +80,7 @@ pub enum EvalError {
 /// What is kept of an outcome.
 struct Scored {
     task: Task,
+    index: u64,
     score: f64,
     exact: f64,
     chance: f64,
@@ -90,7 +96,7 @@ pub fn run(
     plan: &Plan,
     step: &mut (dyn FnMut(Step) -> bool + Send),
 ) -> Result<Report, EvalError> {
-    let folder = tempfile::Builder::new().prefix("keye-eval-").tempdir().map_err(EvalError::Folder)?;
+    let clips = Clips::new(plan.clips.as_deref(), plan.square).map_err(EvalError::Folder)?;
     let questions: Vec<(Task, u64)> =
         (0..plan.count).flat_map(|index| plan.tasks.iter().map(move |task| (*task, index))).collect();
     let total = questions.len();
@@ -99,13 +105,13 @@ pub fn run(
     let worker = || -> Result<(), EvalError> {
         while !stopped.load(Ordering::Relaxed) {
             let Some(&(task, index)) = questions.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let outcome = ask(answerer, plan, folder.path(), task, index)
-                .inspect_err(|_| stopped.store(true, Ordering::Relaxed))?;
+            let outcome =
+                ask(answerer, plan, &clips, task, index).inspect_err(|_| stopped.store(true, Ordering::Relaxed))?;
             let mut shared = shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let (outcomes, step) = &mut *shared;
             let go_on = step(Step { outcome: &outcome, done: outcomes.len() + 1, total });
             let chance = f64::from(outcome.sample.turns[0].chance);
-            outcomes.push(Scored { task, score: outcome.score, exact: f64::from(outcome.exact), chance });
+            outcomes.push(Scored { task, index, score: outcome.score, exact: f64::from(outcome.exact), chance });
             if !go_on {
                 stopped.store(true, Ordering::Relaxed);
                 return Err(EvalError::Stopped);
@@ -122,38 +128,37 @@ pub fn run(
         // All are waited for before the first failure is told.
         workers.into_iter().map(ended).collect::<Vec<_>>().into_iter().collect::<Result<(), EvalError>>()
     })?;
-    let (outcomes, _) = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (mut outcomes, _) = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    outcomes.sort_by_key(|outcome| outcome.index);
     let rows = Task::ALL.into_iter().filter_map(|task| {
         let of: Vec<&Scored> = outcomes.iter().filter(|outcome| outcome.task == task).collect();
         let mean = |value: fn(&Scored) -> f64| of.iter().map(|outcome| value(outcome)).sum::<f64>() / of.len() as f64;
         (!of.is_empty()).then(|| Row {
             task,
             count: of.len(),
-            score: mean(|outcome| outcome.score),
             exact: mean(|outcome| outcome.exact),
             chance: mean(|outcome| outcome.chance),
+            scores: of.iter().map(|outcome| outcome.score).collect(),
         })
     });
     Ok(Report { rows: rows.collect() })
 }
 
-fn ask(answerer: &dyn Answerer, plan: &Plan, folder: &Path, task: Task, index: u64) -> Result<Outcome, EvalError> {
+fn ask(answerer: &dyn Answerer, plan: &Plan, clips: &Clips, task: Task, index: u64) -> Result<Outcome, EvalError> {
     let sample = World::new(plan.split).question(task, index);
-    let path = folder.join(format!("{}.mp4", sample.uuid));
-    let media = match &sample.media[..] {
-        [(_, media), ..] if !plan.text_only => {
-            write_mp4(media.clip(), &path)?;
-            let source = Source::Path(path.clone());
-            Some(MediaItem { kind: MediaKind::Video, source, options: ItemOptions::default() })
-        }
+    let path = match &sample.media[..] {
+        [(_, media), ..] if !plan.text_only => Some(clips.write(&sample.uuid, media.clip())?),
         _ => None,
     };
+    let media = path.clone().map(|path| {
+        let (source, options) = (Source::Path(path), ItemOptions::default());
+        MediaItem { kind: MediaKind::Video, source, options }
+    });
     let turn = &sample.turns[0];
     let answer = answerer.answer(media, &turn.question);
     let answer = answer.map_err(|source| EvalError::Answer { question: sample.uuid.clone(), source })?;
-    if !plan.text_only {
-        // The folder goes in the end in any case.
-        let _ = std::fs::remove_file(&path);
+    if let Some(path) = path {
+        clips.done(&path);
     }
     let (score, exact) = (score(turn, &sample.story, &answer), exact(turn, &answer));
     Ok(Outcome { answer, score, exact, sample })

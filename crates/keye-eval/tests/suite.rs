@@ -28,7 +28,8 @@ fn scripted<F: Fn(&str) -> String + Sync>(script: F) -> Scripted<F> {
 }
 
 fn plan(tasks: &[Task], count: u64) -> Plan {
-    Plan { split: Split::Test, tasks: tasks.to_vec(), count, text_only: true, at_once: 2 }
+    let (split, tasks) = (Split::Test, tasks.to_vec());
+    Plan { split, tasks, count, text_only: true, square: None, clips: None, at_once: 2 }
 }
 
 fn truth(tasks: &[Task], count: u64) -> impl Fn(&str) -> String + Sync {
@@ -60,16 +61,52 @@ fn clips_reach_the_answerer_as_files() {
     assert!(report.table().contains("reading"), "{}", report.table());
 }
 
+/// A second run finds the clips of the first; squares are files of their own, and square.
+#[test]
+fn clips_are_written_once_and_squeezed_when_wanted() {
+    struct Sizes(Mutex<Vec<[u32; 2]>>);
+    impl Answerer for Sizes {
+        fn answer(&self, media: Option<MediaItem>, _: &str) -> Result<String, AnswerError> {
+            let Some(item) = media else { return Err(AnswerError::Stopped) };
+            let media = Loader::new(MediaConfig::slow_fast()).load(&item, &mut |_| true)?;
+            self.0.lock().unwrap().extend(media.frame_grids().map(|[_, h, w]| [h, w]));
+            Ok(String::new())
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let clips = Some(folder.path().join("clips"));
+    let plan = Plan { text_only: false, clips: clips.clone(), ..plan(&[Task::Count], 3) };
+    let files = || -> Vec<_> {
+        let mut files: Vec<_> = std::fs::read_dir(clips.as_ref().unwrap()).unwrap().map(|e| e.unwrap()).collect();
+        files.sort_by_key(std::fs::DirEntry::path);
+        files.iter().map(|file| (file.path(), file.metadata().unwrap().modified().unwrap())).collect()
+    };
+    let asked = |plan: &Plan| {
+        let sizes = Sizes(Mutex::default());
+        let report = run(&sizes, plan, &mut |_| true).unwrap();
+        (report, sizes.0.into_inner().unwrap())
+    };
+    let (report, native) = asked(&plan);
+    let first = files();
+    assert_eq!(first.len(), 3);
+    assert_eq!(asked(&plan).0, report);
+    assert!(files() == first, "written once");
+    assert!(native.iter().any(|[h, w]| h != w));
+    let (_, squares) = asked(&Plan { square: Some(112), ..plan });
+    assert!(squares.iter().all(|[h, w]| h == w), "{squares:?}");
+    assert_eq!(files().len(), 6);
+}
+
 #[test]
 fn silence_scores_nothing_and_yes_scores_about_half() {
     let mute = scripted(|_: &str| String::new());
     let report = run(&mute, &plan(&[Task::Attribute, Task::When, Task::Count], 20), &mut |_| true).unwrap();
-    assert!(report.rows.iter().all(|row| row.score == 0.0 && row.exact == 0.0 && row.chance > 0.0));
+    assert!(report.rows.iter().all(|row| row.score() == 0.0 && row.exact == 0.0 && row.chance > 0.0));
     assert!(mute.asked.lock().unwrap().iter().all(|(media, _)| !media));
 
     let yes = scripted(|_: &str| "Yes.".to_owned());
     let report = run(&yes, &plan(&[Task::Trap], 300), &mut |_| true).unwrap();
-    assert!((0.2..0.6).contains(&report.rows[0].score), "{report:?}");
+    assert!((0.2..0.6).contains(&report.rows[0].score()), "{report:?}");
 }
 
 #[test]

@@ -15,6 +15,9 @@ use crate::{Model, TrainError};
 const SHARD_BYTES: u64 = 5 << 30;
 /// Most bytes of a json or text file beside the weights.
 const SMALL_FILE: u64 = 64 << 20;
+/// What a checkpoint of a run has in place of a model's weights.
+pub(crate) const STATE_TENSORS: &str = "state.safetensors";
+pub(crate) const STATE_JSON: &str = "state.json";
 
 /// Element type of exported weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +32,11 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError + '_ 
     |source| TrainError::Io { path: path.to_owned(), source }
 }
 
-/// Reads the parameters of a checkpoint directory of any float type into `params`. Tensors of stage 0 that are not there
+/// Reads the parameters of a checkpoint directory of any float type, or of a run's `step-N`, into `params`. Tensors of stage 0 that are not there
 /// keep their values; any other that is missing is an error.
 pub fn load_params(model: &Model, dir: &Path, params: &mut Params) -> Result<(), TrainError> {
-    let checkpoint = Checkpoint::open(dir)?;
+    let state = dir.join(STATE_TENSORS);
+    let checkpoint = if state.exists() { Checkpoint::open_file(&state)? } else { Checkpoint::open(dir)? };
     let layout: &Layout = model.layout();
     for (i, tensor) in layout.tensors().iter().enumerate() {
         if model.is_extra(&tensor.name) && checkpoint.get(&tensor.name).is_none() {
@@ -117,7 +121,8 @@ fn small_files(dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
         let entry = entry.map_err(io(dir))?;
         let (name, meta) = (entry.file_name(), entry.metadata().map_err(io(&entry.path()))?);
         let name = name.to_string_lossy();
-        if meta.is_file() && meta.len() <= SMALL_FILE && !name.contains("safetensors") && !name.starts_with('.') {
+        let weights = name.contains("safetensors") || name == STATE_JSON;
+        if meta.is_file() && meta.len() <= SMALL_FILE && !weights && !name.starts_with('.') {
             files.push(entry.path());
         }
     }

@@ -25,5 +25,5 @@ pub use model::contrast::{SigmoidLoss, sigmoid_loss};
 pub use optimizer::{AdamW, Group, Schedule, groups};
 pub use pack::{PATCH_VALUES, Pack, PackSource};
 pub use params::{Gradients, Layout, Params};
-pub use recipe::{Objective, Recipe, Weighting};
-pub use run::{Outcome, load_model, model_of, run, weights};
+pub use recipe::{Objective, Recipe, Validation, Weighting};
+pub use run::{Outcome, load_model, loss_of, model_of, run, weights};

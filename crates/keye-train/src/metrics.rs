@@ -31,6 +31,9 @@ pub struct StepMetrics {
     pub seconds: f64,
     /// Seconds of these waiting for data.
     pub waiting: f64,
+    /// Loss on held-out data after the step, where it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<f64>,
     /// Floating-point operations of the step by formula, per second, in 10^9.
     pub gflops: f64,
 }
@@ -78,7 +81,7 @@ fn json_line(line: &StepMetrics) -> String {
     serde_json::to_string(line).unwrap_or_default() + "\n"
 }
 
-/// The loss over steps: every step, and a running mean over a fiftieth of them.
+/// The loss over steps: every step, a running mean over a fiftieth of them, and the loss on held-out data.
 pub fn loss_svg(lines: &[StepMetrics]) -> String {
     const W: f64 = 720.0;
     const H: f64 = 360.0;
@@ -86,8 +89,10 @@ pub fn loss_svg(lines: &[StepMetrics]) -> String {
     const BOTTOM: f64 = 36.0;
     let points: Vec<(f64, f64)> =
         lines.iter().filter(|l| l.loss.is_finite()).map(|l| (l.step as f64, l.loss)).collect();
+    let held_out: Vec<(f64, f64)> =
+        lines.iter().filter_map(|l| Some((l.step as f64, l.held_out.filter(|loss| loss.is_finite())?))).collect();
     let last = points.last().map_or(1.0, |p| p.0).max(1.0);
-    let top = points.iter().map(|p| p.1).fold(0.0, f64::max).max(1e-9);
+    let top = points.iter().chain(&held_out).map(|p| p.1).fold(0.0, f64::max).max(1e-9);
     let at = |(step, loss): (f64, f64)| {
         (LEFT + step / last * (W - LEFT - 12.0), H - BOTTOM - loss / top * (H - BOTTOM - 12.0))
     };
@@ -118,5 +123,12 @@ pub fn loss_svg(lines: &[StepMetrics]) -> String {
     let _ = writeln!(svg, "<polyline fill=\"none\" stroke=\"#9cc3e6\" points=\"{}\"/>", path(&sparse));
     let _ =
         writeln!(svg, "<polyline fill=\"none\" stroke=\"#1f5f99\" stroke-width=\"2\" points=\"{}\"/>", path(&smooth));
+    if !held_out.is_empty() {
+        let _ = writeln!(
+            svg,
+            "<polyline fill=\"none\" stroke=\"#e08e2b\" stroke-width=\"2\" points=\"{}\"/>",
+            path(&held_out)
+        );
+    }
     svg + "</svg>\n"
 }

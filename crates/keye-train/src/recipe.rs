@@ -3,13 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::checkpoint_dir::{gather, io};
 use crate::{Layout, Schedule, TrainError};
 
 /// What is learnt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Objective {
     /// To predict the next token of answers.
@@ -19,7 +20,7 @@ pub enum Objective {
 }
 
 /// How much a target counts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Weighting {
     /// All targets alike.
@@ -31,8 +32,20 @@ pub enum Weighting {
     SquareRoot,
 }
 
+/// When the loss on held-out data is measured, and on which.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Validation {
+    /// Steps from one measurement to the next.
+    pub every: u64,
+    /// Packs; the same ones each time.
+    pub packs: usize,
+    /// Held-out data; without, the world's part of the recipe's data, of the split `validation`.
+    pub data: Option<toml::Table>,
+}
+
 /// A stage. Paths are relative to the file.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Names the stage's folder under the output.
@@ -78,6 +91,8 @@ pub struct Recipe {
     /// Steps between checkpoints.
     #[serde(default = "checkpoint_every")]
     pub checkpoint_every: u64,
+    /// Held-out loss, in the metrics; without, it is not measured.
+    pub validation: Option<Validation>,
     /// What the loader is told.
     pub data: toml::Table,
 }
@@ -137,6 +152,9 @@ impl Recipe {
         if self.accumulate == 0 || self.checkpoint_every == 0 {
             return Err("accumulate and checkpoint_every: expected 1 or more".into());
         }
+        if self.validation.as_ref().is_some_and(|validation| validation.every == 0 || validation.packs == 0) {
+            return Err("validation: expected every and packs of 1 or more".into());
+        }
         let positive = |v: f64| v.is_finite() && v > 0.0;
         if !positive(self.lr) || !positive(self.clip) || !(0.0..=self.lr).contains(&self.min_lr) {
             return Err("lr, min_lr, clip: expected 0 <= min_lr <= lr, and lr and clip above 0".into());
@@ -153,6 +171,20 @@ impl Recipe {
         let folder = tempfile::tempdir().map_err(io(&std::env::temp_dir()))?;
         gather(&self.files, folder.path())?;
         Ok(folder)
+    }
+
+    /// All that decides what a run computes: not where files lie, nor what is only told or kept.
+    pub(crate) fn terms(&self) -> Value {
+        let mut terms = serde_json::to_value(self).unwrap_or_default();
+        if let Some(fields) = terms.as_object_mut() {
+            for field in ["files", "start", "recompute", "checkpoint_every", "validation"] {
+                fields.remove(field);
+            }
+        }
+        if let Some(data) = terms["data"].as_object_mut() {
+            data.remove("ahead");
+        }
+        terms
     }
 
     /// The learning rates of its steps.

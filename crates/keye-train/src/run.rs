@@ -41,13 +41,18 @@ pub fn model_of(dir: &Path, isa: Isa) -> Result<Model, TrainError> {
     Model::new(&processor.config, &processor.media.processor, isa)
 }
 
-/// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step; once `stop` is true the run
-/// saves and returns.
+/// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step, and as often as the recipe says of
+/// the loss on `held_out`; once `stop` is true the run saves and returns.
+///
+/// # Errors
+/// A checkpoint of a recipe that has been changed since; data, files and models that do not fit; gradients that stay
+/// infinite.
 pub fn run(
     recipe: &Recipe,
     model: &Model,
     out: &Path,
     source: &mut dyn PackSource,
+    held_out: &[Pack],
     stop: &dyn Fn() -> bool,
     told: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Outcome, TrainError> {
@@ -61,7 +66,8 @@ pub fn run(
     let trained = recipe.trained(layout)?;
     let mut state =
         State { step: 0, params: model.init(recipe.seed), optimizer: AdamW::new(layout), loader: Value::Null };
-    if state.resume(&folder, &trained)? {
+    let terms = recipe.terms();
+    if state.resume(&folder, &trained, &terms)? {
         source.restore(&state.loader)?;
     } else if let Some(start) = &recipe.start {
         load_params(model, &start_dir(start, out), &mut state.params)?;
@@ -76,7 +82,7 @@ pub fn run(
         let packs = (0..recipe.accumulate).map(|_| source.next_pack()).collect::<Result<Vec<_>, _>>()?;
         let waiting = begin.elapsed().as_secs_f64();
         gradients.clear();
-        let loss = accumulate(recipe, model, &state.params, &mut gradients, &packs)?;
+        let loss = loss_of(recipe, model, &state.params, Some(&mut gradients), &packs)?;
         let lr = schedule.at(state.step + 1);
         let norm = state.optimizer.step(model.isa(), &mut state.params, &gradients, &groups, lr, recipe.clip);
         lost = if norm.is_finite() { 0 } else { lost + 1 };
@@ -88,6 +94,13 @@ pub fn run(
         }
         state.step += 1;
         let seconds = begin.elapsed().as_secs_f64();
+        let measured = recipe.validation.as_ref().is_some_and(|validation| {
+            !held_out.is_empty() && (state.step.is_multiple_of(validation.every) || state.step == recipe.steps)
+        });
+        let held_out_loss = match measured {
+            true => Some(loss_of(recipe, model, &state.params, None, held_out)?),
+            false => None,
+        };
         let sum = |f: fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>() as u64;
         let line = StepMetrics {
             step: state.step,
@@ -99,6 +112,7 @@ pub fn run(
             patches: sum(|pack| pack.patches.len() / crate::PATCH_VALUES),
             seconds,
             waiting,
+            held_out: held_out_loss,
             gflops: packs.iter().map(|pack| training_flops(&model.config, pack)).sum::<f64>() / seconds / 1e9,
         };
         metrics.add(line)?;
@@ -106,7 +120,7 @@ pub fn run(
         let stopped = stop();
         if stopped || state.step.is_multiple_of(recipe.checkpoint_every) || state.step == recipe.steps {
             state.loader = source.state();
-            state.save(&folder, &trained)?;
+            state.save(&folder, &trained, &terms, &recipe.files)?;
             metrics.draw()?;
         }
         if stopped {
@@ -117,12 +131,15 @@ pub fn run(
     Ok(Outcome::Done(exported))
 }
 
-/// Adds up the gradients of a step; returns its loss.
-fn accumulate(
+/// The loss of a step of these packs, as the recipe weights it; its gradients are added up where they are wanted.
+///
+/// # Errors
+/// Packs that do not fit the model or have nothing to learn.
+pub fn loss_of(
     recipe: &Recipe,
     model: &Model,
     params: &Params,
-    gradients: &mut Gradients,
+    mut gradients: Option<&mut Gradients>,
     packs: &[Pack],
 ) -> Result<f64, TrainError> {
     let mut loss = 0.0;
@@ -134,13 +151,14 @@ fn accumulate(
                 return Err(TrainError::Pack("no token of the step carries loss".into()));
             }
             for (pack, weights) in packs.iter().zip(&weights) {
-                loss += model.next_token(params, Some(gradients), pack, weights, (1.0 / total) as f32)? / total;
+                let gradients = gradients.as_deref_mut();
+                loss += model.next_token(params, gradients, pack, weights, (1.0 / total) as f32)? / total;
             }
         }
         Objective::Contrastive => {
             for pack in packs {
                 let share = 1.0 / packs.len() as f64;
-                loss += model.contrastive(params, Some(gradients), pack, share as f32)? * share;
+                loss += model.contrastive(params, gradients.as_deref_mut(), pack, share as f32)? * share;
             }
         }
     }

@@ -1,7 +1,8 @@
 //! Checkpoints of a run: all that is needed to go on as if nothing had happened.
 //!
 //! `STAGE/step-N/` holds `state.safetensors` (parameters, and the optimiser's two means as `exp_avg.NAME` and
-//! `exp_avg_sq.NAME` for what is trained) and `state.json` (step, loader); `STAGE/latest` names the newest. Directories
+//! `exp_avg_sq.NAME` for what is trained), `state.json` (step, loader, recipe) and the small files of the model, so that it can be
+//! exported; `STAGE/latest` names the newest. Directories
 //! and the pointer appear by renaming, so a kill at any time leaves the last one whole.
 
 use std::fs;
@@ -11,7 +12,7 @@ use keye_processor::{Checkpoint, Dtype, NewTensor, write_file};
 use serde_json::{Value, json};
 
 use crate::TrainError;
-use crate::checkpoint_dir::{io, partial};
+use crate::checkpoint_dir::{STATE_JSON, STATE_TENSORS, gather, io, partial};
 use crate::optimizer::AdamW;
 use crate::params::Params;
 
@@ -33,12 +34,19 @@ pub(crate) struct State {
 
 impl State {
     /// Writes `folder/step-N`, points `latest` to it and removes old ones.
-    pub(crate) fn save(&self, folder: &Path, trained: &[bool]) -> Result<(), TrainError> {
+    pub(crate) fn save(
+        &self,
+        folder: &Path,
+        trained: &[bool],
+        recipe: &Value,
+        files: &[PathBuf],
+    ) -> Result<(), TrainError> {
         let name = format!("step-{:08}", self.step);
         let out = folder.join(&name);
         let temporary = partial(&out);
         remove(&temporary)?;
         fs::create_dir_all(&temporary).map_err(io(&temporary))?;
+        gather(files, &temporary)?;
         let layout = &self.params.layout;
         let mut bytes = Vec::new();
         let mut add = |prefix: &str, values: &[f32], i: usize| {
@@ -55,9 +63,11 @@ impl State {
             }
         }
         let tensors: Vec<(NewTensor, &[u8])> = bytes.iter().map(|(t, data)| (t.clone(), data.as_slice())).collect();
-        write_file(&temporary.join("state.safetensors"), &tensors)?;
-        let state = json!({"step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader});
-        let path = temporary.join("state.json");
+        write_file(&temporary.join(STATE_TENSORS), &tensors)?;
+        let state = json!({
+            "step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader, "recipe": recipe,
+        });
+        let path = temporary.join(STATE_JSON);
         fs::write(&path, format!("{state:#}\n")).map_err(io(&path))?;
         // A step that was saved before the run was killed and is reached again.
         remove(&out)?;
@@ -70,8 +80,9 @@ impl State {
         old.iter().rev().filter(|dir| **dir != out).skip(KEPT - 1).try_for_each(|dir| remove(dir))
     }
 
-    /// Goes on from the newest checkpoint; `self` is the state of a run that begins. False without a checkpoint.
-    pub(crate) fn resume(&mut self, folder: &Path, trained: &[bool]) -> Result<bool, TrainError> {
+    /// Goes on from the newest checkpoint; `self` is the state of a run that begins. False without a checkpoint. Error: one of
+    /// another recipe.
+    pub(crate) fn resume(&mut self, folder: &Path, trained: &[bool], recipe: &Value) -> Result<bool, TrainError> {
         let pointer = folder.join(LATEST);
         let name = match fs::read_to_string(&pointer) {
             Ok(name) => name,
@@ -79,14 +90,22 @@ impl State {
             Err(error) => return Err(io(&pointer)(error)),
         };
         let dir = folder.join(name.trim());
-        let path = dir.join("state.json");
+        let path = dir.join(STATE_JSON);
         let wrong = |reason: String| TrainError::Recipe { path: path.clone(), reason };
         let text = fs::read(&path).map_err(io(&path))?;
         let state: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        // Checkpoints of the first runs do not tell their recipe.
+        if let Some((field, before, now)) = state.get("recipe").and_then(|made| difference("", made, recipe)) {
+            return Err(wrong(format!(
+                "this stage was begun with {field} = {before}, the recipe now says {now}; put the old value back to go on, or \
+                 begin again: remove {}, or give the recipe another name",
+                folder.display()
+            )));
+        }
         let number = |name: &str| state[name].as_u64().ok_or_else(|| wrong(format!("{name}: expected a number")));
         (self.step, self.optimizer.steps) = (number("step")?, number("optimizer_steps")?);
         self.loader = state["loader"].clone();
-        let file = Checkpoint::open_file(&dir.join("state.safetensors"))?;
+        let file = Checkpoint::open_file(&dir.join(STATE_TENSORS))?;
         let layout = self.params.layout.clone();
         for (i, trained) in trained.iter().enumerate() {
             let tensor = &layout.tensors()[i];
@@ -107,6 +126,24 @@ impl State {
             }
         }
         Ok(true)
+    }
+}
+
+/// The first field in which two recipes differ, and its values.
+fn difference(at: &str, before: &Value, now: &Value) -> Option<(String, String, String)> {
+    let name = |key: &str| if at.is_empty() { key.to_owned() } else { format!("{at}.{key}") };
+    match (before, now) {
+        (Value::Object(a), Value::Object(b)) => {
+            let mut keys = a.keys().chain(b.keys().filter(|key| !a.contains_key(*key)));
+            keys.find_map(|key| {
+                difference(&name(key), a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))
+            })
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            a.iter().zip(b).enumerate().find_map(|(i, (a, b))| difference(&format!("{at}[{i}]"), a, b))
+        }
+        (a, b) if a == b => None,
+        (a, b) => Some((at.to_owned(), a.to_string(), b.to_string())),
     }
 }
 

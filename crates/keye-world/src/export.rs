@@ -45,9 +45,18 @@ const ENCODERS: [&[&str]; 2] =
 /// # Errors
 /// Without `ffmpeg`, and when it cannot write.
 pub fn write_mp4(clip: &Clip, path: &Path) -> Result<(), WriteError> {
+    write_mp4_at(clip, [clip.width(), clip.height()], path)
+}
+
+/// Writes a clip as [`write_mp4`] does, every frame squeezed or stretched to `size`: width and height, even numbers of
+/// pixels.
+///
+/// # Errors
+/// Without `ffmpeg`, and when it cannot write.
+pub fn write_mp4_at(clip: &Clip, size: [u32; 2], path: &Path) -> Result<(), WriteError> {
     let mut failure = String::new();
     for encoder in ENCODERS {
-        match encode(clip, path, encoder) {
+        match encode(clip, size, path, encoder) {
             Ok(()) => return Ok(()),
             Err(reason) => failure = reason,
         }
@@ -55,9 +64,11 @@ pub fn write_mp4(clip: &Clip, path: &Path) -> Result<(), WriteError> {
     Err(WriteError::Ffmpeg { path: path.into(), reason: failure })
 }
 
-fn encode(clip: &Clip, path: &Path, encoder: &[&str]) -> Result<(), String> {
+fn encode(clip: &Clip, [width, height]: [u32; 2], path: &Path, encoder: &[&str]) -> Result<(), String> {
     let program = std::env::var_os("KEYE_FFMPEG").filter(|name| !name.is_empty()).unwrap_or_else(|| "ffmpeg".into());
     let size = format!("{}x{}", clip.width(), clip.height());
+    let scale = format!("scale={width}:{height}:flags=bicubic,setsar=1");
+    let scaled: &[&str] = if [width, height] == [clip.width(), clip.height()] { &[] } else { &["-vf", &scale] };
     let rate = clip.fps().to_string();
     // A name that begins with a dash, or looks like a protocol, is still a file.
     let target =
@@ -65,6 +76,7 @@ fn encode(clip: &Clip, path: &Path, encoder: &[&str]) -> Result<(), String> {
     let mut child = Command::new(program)
         .args(["-hide_banner", "-loglevel", "error", "-y", "-threads", "1"])
         .args(["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", &size, "-r", &rate, "-i", "pipe:0"])
+        .args(scaled)
         .args(encoder)
         .args(["-pix_fmt", "yuv420p", "-threads", "1", "-f", "mp4"])
         .arg(target)

@@ -32,7 +32,7 @@ mod world;
 
 pub use captions::{caption, dense_caption};
 pub use clip::Clip;
-pub use export::{WriteError, write_mp4, write_png};
+pub use export::{WriteError, write_mp4, write_mp4_at, write_png};
 pub use names::{Background, Colour, Motion, Place, Shape, Size};
 pub use record::Record;
 pub use rng::Rng;

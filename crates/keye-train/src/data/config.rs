@@ -21,6 +21,17 @@ pub enum Kind {
     Pair,
 }
 
+/// Which tokens of a conversation are learnt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Targets {
+    /// Answers, and what closes them.
+    #[default]
+    Answers,
+    /// All text: what is told and asked as well.
+    Text,
+}
+
 /// Where samples come from: the world, or files of records.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -55,6 +66,9 @@ pub struct DataConfig {
     /// Chooses the order of sources and rows.
     #[serde(default)]
     pub seed: u64,
+    /// Which tokens of conversations are learnt.
+    #[serde(default)]
+    pub targets: Targets,
     /// Packs that are prepared ahead.
     #[serde(default = "ahead")]
     pub ahead: usize,
@@ -95,7 +109,7 @@ impl DataConfig {
     /// A mix of the world's training split.
     pub fn of_world(kinds: &[(Kind, u32)], max_tokens: usize, seed: u64) -> Self {
         let sources = kinds.iter().map(|&(kind, weight)| SourceConfig::of_world(kind, weight)).collect();
-        Self { sources, max_tokens, pairs: pairs(), cut: false, seed, ahead: ahead() }
+        Self { sources, max_tokens, pairs: pairs(), cut: false, seed, targets: Targets::Answers, ahead: ahead() }
     }
 
     /// Reads the table `data` of a recipe.
@@ -105,6 +119,22 @@ impl DataConfig {
     pub fn from_table(table: &toml::Table) -> Result<Self, TrainError> {
         let config: Self = table.clone().try_into().map_err(|error| TrainError::Data(format!("{error}")))?;
         config.check()?;
+        Ok(config)
+    }
+
+    /// The same samples of the world, of the split that is held out.
+    ///
+    /// # Errors
+    /// Files of records, which have no such split.
+    pub fn held_out(&self) -> Result<Self, TrainError> {
+        let mut config = self.clone();
+        for source in &mut config.sources {
+            if source.world.is_none() {
+                let reason = "validation: files of records have no part held out; name some in [validation.data]";
+                return Err(TrainError::Data(reason.into()));
+            }
+            source.split = Split::Validation.name().into();
+        }
         Ok(config)
     }
 

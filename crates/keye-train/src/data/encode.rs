@@ -5,6 +5,7 @@ use std::sync::Arc;
 use keye_media::{ItemOptions, Loader, Media, MediaConfig, MediaKind, Pixels, RgbClip};
 use keye_processor::{Processor, TemplateOptions};
 
+use super::config::Targets;
 use super::example::{Body, Example, Visual};
 use super::mask::{completion_mask, conversation_mask};
 use crate::{Pack, TrainError};
@@ -22,6 +23,7 @@ const END: &str = "<|endoftext|>";
 pub struct Encoder {
     processor: Arc<Processor>,
     loader: Loader,
+    targets: Targets,
 }
 
 /// A sample, ready.
@@ -37,7 +39,12 @@ impl Encoder {
     /// By the tokenizer, template and media rules of `processor`; records may name local files.
     pub fn new(processor: Arc<Processor>) -> Self {
         let loader = Loader::new(processor.media.clone());
-        Self { processor, loader }
+        Self { processor, loader, targets: Targets::Answers }
+    }
+
+    /// Learns these tokens of conversations.
+    pub fn with_targets(self, targets: Targets) -> Self {
+        Self { targets, ..self }
     }
 
     /// Tokens, positions, patches and targets of a sample of at most `max_tokens`; `None` when it stays too long however
@@ -80,7 +87,10 @@ impl Encoder {
             Body::Messages(messages) => {
                 let text = self.processor.template.render(messages, &whole)?;
                 let prompt = self.processor.raw_prompt(text + END, &borrowed)?;
-                let mask = conversation_mask(&prompt.input_ids, tokenizer)?;
+                let mask = match self.targets {
+                    Targets::Answers => conversation_mask(&prompt.input_ids, tokenizer)?,
+                    Targets::Text => completion_mask(&prompt.input_ids, tokenizer)?,
+                };
                 (prompt.input_ids, prompt.positions, mask, prompt.features)
             }
             Body::Segments(parts) => {

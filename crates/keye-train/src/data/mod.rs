@@ -22,11 +22,13 @@ mod packer;
 #[cfg(feature = "parquet")]
 mod rows;
 mod stream;
+mod validation;
 
 pub use balance::balance;
-pub use config::{DataConfig, Kind, SourceConfig};
+pub use config::{DataConfig, Kind, SourceConfig, Targets};
 pub use encode::{Encoded, Encoder};
 pub use example::{Body, Example, Visual};
 pub use mask::{completion_mask, conversation_mask};
 pub use packer::State;
 pub use stream::Stream;
+pub use validation::held_out;

@@ -54,7 +54,8 @@ impl Packer {
             });
         }
         let state = State { drawn: 0, next: vec![0; sources.len()], held: None };
-        Ok(Self { config, encoder: Encoder::new(processor), sources, state })
+        let encoder = Encoder::new(processor).with_targets(config.targets);
+        Ok(Self { config, encoder, sources, state })
     }
 
     /// Goes on from a state.

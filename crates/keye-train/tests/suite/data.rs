@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use keye_media::{ItemOptions, Loader, MediaItem, MediaKind, Source};
 use keye_processor::{Overrides, Processor};
-use keye_train::data::{Body, DataConfig, Encoder, Example, Kind, Stream, Visual, completion_mask, conversation_mask};
-use keye_train::{Pack, PackSource, TrainError};
+use keye_train::data::{
+    Body, DataConfig, Encoder, Example, Kind, Stream, Targets, Visual, completion_mask, conversation_mask, held_out,
+};
+use keye_train::{Pack, PackSource, Recipe, TrainError};
 use keye_world::{Split, World};
 
 /// A directory of keye-nano's tokenizer with the fixture's config and limits of small frames.
@@ -203,6 +205,56 @@ fn configs_that_contradict_themselves_are_refused() {
     for config in [both, mixed, split, none, DataConfig { max_tokens: 0, ..good }] {
         assert!(matches!(Stream::new(config, Arc::clone(&processor)), Err(TrainError::Data(_))));
     }
+}
+
+/// Learning all text adds what is told and asked, but nothing that is seen.
+#[test]
+fn all_text_can_be_learnt() {
+    let (_dir, processor) = nano();
+    let sample = World::new(Split::Train).still(2);
+    let encode = |targets| {
+        let encoder = Encoder::new(Arc::clone(&processor)).with_targets(targets);
+        encoder.encode(&Example::conversation(&sample), 2000).unwrap().unwrap().pack
+    };
+    let (answers, all) = (encode(Targets::Answers), encode(Targets::Text));
+    assert!(answers.ids == all.ids && answers.targets() < all.targets());
+    let (asked, answered) = (&sample.turns[0].question, &sample.turns[0].answer);
+    assert!(!targets(&processor, &answers).contains(asked.as_str()));
+    let text = targets(&processor, &all);
+    assert!(
+        text.contains(asked.as_str()) && text.contains(answered.as_str()) && !text.contains("<|image_pad|>"),
+        "{text}"
+    );
+}
+
+/// Held-out packs are of the validation split, and the same each time.
+#[test]
+fn held_out_packs_are_not_those_of_training() {
+    let (dir, processor) = nano();
+    let recipe = |validation: &str, data: &str| {
+        let path = dir.path().join("recipe.toml");
+        let text = format!(
+            "name = \"a\"\nobjective = \"next-token\"\nfiles = [\".\"]\ntrained = []\nsteps = 2\nwarmup = 0\nlr = 1e-3\nmin_lr = 0.0\n\
+             {validation}\n[data]\nmax_tokens = 400\n{data}\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        Recipe::load(&path)
+    };
+    let world = "sources = [{ world = \"still\" }]";
+    let measured = recipe("[validation]\nevery = 1\npacks = 2", world).unwrap();
+    let packs = held_out(&measured, &processor).unwrap();
+    assert!(packs.len() == 2 && packs == held_out(&measured, &processor).unwrap());
+    let split = |split: &str| {
+        let table: toml::Table =
+            format!("max_tokens = 400\nsources = [{{ world = \"still\", split = \"{split}\" }}]").parse().unwrap();
+        let mut stream = Stream::new(DataConfig::from_table(&table).unwrap(), Arc::clone(&processor)).unwrap();
+        [stream.next_pack().unwrap(), stream.next_pack().unwrap()]
+    };
+    assert!(packs[..] == split("validation") && packs[..] != split("train"));
+    assert!(held_out(&recipe("", world).unwrap(), &processor).unwrap().is_empty());
+    let files = recipe("[validation]\nevery = 1\npacks = 1", "sources = [{ parquet = [\"a.parquet\"] }]").unwrap();
+    assert!(held_out(&files, &processor).unwrap_err().to_string().contains("[validation.data]"));
+    assert!(recipe("[validation]\nevery = 0\npacks = 1", world).unwrap_err().to_string().contains("validation"));
 }
 
 /// What `keye world` writes is trained on like what is drawn in this process: the same tokens and targets.

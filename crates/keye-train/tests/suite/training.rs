@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use keye_backend::Isa;
 use keye_train::{
-    AdamW, Gradients, Model, Outcome, Pack, PackSource, Recipe, Schedule, StepMetrics, TrainError, Weighting, groups,
-    load_model, load_params, loss_svg, run, weights,
+    AdamW, ExportDtype, Gradients, Model, Outcome, Pack, PackSource, Recipe, Schedule, StepMetrics, TrainError,
+    Weighting, export, groups, load_model, load_params, loss_svg, model_of, run, weights,
 };
 use serde_json::{Value, json};
 
@@ -116,8 +116,9 @@ impl PackSource for Packs<'_> {
 fn recipe(dir: &Path, name: &str, fields: &str) -> PathBuf {
     let path = dir.join(format!("{name}.toml"));
     let files = fixture();
+    let data = if fields.contains("[data]") { "" } else { "[data]\n" };
     let text = format!(
-        "name = \"{name}\"\nobjective = \"next-token\"\nfiles = [{files:?}]\nlr = 1e-2\nmin_lr = 1e-4\nwarmup = 1\n{fields}\n[data]\n"
+        "name = \"{name}\"\nobjective = \"next-token\"\nfiles = [{files:?}]\nlr = 1e-2\nmin_lr = 1e-4\nwarmup = 1\n{fields}\n{data}"
     );
     std::fs::write(&path, text).unwrap();
     path
@@ -133,10 +134,13 @@ fn losses(
     let mut lines = Vec::new();
     let step = Cell::new(0);
     let mut packs = Packs { model: &model, next: 0, fail_at };
-    let outcome = run(recipe, &model, out, &mut packs, &|| step.get() == stop_at, &mut |line: &StepMetrics| {
-        step.set(line.step);
-        lines.push(*line);
-    });
+    let held_out = [packs.next_pack().unwrap()];
+    packs.next = 0;
+    let outcome =
+        run(recipe, &model, out, &mut packs, &held_out, &|| step.get() == stop_at, &mut |line: &StepMetrics| {
+            step.set(line.step);
+            lines.push(*line);
+        });
     (outcome, lines)
 }
 
@@ -181,6 +185,71 @@ fn a_killed_run_goes_on_bit_for_bit() {
     // A stage that is done is not done again.
     let (outcome, none) = losses(&recipe, &broken, None, 0);
     assert!(matches!(outcome.unwrap(), Outcome::Done(_)) && none.is_empty());
+}
+
+/// Held-out loss is measured where the recipe says, changes nothing, and falls.
+#[test]
+fn held_out_loss_is_told_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let fields = "steps = 5\ntrained = [\"\"]";
+    let plain = Recipe::load(&recipe(dir.path(), "plain", fields)).unwrap();
+    let with = "steps = 5\ntrained = [\"\"]\n[validation]\nevery = 2\npacks = 1";
+    let measured = Recipe::load(&recipe(dir.path(), "measured", with)).unwrap();
+    let (_, without) = losses(&plain, dir.path(), None, 0);
+    let (outcome, lines) = losses(&measured, dir.path(), None, 0);
+    outcome.unwrap();
+    let bits = |lines: &[StepMetrics]| lines.iter().map(|l| l.loss.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&lines), bits(&without));
+    let told: Vec<u64> = lines.iter().filter(|l| l.held_out.is_some()).map(|l| l.step).collect();
+    assert_eq!(told, [2, 4, 5]);
+    assert!(without.iter().all(|l| l.held_out.is_none()) && lines[4].held_out < lines[1].held_out, "{lines:?}");
+    // The pack of the first step, so that the loss before it is known: after two steps it is lower.
+    assert!(lines[1].held_out.unwrap() < lines[0].loss);
+    let text = std::fs::read_to_string(dir.path().join("measured/metrics.jsonl")).unwrap();
+    let read: Vec<StepMetrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(read, lines);
+}
+
+/// A run goes on only by the recipe that it was begun with; what does not change its results may change.
+#[test]
+fn a_changed_recipe_does_not_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let load = |fields: &str| Recipe::load(&recipe(dir.path(), "changed", fields)).unwrap();
+    let (outcome, _) = losses(&load("steps = 4\ntrained = [\"\"]"), dir.path(), None, 2);
+    assert_eq!(outcome.unwrap(), Outcome::Stopped(2));
+    for (fields, named) in [
+        ("steps = 5\ntrained = [\"\"]", "steps = 4, the recipe now says 5"),
+        ("steps = 4\ntrained = [\"mlp_AR.\"]", "trained[0] = \"\", the recipe now says \"mlp_AR.\""),
+        ("steps = 4\ntrained = [\"\"]\n[data]\nmax_tokens = 3", "data.max_tokens = null, the recipe now says 3"),
+    ] {
+        let error = losses(&load(fields), dir.path(), None, 0).0.unwrap_err().to_string();
+        assert!(error.contains(named) && error.contains("begin again"), "{error}");
+    }
+    let same = "steps = 4\ntrained = [\"\"]\nrecompute = true\ncheckpoint_every = 1";
+    let (outcome, lines) = losses(&load(same), dir.path(), None, 0);
+    assert_eq!(outcome.unwrap(), Outcome::Done(dir.path().join("changed/model")));
+    assert_eq!(lines.len(), 2);
+}
+
+/// A checkpoint from the middle of a stage is a model.
+#[test]
+fn the_middle_of_a_stage_is_exported() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe =
+        Recipe::load(&recipe(dir.path(), "half", "steps = 4\ntrained = [\"\"]\ncheckpoint_every = 2")).unwrap();
+    losses(&recipe, dir.path(), None, 0).0.unwrap();
+    let read = |from: &Path| {
+        let model = model_of(from, Isa::detect()).unwrap();
+        let mut params = model.init(9);
+        load_params(&model, from, &mut params).unwrap();
+        let out = dir.path().join("exported").join(from.file_name().unwrap());
+        export(&model, &params, &[from.to_owned()], &out, ExportDtype::F32).unwrap();
+        assert!(out.join("config.json").exists() && !out.join("state.json").exists());
+        std::fs::read(out.join("model.safetensors")).unwrap()
+    };
+    let folder = dir.path().join("half");
+    let (middle, end, model) = (folder.join("step-00000002"), folder.join("step-00000004"), folder.join("model"));
+    assert!(read(&end) == read(&model) && read(&middle) != read(&model));
 }
 
 /// Acceptance test 3 (spec §9), and a stage that starts from another.
@@ -234,9 +303,12 @@ fn a_curve_is_drawn_of_any_run() {
         patches: 0,
         seconds: 0.0,
         waiting: 0.0,
+        held_out: None,
         gflops: 0.0,
     };
     assert!(loss_svg(&[]).ends_with("</svg>\n"));
     let svg = loss_svg(&(1..3000).map(|i| line(i, 5.0 / i as f64)).collect::<Vec<_>>());
     assert!(svg.len() < 40_000 && svg.matches("<polyline").count() == 2 && !svg.contains("NaN"));
+    let measured = [StepMetrics { held_out: Some(9.0), ..line(1, 5.0) }, line(2, 4.0)];
+    assert!(loss_svg(&measured).matches("<polyline").count() == 3 && loss_svg(&measured).contains(">9.00<"));
 }

@@ -1,9 +1,12 @@
 //! `keye eval`: how well a model answers.
 
-use anyhow::Result;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
 use keye::Keye;
-use keye_eval::{EngineAnswerer, EvalError, Plan, Report};
+use keye_eval::{Column, EngineAnswerer, EvalError, Plan, Report, Row, accuracy_svg, markdown};
 use keye_media::{Loader, VideoRule};
 use keye_world::{Split, Task};
 use serde_json::json;
@@ -19,9 +22,12 @@ Examples:
   keye eval world -m ./model --tasks when,count --count 200 --json
   keye eval world -m ./model --text-only
   keye eval world -m ./model --frames uniform
+  keye eval world -m ./model --clips ./clips --json > f32.json
+  keye eval world -m ./model-int8 --clips ./clips --json > int8.json
+  keye eval compare f32.json int8.json --svg accuracy.svg
 
 Scores are in percent: right answers; for `when` the overlap of the two times, for `reading` the letters that are right, for
-captions the things named. `chance` is what guessing would score; `--text-only` is what the questions alone give away.";
+captions the things named; +- is the standard error. `chance` is what guessing would score; `--text-only` is what the questions alone give away.";
 
 /// Measure how well a model answers
 #[derive(clap::Args)]
@@ -33,6 +39,18 @@ pub struct Args {
 #[derive(Subcommand)]
 enum What {
     World(Box<WorldArgs>),
+    Compare(CompareArgs),
+}
+
+/// Put reports of `keye eval world --json` beside one another, as Markdown
+#[derive(clap::Args)]
+struct CompareArgs {
+    /// Reports of the same questions; the files' names stand above the columns
+    #[arg(value_name = "REPORT.json", required = true)]
+    reports: Vec<PathBuf>,
+    /// Draw the scores as a picture as well
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 /// Ask about short synthetic clips with exact truth, which training never shows
@@ -56,8 +74,14 @@ struct WorldArgs {
     /// How the frames of clips share their tokens
     #[arg(long, value_name = "HOW", default_value = "slow-fast")]
     frames: Frames,
+    /// Squeeze every frame to a square of so many pixels a side before the model sees it: no native resolution
+    #[arg(long, value_name = "PIXELS", conflicts_with = "text_only", value_parser = clap::value_parser!(u32).range(28..=4096))]
+    square: Option<u32>,
+    /// Keep the clips in this folder, and take those that are there: saves half the time when several models are measured
+    #[arg(long, value_name = "DIR")]
+    clips: Option<PathBuf>,
     /// Questions that are asked at the same time
-    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256))]
     at_once: u16,
     /// Show every question with its answer
     #[arg(long)]
@@ -80,7 +104,17 @@ enum Frames {
 const ALL_SLOW: f64 = 2.0;
 
 pub fn run(args: Args) -> Result<()> {
-    let What::World(args) = args.what;
+    match args.what {
+        What::World(args) => world(&args),
+        What::Compare(args) => compare(&args),
+    }
+}
+
+fn world(args: &WorldArgs) -> Result<()> {
+    if args.square.is_some_and(|side| side % 2 == 1) {
+        return Err(Usage("--square takes an even number of pixels".into()).into());
+    }
+    let begin = Instant::now();
     let mut status = Status::new(false);
     let uniform = args.frames == Frames::Uniform;
     super::args::warn_of_device(args.model.device, &mut status);
@@ -103,7 +137,8 @@ pub fn run(args: Args) -> Result<()> {
     let answerer = if uniform { answerer.with_budget_of(Loader::new(media.clone())) } else { answerer };
     let tasks = Task::ALL.into_iter().filter(|task| args.tasks.is_empty() || args.tasks.contains(task)).collect();
     let (count, split, at_once) = (args.count, args.split, usize::from(args.at_once));
-    let plan = Plan { split, tasks, count, text_only: args.text_only, at_once };
+    let (text_only, square, clips) = (args.text_only, args.square, args.clips.clone());
+    let plan = Plan { split, tasks, count, text_only, square, clips, at_once };
 
     let guard = signals::guard();
     let report = keye_eval::run(&answerer, &plan, &mut |step| {
@@ -121,20 +156,49 @@ pub fn run(args: Args) -> Result<()> {
     });
     status.clear();
     match report {
-        Ok(report) => print(&args, &report),
+        Ok(report) => print(args, &report, begin.elapsed().as_secs_f64()),
         Err(EvalError::Stopped) => Err(Interrupted.into()),
         Err(error) => Err(error.into()),
     }
 }
 
-fn print(args: &WorldArgs, report: &Report) -> Result<()> {
+fn print(args: &WorldArgs, report: &Report, seconds: f64) -> Result<()> {
     if !args.json {
         return ui::out(&report.table());
     }
     let frames = if args.frames == Frames::Uniform { "uniform" } else { "slow-fast" };
+    let row = |row: &Row| {
+        let (score, error, scores) = (row.score(), row.error(), row.scores.iter().map(|score| rounded(*score)));
+        json!({
+            "task": row.task, "count": row.count, "score": rounded(score), "error": rounded(error),
+            "exact": row.exact, "chance": row.chance, "scores": scores.collect::<Vec<_>>(),
+        })
+    };
     let report = json!({
         "model": args.model.name(), "split": args.split.name(), "text_only": args.text_only, "frames": frames,
-        "tasks": report.rows, "mean": report.mean(),
+        "square": args.square, "seconds": rounded(seconds), "mean": rounded(report.mean()), "error": rounded(report.error()),
+        "tasks": report.rows.iter().map(row).collect::<Vec<_>>(),
     });
-    ui::out(&format!("{report:#}\n"))
+    ui::out(&format!("{report}\n"))
+}
+
+/// To a ten-thousandth: more is noise.
+fn rounded(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
+fn compare(args: &CompareArgs) -> Result<()> {
+    let column = |path: &PathBuf| -> Result<Column> {
+        let text = std::fs::read(path).with_context(|| path.display().to_string())?;
+        let report: Report = serde_json::from_slice(&text)
+            .with_context(|| format!("{}: expected a report of `keye eval world --json`", path.display()))?;
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Column { name, report })
+    };
+    let columns = args.reports.iter().map(column).collect::<Result<Vec<_>>>()?;
+    let table = markdown(&columns)?;
+    if let Some(path) = &args.svg {
+        std::fs::write(path, accuracy_svg(&columns)).with_context(|| path.display().to_string())?;
+    }
+    ui::out(&table)
 }

@@ -1,15 +1,18 @@
 //! `keye train`: stages of the training recipe, averages and exports.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use keye_backend::Isa;
 use keye_processor::{Overrides, Processor};
-use keye_train::data::{DataConfig, Stream};
-use keye_train::{ExportDtype, Outcome, Recipe, StepMetrics, average, export, load_model, load_params, model_of, run};
+use keye_train::data::{DataConfig, Stream, held_out};
+use keye_train::{
+    ExportDtype, Model, Outcome, Params, Recipe, StepMetrics, average, export, load_model, load_params, loss_of,
+    model_of, run,
+};
 
 use super::failure::{Interrupted, Usage};
 use super::signals;
@@ -20,7 +23,9 @@ Examples:
   keye train run recipes/keye-nano/*.toml --out runs/nano
   keye train run recipes/keye-nano/3-multitask.toml --out runs/nano
   keye train average runs/mean runs/nano/anneal/model runs/other/anneal/model
+  keye train average runs/mean runs/*/anneal/model --measure recipes/keye-nano/4-anneal.toml
   keye train export runs/nano/sft/model ./keye-nano
+  keye train export runs/nano/multitask/step-00000400 ./half-way
   keye ask -m ./keye-nano clip.mp4 \"What happens?\"
 
 A run that was stopped, by Ctrl-C or by a kill, goes on from its last checkpoint when the same command is given again.";
@@ -45,10 +50,13 @@ enum Command {
         /// Models of equal shape
         #[arg(value_name = "DIR", required = true)]
         models: Vec<PathBuf>,
+        /// Measure the loss of each on this recipe's held-out data; write the mean only if its own is the lowest
+        #[arg(long, value_name = "RECIPE.toml")]
+        measure: Option<PathBuf>,
     },
     /// A model in 16-bit floats without what only training uses
     Export {
-        /// A stage's model
+        /// A stage's model, or a checkpoint from the middle of a stage (`step-N`)
         #[arg(value_name = "DIR")]
         model: PathBuf,
         /// The new directory
@@ -76,10 +84,13 @@ struct RunArgs {
 pub fn run_command(args: Args) -> Result<()> {
     match args.command {
         Command::Run(args) => run_stages(&args),
-        Command::Average { out, models } => {
+        Command::Average { out, models, measure } => {
             let isa = Isa::from_env()?;
             let model = model_of(&models[0], isa)?;
             let mean = average(&model, &models, &model.init(0))?;
+            if let Some(recipe) = measure {
+                compare(&recipe, &model, &models, &mean)?;
+            }
             export(&model, &mean, &models[..1], &out, ExportDtype::F32)?;
             ui::out(&format!("{}\n", out.display()))
         }
@@ -89,6 +100,34 @@ pub fn run_command(args: Args) -> Result<()> {
             load_params(&model, &dir, &mut params)?;
             export(&model, &params, &[dir], &out, ExportDtype::Bf16)?;
             ui::out(&format!("{}\n", out.display()))
+        }
+    }
+}
+
+/// Whether the mean of models is better than each; an error tells the losses when it is not.
+fn compare(recipe: &Path, model: &Model, models: &[PathBuf], mean: &Params) -> Result<()> {
+    let path = recipe;
+    let recipe = Recipe::load(path)?;
+    let processor = Arc::new(Processor::load(&models[0], &Overrides::default())?);
+    let packs = held_out(&recipe, &processor)?;
+    if packs.is_empty() {
+        return Err(Usage(format!("--measure {}: the recipe has no [validation]", path.display())).into());
+    }
+    let status = &mut Status::new(false);
+    let mut lowest = f64::INFINITY;
+    for dir in models {
+        let mut params = model.init(0);
+        load_params(model, dir, &mut params)?;
+        let loss = loss_of(&recipe, model, &params, None, &packs)?;
+        status.line(&format!("{}: held-out loss {loss:.4}", dir.display()));
+        lowest = lowest.min(loss);
+    }
+    let loss = loss_of(&recipe, model, mean, None, &packs)?;
+    status.line(&format!("mean: held-out loss {loss:.4}"));
+    match loss < lowest {
+        true => Ok(()),
+        false => {
+            bail!("the mean's held-out loss, {loss:.4}, is not below the best model's, {lowest:.4}: nothing is written")
         }
     }
 }
@@ -125,12 +164,13 @@ fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outc
     let files = recipe.gather()?;
     let processor = Arc::new(Processor::load(files.path(), &Overrides::default())?);
     let model = load_model(recipe, isa)?;
+    let validation = held_out(recipe, &processor).with_context(|| format!("{}: validation", recipe.name))?;
     let mut source = Stream::new(data, processor)?;
     let mut status = Status::new(false);
     let parameters = model.layout().len() as u64;
     status.line(&format!("{}: {} parameters, {} steps", recipe.name, ui::grouped(parameters), recipe.steps));
     let progress = RefCell::new(Progress::new(recipe.steps));
-    let outcome = run(recipe, &model, &args.out, &mut source, &|| guard.interrupted(), &mut |line| {
+    let outcome = run(recipe, &model, &args.out, &mut source, &validation, &|| guard.interrupted(), &mut |line| {
         if let Some(text) = progress.borrow_mut().add(line) {
             status.progress(&format!("{}: {text}", recipe.name));
         }
@@ -143,6 +183,8 @@ fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outc
 struct Progress {
     steps: u64,
     recent: Vec<StepMetrics>,
+    /// The newest loss on held-out data.
+    held_out: Option<f64>,
     shown: Instant,
 }
 
@@ -152,7 +194,7 @@ const RECENT: usize = 20;
 
 impl Progress {
     fn new(steps: u64) -> Self {
-        Self { steps, recent: Vec::new(), shown: Instant::now() }
+        Self { steps, recent: Vec::new(), held_out: None, shown: Instant::now() }
     }
 
     fn add(&mut self, line: &StepMetrics) -> Option<String> {
@@ -160,6 +202,7 @@ impl Progress {
             self.recent.remove(0);
         }
         self.recent.push(*line);
+        self.held_out = line.held_out.or(self.held_out);
         if self.shown.elapsed() < REDRAW && line.step != self.steps {
             return None;
         }
@@ -169,10 +212,11 @@ impl Progress {
         let seconds = mean(|l| l.seconds);
         let left = seconds * self.steps.saturating_sub(line.step) as f64;
         Some(format!(
-            "step {}/{}, loss {:.3}, {:.0} tokens/s, {:.0} GFLOP/s, {:.0}% waiting for data, {} left",
+            "step {}/{}, loss {:.3}{}, {:.0} tokens/s, {:.0} GFLOP/s, {:.0}% waiting for data, {} left",
             line.step,
             self.steps,
             mean(|l| l.loss),
+            self.held_out.map_or_else(String::new, |loss| format!(" (held out {loss:.3})")),
             mean(|l| l.tokens as f64) / seconds,
             mean(|l| l.gflops * l.seconds) / seconds,
             100.0 * mean(|l| l.waiting) / seconds,
