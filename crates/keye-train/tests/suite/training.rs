@@ -248,8 +248,8 @@ fn the_middle_of_a_stage_is_exported() {
         std::fs::read(out.join("model.safetensors")).unwrap()
     };
     let folder = dir.path().join("half");
-    let (middle, end, model) = (folder.join("step-00000002"), folder.join("step-00000004"), folder.join("model"));
-    assert!(read(&end) == read(&model) && read(&middle) != read(&model));
+    let [middle, end, model] = ["step-00000002", "step-00000004", "model"].map(|name| read(&folder.join(name)));
+    assert!(end == model && middle != model);
 }
 
 /// Acceptance test 3 (spec §9), and a stage that starts from another.

@@ -1,0 +1,68 @@
+"""The record of a training run, small enough to keep: curves.py RUNS OUT STAGE...
+
+Reads RUNS/STAGE/metrics.jsonl of every stage, in order, and writes OUT/metrics.jsonl, a line for every ten steps with their means, and
+OUT/loss.svg, the loss of all stages side by side. Python's standard library alone.
+"""
+
+import json
+import pathlib
+import sys
+
+GROUP = 10
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 960, 300, 40, 40, 12
+MEANS = ("loss", "gradient_norm", "tokens", "targets", "patches", "seconds", "gflops")
+
+
+def groups(path):
+    """Means of ten steps each."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for at in range(0, len(lines), GROUP):
+        part = lines[at : at + GROUP]
+        mean = {name: float(f"{sum(line[name] for line in part) / len(part):.5g}") for name in MEANS}
+        held_out = [line["held_out"] for line in part if line.get("held_out") is not None]
+        more = {"held_out": round(held_out[-1], 4)} if held_out else {}
+        yield {"step": part[-1]["step"], "lr": float(f"{part[-1]['lr']:.5g}"), **mean, **more}
+
+
+def svg(stages):
+    """One panel a stage, as wide as it has steps; every panel from 0 to its own largest loss after the first tenth."""
+    steps = [rows[-1]["step"] for _, rows in stages]
+    gap = 34
+    scale = (WIDTH - LEFT - gap * len(stages)) / sum(max(n, 250) for n in steps)
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="10">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+    ]
+    x0 = LEFT
+    for (name, rows), n in zip(stages, steps):
+        width = max(n, 250) * scale
+        settled = [row["loss"] for row in rows[len(rows) // 10 :]]
+        top = max(settled) * 1.05
+        y = lambda loss: TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(loss, top) / top)
+        for quarter in range(5):
+            value = top * quarter / 4
+            out.append(f'<path d="M{x0:.0f} {y(value):.1f}h{width:.0f}" stroke="#ddd"/>')
+            out.append(f'<text x="{x0 - 3:.0f}" y="{y(value) + 3:.1f}" text-anchor="end">{value:.2f}</text>')
+        for field, colour in (("loss", "#1f5f99"), ("held_out", "#e08e2b")):
+            points = [f"{x0 + width * row['step'] / n:.1f},{y(row[field]):.1f}" for row in rows if field in row]
+            if points:
+                out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{" ".join(points)}"/>')
+        out.append(f'<text x="{x0 + width / 2:.0f}" y="{HEIGHT - 22}" text-anchor="middle">{name}</text>')
+        out.append(f'<text x="{x0 + width / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle" fill="#777">{n} steps</text>')
+        x0 += width + gap
+    return "\n".join([*out, "</svg>", ""])
+
+
+def main():
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    runs, out = map(pathlib.Path, sys.argv[1:3])
+    stages = [(name, list(groups(runs / name / "metrics.jsonl"))) for name in sys.argv[3:]]
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"stage": name, **row}) + "\n" for name, rows in stages for row in rows]
+    (out / "metrics.jsonl").write_text("".join(lines))
+    (out / "loss.svg").write_text(svg(stages))
+
+
+if __name__ == "__main__":
+    main()
