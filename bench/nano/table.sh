@@ -4,9 +4,10 @@
 #   bench/nano/table.sh MODEL RUNS OUT [COUNT]
 #
 # MODEL is the finished model (what `keye train export` wrote), RUNS the folder of `keye train run`, OUT where clips, reports and the
-# tables go, COUNT the questions of each of the 15 kinds (50). KEYE names the binary. A report that is there is not measured again.
+# tables go, COUNT the questions of each of the 15 kinds (50). KEYE names the binary, STAGES those stages to measure that RUNS has. A report
+# that is there is not measured again. `bench/nano/record.py` puts the tables into the docs.
 set -eu
-[ $# -ge 3 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1 runs=$2 out=$3 count=${4:-50}
 keye=${KEYE:-keye}
 mkdir -p "$out/stages" "$out/ablations"
@@ -32,7 +33,7 @@ measure "$a/square.json" "$model" --square 112
 measure "$a/int8.json" "$out/int8"
 measure "$a/int4.json" "$out/int4"
 stages=
-for stage in projector stills multitask anneal sft; do
+for stage in ${STAGES:-projector stills captions-3 multitask anneal sft}; do
     [ -d "$runs/$stage/model" ] || continue
     measure "$out/stages/$stage.json" "$runs/$stage/model"
     stages="$stages $out/stages/$stage.json"

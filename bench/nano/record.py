@@ -1,13 +1,17 @@
-"""The record of a training run, small enough to keep: curves.py RUNS OUT STAGE...
+"""Keeps the record of a training run: record.py RUNS TABLES STAGE...
 
-Reads RUNS/STAGE/metrics.jsonl of every stage, in order, and writes OUT/metrics.jsonl, a line for every ten steps with their means, and
-OUT/loss.svg, the loss of all stages side by side. Python's standard library alone.
+RUNS is the folder of `keye train run`, TABLES what bench/nano/table.sh wrote, STAGE the stages in their order. Writes beside the recipe,
+recipes/keye-nano/run/: metrics.jsonl, a line for every ten steps with their means; loss.svg, the loss of all stages side by side;
+accuracy.svg. Puts the tables into docs/keye-nano.md, between the marks. Python's standard library alone.
 """
 
 import json
 import pathlib
+import re
+import shutil
 import sys
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 GROUP = 10
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 960, 300, 40, 40, 12
 MEANS = ("loss", "gradient_norm", "tokens", "targets", "patches", "seconds", "gflops")
@@ -56,12 +60,24 @@ def svg(stages):
 def main():
     if len(sys.argv) < 4:
         sys.exit(__doc__)
-    runs, out = map(pathlib.Path, sys.argv[1:3])
+    runs, tables = map(pathlib.Path, sys.argv[1:3])
     stages = [(name, list(groups(runs / name / "metrics.jsonl"))) for name in sys.argv[3:]]
+    out = ROOT / "recipes/keye-nano/run"
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"stage": name, **row}) + "\n" for name, rows in stages for row in rows]
     (out / "metrics.jsonl").write_text("".join(lines))
     (out / "loss.svg").write_text(svg(stages))
+    shutil.copy(tables / "accuracy.svg", out)
+    page = ROOT / "docs/keye-nano.md"
+    text, found = re.subn(
+        "(<!-- tables -->\n).*?(<!-- end of tables -->)",
+        lambda marks: f"{marks[1]}\n{(tables / 'tables.md').read_text()}\n{marks[2]}",
+        page.read_text(),
+        flags=re.DOTALL,
+    )
+    if found != 1:
+        sys.exit(f"{page}: expected the marks of the tables once, found them {found} times")
+    page.write_text(text)
 
 
 if __name__ == "__main__":
