@@ -147,7 +147,7 @@ fn main() -> Result<(), BackendError> {
             let rate = (2 * m * k * n) as f64 / seconds;
             println!("  {what:13} {m} x {k} x {n}: {:6.1} GFLOP/s{}", rate / 1e9, part(rate, limit));
         }
-        for (dtype, m) in [Dtype::Int4, Dtype::Int8, Dtype::Int16]
+        for (dtype, m) in [Dtype::Int4, Dtype::Int8, Dtype::Int10]
             .into_iter()
             .flat_map(|dtype| [512, 32, 8, 4].map(|m| (dtype, m)))
             .filter(|_| wants("packed"))

@@ -78,7 +78,7 @@ fn source(rows: usize, cols: usize, values: &[f32], dtype: Dtype) -> WeightSourc
                 ..f32s
             }
         }
-        Dtype::Int16 | Dtype::Int8 | Dtype::Int4 => {
+        Dtype::Int12 | Dtype::Int10 | Dtype::Int8 | Dtype::Int4 => {
             let mut bytes = vec![0; dtype.stored_bytes(rows, cols).expect("small")];
             packed::pack_rows(dtype, rows, cols, values, &mut bytes).expect("finite");
             WeightSource { dtype, bytes: bytes.into(), ..f32s }
@@ -350,7 +350,7 @@ pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, Backen
     suite.experts()?;
     suite.sparse_attention()?;
     // Last, so that the checks above keep their numbers: a key on the edge between two bf16 values may fall either way.
-    suite.products(&[Dtype::Int16])?;
+    suite.products(&[Dtype::Int10, Dtype::Int12])?;
     Ok(suite.checks)
 }
 

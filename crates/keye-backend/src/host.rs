@@ -100,7 +100,9 @@ impl HostWeight {
             Dtype::Bf16 => {
                 WeightData::OwnedBf16(source.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
             }
-            Dtype::Int16 | Dtype::Int8 | Dtype::Int4 => WeightData::Packed(source.dtype, source.bytes.clone()),
+            Dtype::Int12 | Dtype::Int10 | Dtype::Int8 | Dtype::Int4 => {
+                WeightData::Packed(source.dtype, source.bytes.clone())
+            }
             Dtype::F8E4M3 => WeightData::Fp8(Fp8Matrix::of(source).expect("the source was checked above")),
             Dtype::F32 | Dtype::F16 => WeightData::OwnedF32(source.to_f32().into_owned()),
         };

@@ -8,7 +8,7 @@
 //! * [`Reference`] is the definition: scalar f32, one loop a formula. Every other backend is compared with it by one
 //!   suite ([`conformance`]).
 //! * [`Cpu`] computes on all cores with AVX-512, AVX2 or portable code, chosen when it is made; `KEYE_ISA` forces one.
-//!   Weights stored as f32, bf16, 8-bit floats in blocks or [`packed`] int16, int8 and int4 are used in place in the memory map.
+//!   Weights stored as f32, bf16, 8-bit floats in blocks or [`packed`] int4 to int12 are used in place in the memory map.
 //! * **Row invariance**: a row of a result depends only on that row's inputs. The order of every sum is fixed by its
 //!   length (and, in attention over the cache, by absolute 64-token blocks from left to right), never by the number of
 //!   rows, of threads, or by how rows were cut into calls. The suite checks it bit for bit.
@@ -36,6 +36,7 @@ mod reference;
 mod select;
 mod weight;
 mod wide_rows;
+mod wide_tiles;
 
 pub use backend::{
     Activation, AttentionShape, BLOCK_TOKENS, Backend, CacheSpec, Expert, GroupedRouting, IndexShape, KvDtype,

@@ -1,20 +1,20 @@
-//! Packed weights: int16, int8 and int4 with scales per group, in tiles that every instruction set reads in place.
+//! Packed weights: int4, int8, int10 and int12 with scales per group, in tiles that every instruction set reads in place.
 //!
 //! A matrix `[rows, cols]` is stored as tiles of [`TILE_ROWS`] rows, one after the other; the last is filled up with rows
 //! of zeros. A tile runs along the columns in blocks of [`BLOCK_COLS`], the last filled up with zeros. Groups are
-//! [`GROUP`] columns of one row, so a block has two groups of each row. All integers are little-endian; every tile is a
-//! multiple of 64 bytes, a cache line.
+//! [`GROUP`] columns of one row, so a block has two groups of each row. All integers are little-endian.
 //!
-//! `Int4`, [`INT4_BLOCK`] bytes a block after a head of 64 bytes a tile: 4.5 bits a weight.
+//! `Int4`, [`INT4_BLOCK`] bytes a block after a head of 64 bytes a tile: 4.44 bits a weight.
 //!
 //! | bytes | what |
 //! |---|---|
 //! | head: 64 | row scales `f32[16]` |
-//! | block: 32 | `s u8[2][16]`: scale codes of group 0, then of group 1, by row |
-//! | 32 | `z u8[2][16]`: zero points in sixteenths of a step |
+//! | block: 16 | by row, scale code `s` of group 0 in the low six bits, the low two bits of group 1's above |
+//! | 8 | the high four bits of group 1's scale codes: row `r` in byte `4 * (r % 2) + r / 4`, from bit `4 * (r / 2 % 2)` on |
+//! | 32 | `z u8[2][16]`: zero points in sixteenths of a step, of group 0, then of group 1, by row |
 //! | 512 | `q`: 8 vectors of 64 bytes; byte `4*r + b` of vector `v` has column `8v + b` of row `r` in its low, column `8v + 4 + b` in its high four bits |
 //!
-//! `weight = row_scale * S(s) * (q - z/16)` with `S(s) = (1 + (s mod 32)/32) * 2^(floor(s/32) - 7)`.
+//! `weight = row_scale * S(s) * (q - z/16)` with `S(s) = (1 + (s mod 16)/16) * 2^(floor(s/16) - 3)`.
 //!
 //! `Int8`, [`INT8_BLOCK`] bytes a block, no head: 8.5 bits a weight.
 //!
@@ -25,25 +25,29 @@
 //!
 //! `weight = d * (u - 128)`, `u` in 1..=255.
 //!
-//! `Int16`, [`INT16_BLOCK`] bytes a block, no head: 16.5 bits a weight, for what has to be nearly exact.
+//! `Int10` and `Int12`, 1296 and 1552 bytes a block after a head of 64 bytes a tile: 10.1 and 12.1 bits a weight, for what
+//! eight bits lose too much of. The codes have `h` = 2 or 4 bits beside the low eight.
 //!
 //! | bytes | what |
 //! |---|---|
-//! | block: 64 | `d bf16[2][16]`: scales of group 0, then of group 1, by row |
-//! | 2048 | `q i16`: 32 vectors of 64 bytes; number `2*r + b` of vector `v` is column `2v + b` of row `r` |
+//! | head: 64 | row scales `f32[16]` |
+//! | block: 16 | by row, factors: `f - 1` of group 0 in the low, of group 1 in the high four bits |
+//! | 1024 | low eight bits of `q`: 32 vectors of 32 bytes; byte `2*r + b` of vector `v` is column `2v + b` of row `r` |
+//! | 128 h | high bits: byte `2*r + b` of vector `w` has those of vectors `8/h * w`, .. from its low bits on |
 //!
-//! `weight = d * q`, `q` in -8191..=8191: products of 32 pairs of such numbers fit 32 bits.
+//! `weight = row_scale * f * q`, `q` in -511..=511 and `f` in 1..=8 (int10), `q` in -2047..=2047 and `f` in 1..=2 (int12):
+//! `f * q` is an integer below 2^12, which kernels multiply with codes of 14 bits; such products of 64 columns fit 32 bits.
 //!
 //! Why so: sixteen rows by four columns are one 64-byte operand of an int8 dot product, whose sixteen sums belong to
-//! sixteen outputs, so that nothing is summed across lanes and one row of activations is broadcast. A tile is one stream
-//! of whole cache lines. The scale of a group in eight bits of floating point is within 1.6 % of the one searched for,
-//! over a range of 256 below the row's largest; searching codes, scale and zero point together takes back what that loses.
+//! sixteen outputs, so that nothing is summed across lanes and one row of activations is broadcast. A tile is one stream.
+//! The scale of an int4 group in six bits of floating point is within 3 % of the one searched for, over a range of 16 below
+//! the row's largest; searching codes, scale and zero point together takes back what that loses.
 
-use crate::weight::{bf16_to_f32, f16_to_f32};
-use crate::{BackendError, Dtype};
+use crate::weight::f16_to_f32;
+use crate::{BackendError, Dtype, wide_tiles};
 
 /// Version of the layout.
-pub const PACKED_VERSION: u32 = 1;
+pub const PACKED_VERSION: u32 = 2;
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;
 /// Columns of a block.
@@ -53,13 +57,12 @@ pub const GROUP: usize = 32;
 /// Bytes of the head of an int4 tile.
 pub const INT4_HEAD: usize = 64;
 /// Bytes of an int4 block.
-pub const INT4_BLOCK: usize = 576;
+pub const INT4_BLOCK: usize = 568;
+/// Where zero points and codes of an int4 block begin.
+pub(crate) const INT4_ZEROS: usize = 24;
+pub(crate) const INT4_CODES: usize = 56;
 /// Bytes of an int8 block.
 pub const INT8_BLOCK: usize = 1088;
-/// Bytes of an int16 block.
-pub const INT16_BLOCK: usize = 2112;
-/// The largest code of int16.
-pub(crate) const WIDE_MAX: f32 = 8191.0;
 
 /// A value that cannot be packed.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
@@ -79,7 +82,10 @@ pub fn tile_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
     match dtype {
         Dtype::Int4 => blocks.checked_mul(INT4_BLOCK)?.checked_add(INT4_HEAD),
         Dtype::Int8 => blocks.checked_mul(INT8_BLOCK),
-        Dtype::Int16 => blocks.checked_mul(INT16_BLOCK),
+        Dtype::Int10 | Dtype::Int12 => {
+            let block = wide_tiles::block_bytes(dtype.high_bits()?);
+            blocks.checked_mul(block)?.checked_add(wide_tiles::WIDE_HEAD)
+        }
         Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F8E4M3 => None,
     }
 }
@@ -102,8 +108,8 @@ pub fn pack_rows(dtype: Dtype, rows: usize, cols: usize, values: &[f32], out: &m
     for (values, out) in values.chunks(TILE_ROWS * cols).zip(out.chunks_exact_mut(tile)) {
         match dtype {
             Dtype::Int4 => pack_int4(isa, cols, values, out),
-            Dtype::Int16 => pack_int16(cols, values, out),
-            _ => pack_int8(isa, cols, values, out),
+            Dtype::Int8 => pack_int8(isa, cols, values, out),
+            _ => wide_tiles::pack(isa, dtype.high_bits().expect("the other packed types"), cols, values, out),
         }
     }
     Ok(())
@@ -132,23 +138,19 @@ pub(crate) fn unpack_row(dtype: Dtype, cols: usize, bytes: &[u8], row: usize, ou
     let tile = tile_bytes(dtype, cols).expect("checked when the weight was loaded");
     let bytes = &bytes[row / TILE_ROWS * tile..][..tile];
     let r = row % TILE_ROWS;
+    if let Some(high) = dtype.high_bits() {
+        return wide_tiles::unpack_row(high, bytes, r, out);
+    }
     for (block, out) in out.chunks_mut(BLOCK_COLS).enumerate() {
         if dtype == Dtype::Int4 {
             let row_scale = f32_at(bytes, 4 * r);
             let bytes = &bytes[INT4_HEAD + block * INT4_BLOCK..][..INT4_BLOCK];
             for (k, out) in out.iter_mut().enumerate() {
                 let group = k / GROUP;
-                let (s, z) = (bytes[group * 16 + r], bytes[32 + group * 16 + r]);
-                let pair = bytes[64 + k / 8 * 64 + 4 * r + k % 4];
+                let (s, z) = (scale_code_at(bytes, group, r), bytes[INT4_ZEROS + group * 16 + r]);
+                let pair = bytes[INT4_CODES + k / 8 * 64 + 4 * r + k % 4];
                 let q = if k % 8 < 4 { pair & 15 } else { pair >> 4 };
                 *out = row_scale * scale_of(s) * (f32::from(q) - f32::from(z) / 16.0);
-            }
-        } else if dtype == Dtype::Int16 {
-            let bytes = &bytes[block * INT16_BLOCK..][..INT16_BLOCK];
-            for (k, out) in out.iter_mut().enumerate() {
-                let (at, code) = (2 * (k / GROUP * 16 + r), 64 + k / 2 * 64 + 4 * r + 2 * (k % 2));
-                let d = bf16_to_f32(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
-                *out = d * f32::from(i16::from_le_bytes([bytes[code], bytes[code + 1]]));
             }
         } else {
             let bytes = &bytes[block * INT8_BLOCK..][..INT8_BLOCK];
@@ -161,25 +163,36 @@ pub(crate) fn unpack_row(dtype: Dtype, cols: usize, bytes: &[u8], row: usize, ou
     }
 }
 
+/// The scale code of a group of row `r` of an int4 block.
+pub(crate) fn scale_code_at(block: &[u8], group: usize, r: usize) -> u8 {
+    let (byte, shift) = high_scale_bits(r);
+    if group == 0 { block[r] & 63 } else { block[r] >> 6 | (block[byte] >> shift & 15) << 2 }
+}
+
+/// Byte and bit where the high four bits of row `r`'s second scale code lie.
+fn high_scale_bits(r: usize) -> (usize, usize) {
+    (TILE_ROWS + 4 * (r % 2) + r / 4, 4 * (r / 2 % 2))
+}
+
 /// `S(s)` of the layout.
 pub(crate) fn scale_of(s: u8) -> f32 {
-    f32::from_bits((u32::from(s) << 18) + (120 << 23))
+    f32::from_bits((u32::from(s) << 19) + (124 << 23))
 }
 
 /// The code whose `S` is nearest to `ratio`, within the range.
 fn scale_code(ratio: f32) -> u8 {
-    let code = (ratio.max(0.0).to_bits().saturating_add(1 << 17) >> 18) as i64 - (120 << 5);
-    code.clamp(0, 255) as u8
+    let code = (ratio.max(0.0).to_bits().saturating_add(1 << 18) >> 19) as i64 - (124 << 4);
+    code.clamp(0, 63) as u8
 }
 
-fn f32_at(bytes: &[u8], at: usize) -> f32 {
+pub(crate) fn f32_at(bytes: &[u8], at: usize) -> f32 {
     f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 type Group = [f32; GROUP];
 
 /// Group `group` of row `r` of `values [_, cols]`, zeros where there is nothing.
-fn group_of(values: &[f32], cols: usize, r: usize, group: usize) -> Group {
+pub(crate) fn group_of(values: &[f32], cols: usize, r: usize, group: usize) -> Group {
     let mut out = [0.0; GROUP];
     let start = group * GROUP;
     if (r + 1) * cols <= values.len() && start < cols {
@@ -199,7 +212,7 @@ fn pack_int4(isa: crate::cpu::Isa, cols: usize, values: &[f32], out: &mut [u8]) 
                 hi / 12.0 - lo / 12.0
             })
             .fold(0.0, f32::max);
-        let row_scale = widest / scale_of(255);
+        let row_scale = widest / scale_of(63);
         // Smaller ones cannot be divided by; their row is zero.
         if row_scale < f32::MIN_POSITIVE * 1024.0 {
             continue;
@@ -209,11 +222,17 @@ fn pack_int4(isa: crate::cpu::Isa, cols: usize, values: &[f32], out: &mut [u8]) 
             let block = &mut out[INT4_HEAD + group / 2 * INT4_BLOCK..][..INT4_BLOCK];
             let half = group % 2;
             let found = search_int4(isa, &group_of(values, cols, r, group), row_scale);
-            block[half * 16 + r] = found.s;
-            block[32 + half * 16 + r] = found.z;
+            if half == 0 {
+                block[r] |= found.s;
+            } else {
+                let (byte, shift) = high_scale_bits(r);
+                block[r] |= found.s << 6;
+                block[byte] |= found.s >> 2 << shift;
+            }
+            block[INT4_ZEROS + half * 16 + r] = found.z;
             for (k, q) in found.q.iter().enumerate() {
                 let k = half * GROUP + k;
-                block[64 + k / 8 * 64 + 4 * r + k % 4] |= if k % 8 < 4 { *q } else { *q << 4 };
+                block[INT4_CODES + k / 8 * 64 + 4 * r + k % 4] |= if k % 8 < 4 { *q } else { *q << 4 };
             }
         }
     }
@@ -230,29 +249,6 @@ fn pack_int8(isa: crate::cpu::Isa, cols: usize, values: &[f32], out: &mut [u8]) 
                 for (k, q) in q.iter().enumerate() {
                     let k = half * GROUP + k;
                     block[64 + k / 4 * 64 + 4 * r + k % 4] = (i16::from(*q) + 128) as u8;
-                }
-            }
-        }
-    }
-}
-
-fn pack_int16(cols: usize, values: &[f32], out: &mut [u8]) {
-    out.fill(0);
-    for (number, block) in out.chunks_exact_mut(INT16_BLOCK).enumerate() {
-        for r in 0..TILE_ROWS.min(values.len() / cols) {
-            for half in 0..2 {
-                let x = group_of(values, cols, r, 2 * number + half);
-                let largest = x.iter().fold(0.0f32, |a, b| a.max(b.abs()));
-                // The next bf16 above, so that no code is too large.
-                let bits = (largest / WIDE_MAX).to_bits().div_ceil(1 << 16) as u16;
-                let d = bf16_to_f32(bits);
-                if d < f32::MIN_POSITIVE {
-                    continue;
-                }
-                block[2 * (half * 16 + r)..][..2].copy_from_slice(&bits.to_le_bytes());
-                for (k, x) in x.iter().enumerate() {
-                    let (k, q) = (half * GROUP + k, (x / d).round_ties_even() as i16);
-                    block[64 + k / 2 * 64 + 4 * r + 2 * (k % 2)..][..2].copy_from_slice(&q.to_le_bytes());
                 }
             }
         }
@@ -433,7 +429,8 @@ mod tests {
         let (rows, cols) = (48, 4096);
         let values = normal(rows * cols, 1);
         // ggml's Q4_K: 0.0719, Q8_0: 0.0054.
-        for (dtype, bound) in [(Dtype::Int4, 0.0715), (Dtype::Int8, 0.0054)] {
+        let bounds = [(Dtype::Int4, 0.0717), (Dtype::Int8, 0.0054), (Dtype::Int10, 0.0015), (Dtype::Int12, 0.0005)];
+        for (dtype, bound) in bounds {
             let found = unpack(dtype, rows, cols, &packed(dtype, rows, cols, &values)).unwrap();
             let error = relative_error(&values, &found);
             assert!(error < bound, "{dtype:?}: {error}");
@@ -442,18 +439,18 @@ mod tests {
 
     #[test]
     fn sizes() {
-        assert_eq!(Dtype::Int4.stored_bytes(4096, 4096), Some(256 * (64 + 64 * 576)));
+        assert_eq!(Dtype::Int4.stored_bytes(4096, 4096), Some(256 * (64 + 64 * 568)));
         assert_eq!(Dtype::Int8.stored_bytes(17, 65), Some(2 * 2 * 1088));
         assert_eq!(Dtype::Int4.stored_bytes(usize::MAX, usize::MAX), None);
         let bits = |dtype: Dtype| dtype.stored_bytes(12288, 4096).unwrap() as f64 * 8.0 / (12288.0 * 4096.0);
-        assert!(bits(Dtype::Int4) < 4.51 && bits(Dtype::Int8) == 8.5);
+        assert!(bits(Dtype::Int4) < 4.446 && bits(Dtype::Int10) < 10.14 && bits(Dtype::Int8) == 8.5);
     }
 
     #[test]
     fn odd_shapes_hostile_values_and_slices() {
         for (rows, cols) in [(1, 1), (3, 33), (17, 64), (40, 100), (16, 4304)] {
             let mut values = normal(rows * cols, (rows * cols) as u64);
-            for dtype in [Dtype::Int4, Dtype::Int8] {
+            for dtype in [Dtype::Int4, Dtype::Int8, Dtype::Int10, Dtype::Int12] {
                 let whole = packed(dtype, rows, cols, &values);
                 let found = unpack(dtype, rows, cols, &whole).unwrap();
                 assert!(relative_error(&values, &found) < 0.1, "{rows} {cols} {dtype:?}");
@@ -468,7 +465,7 @@ mod tests {
             assert_eq!((error.row, error.col), (rows - 1, cols - 1));
         }
         for extreme in [0.0, 1e-42, 1e-30, 1e30, f32::MAX, -f32::MAX] {
-            for dtype in [Dtype::Int4, Dtype::Int8] {
+            for dtype in [Dtype::Int4, Dtype::Int8, Dtype::Int10, Dtype::Int12] {
                 let values = vec![extreme; 64];
                 let found = unpack(dtype, 1, 64, &packed(dtype, 1, 64, &values)).unwrap();
                 assert!(found.iter().all(|v| v.is_finite()), "{extreme} {dtype:?}");
@@ -503,10 +500,10 @@ mod tests {
 
     #[test]
     fn codes_are_the_nearest_scale() {
-        for s in 0..=255 {
+        for s in 0..=63 {
             assert_eq!(scale_code(scale_of(s)), s);
         }
-        assert_eq!((scale_of(0), scale_of(255)), (1.0 / 128.0, 1.968_75));
-        assert_eq!((scale_code(0.0), scale_code(1e-9), scale_code(9.0), scale_code(f32::MAX)), (0, 0, 255, 255));
+        assert_eq!((scale_of(0), scale_of(63)), (1.0 / 8.0, 1.9375));
+        assert_eq!((scale_code(0.0), scale_code(1e-9), scale_code(9.0), scale_code(f32::MAX)), (0, 0, 63, 63));
     }
 }

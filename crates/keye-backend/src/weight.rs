@@ -20,8 +20,10 @@ pub enum Dtype {
     F16,
     /// 8-bit float with 4 bits of exponent, finite (`e4m3fn`), with a scale per block ([`BlockScales`]).
     F8E4M3,
-    /// 14 of 16 bits with a scale per group, packed in tiles ([`crate::packed`]).
-    Int16,
+    /// 12 bits with a factor per group, packed in tiles ([`crate::packed`]).
+    Int12,
+    /// 10 bits with a factor per group, packed in tiles ([`crate::packed`]).
+    Int10,
     /// 8 bits with a scale per group, packed in tiles ([`crate::packed`]).
     Int8,
     /// 4 bits with scale and zero point per group, packed in tiles ([`crate::packed`]).
@@ -35,13 +37,24 @@ impl Dtype {
             Self::F32 => rows.checked_mul(cols)?.checked_mul(4),
             Self::Bf16 | Self::F16 => rows.checked_mul(cols)?.checked_mul(2),
             Self::F8E4M3 => rows.checked_mul(cols),
-            Self::Int16 | Self::Int8 | Self::Int4 => rows.div_ceil(TILE_ROWS).checked_mul(tile_bytes(self, cols)?),
+            Self::Int12 | Self::Int10 | Self::Int8 | Self::Int4 => {
+                rows.div_ceil(TILE_ROWS).checked_mul(tile_bytes(self, cols)?)
+            }
         }
     }
 
     /// Whether it is packed in tiles.
     pub fn is_packed(self) -> bool {
-        matches!(self, Self::Int16 | Self::Int8 | Self::Int4)
+        matches!(self, Self::Int12 | Self::Int10 | Self::Int8 | Self::Int4)
+    }
+
+    /// Bits of a code beside its low eight, of types that are multiplied with activations in fourteen bits.
+    pub(crate) fn high_bits(self) -> Option<usize> {
+        match self {
+            Self::Int10 => Some(2),
+            Self::Int12 => Some(4),
+            _ => None,
+        }
     }
 }
 
@@ -118,7 +131,7 @@ impl WeightSource {
             Dtype::Bf16 => self.bytes.chunks_exact(2).map(|b| bf16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
             Dtype::F16 => self.bytes.chunks_exact(2).map(|b| f16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect(),
             Dtype::F8E4M3 => Fp8Matrix::of(self).map_or_else(Vec::new, |matrix| matrix.widen()).into(),
-            Dtype::Int16 | Dtype::Int8 | Dtype::Int4 => {
+            Dtype::Int12 | Dtype::Int10 | Dtype::Int8 | Dtype::Int4 => {
                 packed::unpack_rows(self.dtype, self.rows, self.cols, &self.bytes).into()
             }
         }

@@ -1,11 +1,14 @@
-//! Activations in fourteen bits, as int16 weights are multiplied with.
+//! Activations in fourteen bits, as int10 and int12 weights are multiplied with.
 //!
-//! As `quantized_rows`, with scales `a = max|x| / 8191` per group and no zero points: per output, over the groups from left
-//! to right, `sum = fma(t_g, d_g * a_g, sum)` with `t_g` the exact sum of products of codes, rounded to f32. Products of two
-//! such codes, summed over a group, stay below 2^31 in magnitude.
+//! Each [`BLOCK_COLS`] of a row have a scale `a = max|x| / 8191` and codes `c = round(x / a)`, ties to even. A product is
+//! then, per output, over the blocks from left to right, `sum = fma(t_b, a_b, sum)`, with `t_b` the exact sum of
+//! `c * f * q` of a block, rounded to f32; and the whole times the weights' row scale.
 
 use crate::host::HostTensor;
-use crate::packed::{BLOCK_COLS, GROUP, WIDE_MAX};
+use crate::packed::BLOCK_COLS;
+
+/// The largest code: 64 products with weights below 2^12 fit 32 bits.
+const WIDE_MAX: f32 = 8191.0;
 
 /// Rows in fourteen bits.
 #[derive(Debug, Default)]
@@ -14,7 +17,7 @@ pub(crate) struct WideRows {
     pub cols: usize,
     /// `[rows, cols]`
     pub codes: Vec<i16>,
-    /// `[rows, cols / GROUP]`
+    /// `[rows, cols / BLOCK_COLS]`
     pub scales: Vec<f32>,
 }
 
@@ -22,12 +25,12 @@ impl WideRows {
     /// Room for `rows` rows of `cols` columns.
     pub fn new(rows: usize, cols: usize) -> Self {
         let cols = cols.next_multiple_of(BLOCK_COLS);
-        Self { cols, codes: vec![0; rows * cols], scales: vec![0.0; rows * cols / GROUP] }
+        Self { cols, codes: vec![0; rows * cols], scales: vec![0.0; rows * cols / BLOCK_COLS] }
     }
 
-    /// Groups of a row.
-    pub fn groups(&self) -> usize {
-        self.cols / GROUP
+    /// Blocks of a row.
+    pub fn blocks(&self) -> usize {
+        self.cols / BLOCK_COLS
     }
 }
 
@@ -44,11 +47,11 @@ crate::cpu::isa::dispatch! {
 #[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled once for each instruction set")]
 #[inline(always)]
 unsafe fn quantize_in<S>(x: &[f32], codes: &mut [i16], scales: &mut [f32]) {
-    for (group, x) in x.chunks(GROUP).enumerate() {
-        let mut filled = [0.0f32; GROUP];
+    for (block, x) in x.chunks(BLOCK_COLS).enumerate() {
+        let mut filled = [0.0f32; BLOCK_COLS];
         filled[..x.len()].copy_from_slice(x);
         let mut lanes = [0.0f32; 8];
-        for c in 0..GROUP / 8 {
+        for c in 0..BLOCK_COLS / 8 {
             for l in 0..8 {
                 let v = filled[8 * c + l].abs();
                 lanes[l] = if v > lanes[l] { v } else { lanes[l] };
@@ -58,12 +61,12 @@ unsafe fn quantize_in<S>(x: &[f32], codes: &mut [i16], scales: &mut [f32]) {
         let scale = largest / WIDE_MAX;
         // What is too small to divide by counts as zero; an infinity keeps its scale and so is not lost.
         let inverse = if scale > f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
-        let codes = &mut codes[group * GROUP..(group + 1) * GROUP];
-        for k in 0..GROUP {
+        let codes = &mut codes[block * BLOCK_COLS..(block + 1) * BLOCK_COLS];
+        for k in 0..BLOCK_COLS {
             // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
             codes[k] = ((filled[k] * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000) as i16;
         }
-        scales[group] = scale;
+        scales[block] = scale;
     }
 }
 
@@ -74,7 +77,7 @@ pub(crate) fn fake_wide(x: &HostTensor) -> HostTensor {
     for row in 0..x.rows {
         quantize_wide_row(crate::cpu::Isa::Portable, x.row(row), &mut rows.codes, &mut rows.scales);
         for (k, value) in out.row_mut(row).iter_mut().enumerate() {
-            *value = f32::from(rows.codes[k]) * rows.scales[k / GROUP];
+            *value = f32::from(rows.codes[k]) * rows.scales[k / BLOCK_COLS];
         }
     }
     out
@@ -91,9 +94,9 @@ mod tests {
         for isa in Isa::available() {
             let mut rows = WideRows::new(1, x.len());
             quantize_wide_row(isa, &x, &mut rows.codes, &mut rows.scales);
-            assert_eq!((rows.cols, rows.groups()), (128, 4));
+            assert_eq!((rows.cols, rows.blocks()), (128, 2));
             for (k, code) in rows.codes.iter().enumerate() {
-                let (scale, value) = (rows.scales[k / GROUP], x.get(k).copied().unwrap_or(0.0));
+                let (scale, value) = (rows.scales[k / BLOCK_COLS], x.get(k).copied().unwrap_or(0.0));
                 assert!(code.unsigned_abs() <= 8191 && (f32::from(*code) * scale - value).abs() <= scale * 0.5001);
             }
         }

@@ -164,7 +164,8 @@ fn dtype(tensor: &StoredTensor) -> Result<Dtype, ModelError> {
     use keye_processor::{Dtype as Stored, PackedFormat};
     match tensor.packed {
         Some(PackedFormat::Int4) => return Ok(Dtype::Int4),
-        Some(PackedFormat::Int16) => return Ok(Dtype::Int16),
+        Some(PackedFormat::Int12) => return Ok(Dtype::Int12),
+        Some(PackedFormat::Int10) => return Ok(Dtype::Int10),
         Some(PackedFormat::Int8) => return Ok(Dtype::Int8),
         None => {}
     }

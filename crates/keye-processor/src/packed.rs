@@ -1,7 +1,7 @@
 //! Tags of packed tensors: weights quantised into the backend's tiles, stored as plain bytes.
 //!
 //! A packed tensor lies in the file as `U8 [bytes]` under its own name. `__metadata__` says what the bytes are:
-//! `"keye_packed_version": "1"` and, per tensor, `"keye_packed:NAME": "int4 ROWS COLS"`. Its bytes start at a multiple of
+//! `"keye_packed_version": "2"` and, per tensor, `"keye_packed:NAME": "int4 ROWS COLS"`. Its bytes start at a multiple of
 //! [`PACKED_ALIGNMENT`], so that the kernels read them in the memory map.
 
 use std::collections::BTreeMap;
@@ -12,15 +12,17 @@ use crate::safetensors_file::Entry;
 /// Packed tensors start at multiples of this many bytes of their file.
 pub const PACKED_ALIGNMENT: usize = 64;
 /// The version that this build writes and reads: the tiles of `keye_backend::packed`.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 pub(crate) const VERSION_KEY: &str = "keye_packed_version";
 pub(crate) const TAG_PREFIX: &str = "keye_packed:";
 
 /// Formats of packed tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PackedFormat {
-    /// 16-bit groups.
-    Int16,
+    /// 12-bit codes.
+    Int12,
+    /// 10-bit codes.
+    Int10,
     /// 8-bit groups.
     Int8,
     /// 4-bit groups.
@@ -31,7 +33,8 @@ impl PackedFormat {
     /// The name in tags and on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Int16 => "int16",
+            Self::Int12 => "int12",
+            Self::Int10 => "int10",
             Self::Int8 => "int8",
             Self::Int4 => "int4",
         }
@@ -39,7 +42,7 @@ impl PackedFormat {
 
     /// The format called `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Int16, Self::Int8, Self::Int4].into_iter().find(|format| format.name() == name)
+        [Self::Int12, Self::Int10, Self::Int8, Self::Int4].into_iter().find(|format| format.name() == name)
     }
 }
 
@@ -93,7 +96,7 @@ pub(crate) fn tag(metadata: &BTreeMap<String, String>, entries: &mut BTreeMap<St
     }
     for (name, text) in tags {
         let tag = PackedTag::parse(text)
-            .ok_or_else(|| format!("{TAG_PREFIX}{name}: expected int4|int8|int16 ROWS COLS, found {text:?}"))?;
+            .ok_or_else(|| format!("{TAG_PREFIX}{name}: expected int4|int8|int10|int12 ROWS COLS, found {text:?}"))?;
         let entry = entries.get_mut(name).ok_or_else(|| format!("{TAG_PREFIX}{name}: there is no such tensor"))?;
         if entry.dtype != Ok(Dtype::U8) {
             let found = entry.dtype.as_ref().map_or_else(String::as_str, |dtype| dtype.name());
@@ -131,13 +134,13 @@ mod tests {
         Entry { dtype: Ok(Dtype::U8), shape: vec![640], start: 128, end: 768, packed: None }
     }
 
-    const VERSION_1: (&str, &str) = (VERSION_KEY, "1");
+    const CURRENT: (&str, &str) = (VERSION_KEY, "2");
 
     #[test]
     fn a_tag_gives_the_logical_shape() {
         let plain = tagged(&[("format", "pt")], entry()).unwrap();
         assert_eq!((plain.shape, plain.packed), (vec![640], None));
-        let packed = tagged(&[VERSION_1, ("keye_packed:w", "int4 16 64")], entry()).unwrap();
+        let packed = tagged(&[CURRENT, ("keye_packed:w", "int4 16 64")], entry()).unwrap();
         assert_eq!(packed.shape, [16, 64]);
         assert_eq!(packed.packed, Some(PackedTag { format: PackedFormat::Int4, rows: 16, cols: 64 }));
         assert_eq!(packed.packed.unwrap().to_string(), "int4 16 64");
@@ -147,17 +150,17 @@ mod tests {
     fn what_is_wrong_is_told() {
         let int4 = ("keye_packed:w", "int4 16 64");
         let reason = |metadata: &[_], entry| tagged(metadata, entry).map(|_| ()).unwrap_err();
-        for version in ["2", "", "-1"] {
-            assert!(reason(&[(VERSION_KEY, version), int4], entry()).contains("expected 1"));
+        for version in ["1", "3", "", "-1"] {
+            assert!(reason(&[(VERSION_KEY, version), int4], entry()).contains("expected 2"));
         }
         assert!(reason(&[int4], entry()).contains("found none; quantise the original model again"));
         for text in ["", "int4", "int3 16 64", "int4 16", "int4 16 64 1", "int4 0 64", "int4 -1 64", "int8 1.0 2"] {
-            assert!(reason(&[VERSION_1, ("keye_packed:w", text)], entry()).contains("expected int4|int8"), "{text}");
+            assert!(reason(&[CURRENT, ("keye_packed:w", text)], entry()).contains("expected int4|int8"), "{text}");
         }
         let huge = format!("int4 {} 2", usize::MAX / 2);
-        assert!(reason(&[VERSION_1, ("keye_packed:w", &huge)], entry()).contains("more than its 640 bytes"));
-        assert!(reason(&[VERSION_1, ("keye_packed:v", "int4 16 64")], entry()).contains("no such tensor"));
-        assert!(reason(&[VERSION_1, int4], Entry { start: 136, ..entry() }).contains("multiple of 64"));
-        assert!(reason(&[VERSION_1, int4], Entry { dtype: Ok(Dtype::F32), ..entry() }).contains("found F32"));
+        assert!(reason(&[CURRENT, ("keye_packed:w", &huge)], entry()).contains("more than its 640 bytes"));
+        assert!(reason(&[CURRENT, ("keye_packed:v", "int4 16 64")], entry()).contains("no such tensor"));
+        assert!(reason(&[CURRENT, int4], Entry { start: 136, ..entry() }).contains("multiple of 64"));
+        assert!(reason(&[CURRENT, int4], Entry { dtype: Ok(Dtype::F32), ..entry() }).contains("found F32"));
     }
 }

@@ -80,13 +80,13 @@ pub(crate) struct Job<'a> {
 pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], out: &mut HostTensor) {
     let outputs = out.cols;
     let packed = jobs.first().and_then(|job| job.weight.packed());
-    let form = |dtype: Option<Dtype>| dtype.map(|dtype| dtype == Dtype::Int16);
+    let form = |dtype: Option<Dtype>| dtype.map(|dtype| dtype.high_bits().is_some());
     assert!(jobs.iter().all(|job| (job.weight.rows, job.weight.cols) == (outputs, x.cols)), "weights of one shape");
     assert!(jobs.iter().all(|job| form(job.weight.packed()) == form(packed)), "weights of one form");
     assert!(jobs.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "disjoint rows");
     assert!(out.rows == x.rows && jobs.last().is_none_or(|job| job.rows.end <= x.rows), "rows");
     let activations = match packed {
-        Some(Dtype::Int16) => PackedRows::Wide(wide::quantize(pool, isa, x)),
+        Some(dtype) if dtype.high_bits().is_some() => PackedRows::Wide(wide::quantize(pool, isa, x)),
         Some(_) => PackedRows::Narrow(quantized::quantize(pool, isa, x)),
         None => PackedRows::None,
     };
@@ -115,7 +115,9 @@ pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], 
                 (PackedRows::Narrow(x), Elements::Packed(dtype, bytes)) => {
                     quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums)
                 }
-                (PackedRows::Wide(x), Elements::Packed(_, bytes)) => wide::panel(isa, x, m0, m, bytes, n0, n, sums),
+                (PackedRows::Wide(x), Elements::Packed(dtype, bytes)) => {
+                    wide::panel(isa, x, m0, m, dtype, bytes, n0, n, sums, widened)
+                }
                 _ => panel(isa, x, m, weight, n0, n, sums, widened),
             };
         multiply(weight, sums, rest.1);

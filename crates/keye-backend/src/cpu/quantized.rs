@@ -8,7 +8,10 @@ use super::Isa;
 use super::pool::{Pool, SyncPtr};
 use crate::Dtype;
 use crate::host::HostTensor;
-use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT4_HEAD, INT8_BLOCK, TILE_ROWS, scale_of, tile_bytes};
+use crate::packed::{
+    BLOCK_COLS, GROUP, INT4_BLOCK, INT4_CODES, INT4_HEAD, INT4_ZEROS, INT8_BLOCK, TILE_ROWS, scale_code_at, scale_of,
+    tile_bytes,
+};
 use crate::quantized_rows::{QuantizedRows, quantize_row};
 use crate::weight::f16_to_f32;
 
@@ -108,7 +111,7 @@ pub(crate) fn panel(
 }
 
 /// How many of `left` rows the next tile takes: a number that there is a kernel for.
-pub(super) fn at_once(left: usize) -> usize {
+fn at_once(left: usize) -> usize {
     [MAX_ROWS, 6, 4, 3, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
 }
 
@@ -195,10 +198,10 @@ fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
                 for r in 0..TILE_ROWS {
                     let (mut t, scale);
                     if int4 {
-                        t = i32::from(block[32 + half * 16 + r]) * x.negated_sums[at];
-                        scale = scale_of(block[half * 16 + r]);
+                        t = i32::from(block[INT4_ZEROS + half * 16 + r]) * x.negated_sums[at];
+                        scale = scale_of(scale_code_at(block, half, r));
                         for (k, code) in codes.iter().enumerate() {
-                            let pair = block[64 + (half * 4 + k / 8) * 64 + 4 * r + k % 4];
+                            let pair = block[INT4_CODES + (half * 4 + k / 8) * 64 + 4 * r + k % 4];
                             let q = if k % 8 < 4 { pair << 4 } else { pair & 0xf0 };
                             t += i32::from(q) * i32::from(*code);
                         }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
-use crate::packed::{GROUP, INT4_BLOCK, INT8_BLOCK};
+use crate::packed::{GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
 
 /// See [`super::quantized`]; only where AVX2 and FMA are.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
@@ -52,6 +52,9 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, 
     let x = piece.rows(row);
     let low = _mm256_set1_epi8(15);
     let ones = _mm256_set1_epi16(1);
+    // Rows 2i and 2i + 1 have nibble i of a word each.
+    let nibbles =
+        _mm256_add_epi32(_mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12), _mm256_set1_epi32(16 * half_tile as i32));
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
         let mut sum = [_mm256_setzero_ps(); M];
@@ -60,18 +63,24 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, 
         }
         for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
             let block = block.as_ptr();
+            let s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(8 * half_tile).cast()));
+            let above = _mm256_set1_epi64x(block.add(TILE_ROWS).cast::<i64>().read_unaligned());
+            let above = _mm256_and_si256(_mm256_srlv_epi32(above, nibbles), _mm256_set1_epi32(15));
+            let codes = [
+                _mm256_and_si256(s, _mm256_set1_epi32(63)),
+                _mm256_or_si256(_mm256_srli_epi32::<6>(s), _mm256_slli_epi32::<2>(above)),
+            ];
             for half in 0..2 {
                 let group = 2 * b + half;
                 let at = 16 * half + 8 * half_tile;
-                let s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(at).cast()));
-                let scale =
-                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<18>(s), _mm256_set1_epi32(120 << 23)));
-                let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(32 + at).cast()));
+                let bits = _mm256_slli_epi32::<19>(codes[half]);
+                let scale = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(124 << 23)));
+                let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(INT4_ZEROS + at).cast()));
                 // Eight pairs of products of at most 15 * 127 stay below 2^15.
                 let mut t = [_mm256_setzero_si256(); M];
                 let codes = x.codes.add(group * GROUP);
                 for v in 0..4 {
-                    let pairs = _mm256_loadu_si256(block.add(64 + (4 * half + v) * 64 + 32 * half_tile).cast());
+                    let pairs = _mm256_loadu_si256(block.add(INT4_CODES + (4 * half + v) * 64 + 32 * half_tile).cast());
                     let first = _mm256_and_si256(pairs, low);
                     let second = _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), low);
                     for m in 0..M {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
-use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT8_BLOCK};
+use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
 
 /// See [`super::quantized`]; only where AVX-512 with VNNI is.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
@@ -47,6 +47,7 @@ unsafe fn four(codes: *const i8) -> __m512i {
 unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
     let x = piece.rows(0);
     let high = _mm512_set1_epi8(0xf0u8 as i8);
+    let nibbles = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
         let mut sum = [_mm512_setzero_ps(); M];
@@ -55,12 +56,18 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
         }
         for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
             let block = block.as_ptr();
+            let s = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.cast()));
+            let above = _mm512_set1_epi64(block.add(TILE_ROWS).cast::<i64>().read_unaligned());
+            let above = _mm512_and_si512(_mm512_srlv_epi32(above, nibbles), _mm512_set1_epi32(15));
+            let codes = [
+                _mm512_and_si512(s, _mm512_set1_epi32(63)),
+                _mm512_or_si512(_mm512_srli_epi32::<6>(s), _mm512_slli_epi32::<2>(above)),
+            ];
             for half in 0..2 {
                 let group = 2 * b + half;
-                let s = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(16 * half).cast()));
-                let scale =
-                    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32::<18>(s), _mm512_set1_epi32(120 << 23)));
-                let z = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(32 + 16 * half).cast()));
+                let bits = _mm512_slli_epi32::<19>(codes[half]);
+                let scale = _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(124 << 23)));
+                let z = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(INT4_ZEROS + 16 * half).cast()));
                 let mut t = [_mm512_setzero_si512(); M];
                 for m in 0..M {
                     // |sum| < 2^15, and the upper halves of z are zero: the product of the lower halves.
@@ -68,7 +75,7 @@ unsafe fn int4<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
                 }
                 let codes = x.codes.add(group * GROUP);
                 for v in 0..4 {
-                    let pairs = _mm512_loadu_si512(block.add(64 + (4 * half + v) * 64).cast());
+                    let pairs = _mm512_loadu_si512(block.add(INT4_CODES + (4 * half + v) * 64).cast());
                     let first = _mm512_and_si512(_mm512_slli_epi16::<4>(pairs), high);
                     let second = _mm512_and_si512(pairs, high);
                     for m in 0..M {

@@ -1,24 +1,29 @@
-//! Products with int16 weights: nearly exact, at half the speed of eight bits and twice that of f32.
+//! Products with int10 and int12 weights: nearly exact, at half the speed of eight bits and twice that of f32.
 //!
-//! Tiles, tasks and sums are those of `quantized`; what is summed in which order is `wide_rows`' definition.
+//! A task unpacks the weights of [`PANEL`] outputs and some columns into 16-bit integers that stay in the first-level cache
+//! while all its rows of activations are multiplied with them. What is summed in which order is `wide_rows`' definition.
 
 use super::Isa;
 use super::pool::{Pool, SyncPtr};
-use super::quantized::{PANEL, at_once};
+use super::quantized::PANEL;
 use crate::Dtype;
 use crate::host::HostTensor;
-use crate::packed::{BLOCK_COLS, GROUP, INT16_BLOCK, TILE_ROWS, tile_bytes};
-use crate::weight::bf16_to_f32;
+use crate::packed::{BLOCK_COLS, TILE_ROWS, tile_bytes};
 use crate::wide_rows::{WideRows, quantize_wide_row};
+use crate::wide_tiles::{VECTORS, WIDE_HEAD, block_bytes, row_scales, unpack_blocks};
 
-/// Blocks of columns that a tile runs along before the next one.
-const K_BLOCKS: usize = 9;
+/// Blocks of columns that are unpacked at once.
+const K_BLOCKS: usize = 2;
+/// Unpacked weights of a vector: pairs of columns of all outputs of a panel.
+const LANES: usize = 2 * PANEL;
+/// Rows of activations in a tile.
+const MAX_ROWS: usize = 6;
 
 /// The rows of `x` in fourteen bits.
 pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> WideRows {
     const ROWS: usize = 8;
     let mut rows = WideRows::new(x.rows, x.cols);
-    let (cols, groups) = (rows.cols, rows.groups());
+    let (cols, blocks) = (rows.cols, rows.blocks());
     let targets = (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()));
     pool.run(x.rows.div_ceil(ROWS), 2 * x.rows * x.cols, |task, _| {
         for row in task * ROWS..x.rows.min((task + 1) * ROWS) {
@@ -26,7 +31,7 @@ pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> WideRows {
             let (codes, scales) = unsafe {
                 (
                     std::slice::from_raw_parts_mut(targets.0.get().add(row * cols), cols),
-                    std::slice::from_raw_parts_mut(targets.1.get().add(row * groups), groups),
+                    std::slice::from_raw_parts_mut(targets.1.get().add(row * blocks), blocks),
                 )
             };
             quantize_wide_row(isa, x.row(row), codes, scales);
@@ -35,39 +40,75 @@ pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> WideRows {
     rows
 }
 
-/// `sums [m, PANEL]` = rows `m0..m0+m` of `x` times outputs `n0..n0+n` of an int16 weight; `n0` is a multiple of [`PANEL`],
-/// of the columns of sums the first `n` rounded up to whole tiles are written.
+/// `sums [m, PANEL]` = rows `m0..m0+m` of `x` times outputs `n0..n0+n` of an int10 or int12 weight; `n0` is a multiple of
+/// [`PANEL`], of the columns of sums the first `n` count. `scratch` holds the unpacked weights.
 #[allow(clippy::too_many_arguments, reason = "operands of one tile loop")]
-pub(crate) fn panel(isa: Isa, x: &WideRows, m0: usize, m: usize, bytes: &[u8], n0: usize, n: usize, sums: &mut [f32]) {
-    let tile = tile_bytes(Dtype::Int16, x.cols).expect("checked when the weight was loaded");
-    let blocks = x.cols / BLOCK_COLS;
-    sums[..m * PANEL].fill(0.0);
-    let bytes = &bytes[n0 / TILE_ROWS * tile..][..n.div_ceil(TILE_ROWS) * tile];
+pub(crate) fn panel(
+    isa: Isa,
+    x: &WideRows,
+    m0: usize,
+    m: usize,
+    dtype: Dtype,
+    bytes: &[u8],
+    n0: usize,
+    n: usize,
+    sums: &mut [f32],
+    scratch: &mut Vec<f32>,
+) {
+    let high = dtype.high_bits().expect("products of other types are elsewhere");
+    let (block, tile) = (block_bytes(high), tile_bytes(dtype, x.cols).expect("checked when the weight was loaded"));
+    let tiles = bytes[n0 / TILE_ROWS * tile..][..n.div_ceil(TILE_ROWS) * tile].chunks_exact(tile);
     let kernel = kernel(isa);
-    for first in (0..blocks).step_by(K_BLOCKS) {
-        let count = K_BLOCKS.min(blocks - first);
+    scratch.resize(K_BLOCKS * VECTORS * LANES / 2, 0.0);
+    // SAFETY: every bit pattern is an i16; align_to_mut only yields correctly aligned elements.
+    let (_, weights, _) = unsafe { scratch.align_to_mut::<i16>() };
+    // Outputs behind the last tile get whatever is there; it is some numbers.
+    sums[..m * PANEL].fill(0.0);
+    for first in (0..x.blocks()).step_by(K_BLOCKS) {
+        let count = K_BLOCKS.min(x.blocks() - first);
+        let weights = &mut weights[..count * VECTORS * LANES];
+        for (t, tile) in tiles.clone().enumerate() {
+            let blocks = &tile[WIDE_HEAD + first * block..][..count * block];
+            unpack_blocks(isa, high, blocks, LANES, &mut weights[t * 2 * TILE_ROWS..]);
+        }
         let mut row = 0;
         while row < m {
             let rows = at_once(m - row);
-            for (t, tile) in bytes.chunks_exact(tile).enumerate() {
-                let blocks = &tile[first * INT16_BLOCK..][..count * INT16_BLOCK];
-                let piece = Piece { blocks, x, row: m0 + row, first_group: first * BLOCK_COLS / GROUP };
-                kernel(&piece, rows, &mut sums[row * PANEL + t * TILE_ROWS..]);
-            }
+            kernel(&Piece { weights, x, row: m0 + row, first }, rows, &mut sums[row * PANEL..]);
             row += rows;
+        }
+    }
+    for (t, tile) in tiles.enumerate() {
+        let scales = row_scales(tile);
+        for row in sums[..m * PANEL].chunks_exact_mut(PANEL) {
+            for (sum, scale) in row[t * TILE_ROWS..].iter_mut().zip(&scales) {
+                *sum *= scale;
+            }
         }
     }
 }
 
-/// Some blocks of a tile and the activations to multiply them with.
+/// How many of `left` rows the next tile takes: a number that there is a kernel for.
+fn at_once(left: usize) -> usize {
+    [MAX_ROWS, 4, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
+}
+
+/// Unpacked weights of some blocks and the activations to multiply them with.
 pub(super) struct Piece<'a> {
-    /// Whole blocks.
-    pub blocks: &'a [u8],
+    /// `[blocks][VECTORS][PANEL][2]`
+    pub weights: &'a [i16],
     pub x: &'a WideRows,
     /// First row of the activations.
     pub row: usize,
-    /// Group of the columns of the first block.
-    pub first_group: usize,
+    /// Number of the first block.
+    pub first: usize,
+}
+
+impl Piece<'_> {
+    /// How many blocks.
+    pub(super) fn blocks(&self) -> usize {
+        self.weights.len() / (VECTORS * LANES)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -75,16 +116,15 @@ impl Piece<'_> {
     /// Panics unless `rows` rows of activations and of sums are there for all blocks.
     pub(super) fn check(&self, rows: usize, sums: &[f32]) {
         let x = self.x;
-        let groups = self.blocks.len() / INT16_BLOCK * 2;
-        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first_group + groups <= x.groups());
-        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.groups());
+        assert!(sums.len() >= rows * PANEL && self.first + self.blocks() <= x.blocks());
+        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.blocks());
     }
 
     /// Codes and scales from the piece's row number `row` on.
     pub(super) fn rows(&self, row: usize) -> (*const i16, *const f32) {
         let (x, row) = (self.x, self.row + row);
-        let codes = x.codes[row * x.cols + self.first_group * GROUP..].as_ptr();
-        (codes, x.scales[row * x.groups() + self.first_group..].as_ptr())
+        let codes = x.codes[row * x.cols + self.first * BLOCK_COLS..].as_ptr();
+        (codes, x.scales[row * x.blocks() + self.first..].as_ptr())
     }
 }
 
@@ -105,26 +145,24 @@ fn kernel(isa: Isa) -> Kernel {
     portable
 }
 
-/// The definition, one output at a time.
+/// The definition.
 fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
     let x = piece.x;
     for row in 0..rows {
         let codes = &x.codes[(piece.row + row) * x.cols..][..x.cols];
-        for (b, block) in piece.blocks.chunks_exact(INT16_BLOCK).enumerate() {
-            for half in 0..BLOCK_COLS / GROUP {
-                let group = piece.first_group + 2 * b + half;
-                let codes = &codes[group * GROUP..][..GROUP];
-                for r in 0..TILE_ROWS {
-                    let d = 2 * (half * 16 + r);
-                    let mut t = 0;
-                    for (k, code) in codes.iter().enumerate() {
-                        let at = 64 + (half * 16 + k / 2) * 64 + 4 * r + 2 * (k % 2);
-                        t += i32::from(i16::from_le_bytes([block[at], block[at + 1]])) * i32::from(*code);
-                    }
-                    let scale = bf16_to_f32(u16::from_le_bytes([block[d], block[d + 1]]));
-                    let sum = &mut sums[row * PANEL + r];
-                    *sum = (t as f32).mul_add(scale * x.scales[(piece.row + row) * x.groups() + group], *sum);
+        for b in 0..piece.blocks() {
+            let codes = &codes[(piece.first + b) * BLOCK_COLS..][..BLOCK_COLS];
+            let mut t = [0i32; PANEL];
+            for (v, pair) in codes.chunks_exact(2).enumerate() {
+                let weights = &piece.weights[(b * VECTORS + v) * LANES..][..LANES];
+                for (t, w) in t.iter_mut().zip(weights.chunks_exact(2)) {
+                    let products = i32::from(w[0]) * i32::from(pair[0]) + i32::from(w[1]) * i32::from(pair[1]);
+                    *t = t.wrapping_add(products);
                 }
+            }
+            let scale = x.scales[(piece.row + row) * x.blocks() + piece.first + b];
+            for (sum, t) in sums[row * PANEL..][..PANEL].iter_mut().zip(t) {
+                *sum = (t as f32).mul_add(scale, *sum);
             }
         }
     }
@@ -143,16 +181,18 @@ mod tests {
         };
         let pool = Pool::new(2).unwrap();
         for (m, k, n) in [(1, 32, 16), (2, 64, 5), (3, 1000, 70), (25, 2100, 64), (7, 72, 33), (13, 1152, 130)] {
-            for (w, values) in [(noise(n * k, 1), noise(m * k, 2)), (vec![-1.0; n * k], vec![1.0; m * k])] {
-                let mut bytes = vec![0; Dtype::Int16.stored_bytes(n, k).unwrap()];
-                pack_rows(Dtype::Int16, n, k, &w, &mut bytes).unwrap();
-                let x = HostTensor::from_f32(m, k, &values);
+            let operands = [(noise(n * k, 1), noise(m * k, 2)), (vec![-1.0; n * k], vec![1.0; m * k])];
+            for ((w, values), dtype) in operands.iter().flat_map(|o| [(o, Dtype::Int10), (o, Dtype::Int12)]) {
+                let mut bytes = vec![0; dtype.stored_bytes(n, k).unwrap()];
+                pack_rows(dtype, n, k, w, &mut bytes).unwrap();
+                let w = crate::packed::unpack(dtype, n, k, &bytes).unwrap();
+                let x = HostTensor::from_f32(m, k, values);
                 let run = |isa: Isa| -> Vec<f32> {
                     let rows = quantize(&pool, isa, &x);
                     let mut all = vec![0.0; m * n];
                     for n0 in (0..n).step_by(PANEL) {
                         let (mut sums, width) = (vec![f32::NAN; m * PANEL], PANEL.min(n - n0));
-                        panel(isa, &rows, 0, m, &bytes, n0, width, &mut sums);
+                        panel(isa, &rows, 0, m, dtype, &bytes, n0, width, &mut sums, &mut Vec::new());
                         for (row, sums) in sums.chunks_exact(PANEL).enumerate() {
                             all[row * n + n0..][..width].copy_from_slice(&sums[..width]);
                         }
@@ -168,7 +208,7 @@ mod tests {
                 let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
                 let expected = bits(expected);
                 for isa in Isa::available() {
-                    assert!(bits(run(isa)) == expected, "{isa:?} {m}x{k}x{n}");
+                    assert!(bits(run(isa)) == expected, "{isa:?} {dtype:?} {m}x{k}x{n}");
                 }
             }
         }

@@ -164,7 +164,8 @@ impl Backend for Reference {
         activation: Activation,
     ) -> Result<HostTensor, BackendError> {
         assert_eq!(x.cols, weight.cols, "input features");
-        let quantized = weight.packed.map(|dtype| if dtype == Dtype::Int16 { fake_wide(x) } else { fake_quantized(x) });
+        let quantized =
+            weight.packed.map(|dtype| if dtype.high_bits().is_some() { fake_wide(x) } else { fake_quantized(x) });
         let x = quantized.as_ref().unwrap_or(x);
         let mut out = HostTensor::zeros(x.rows, weight.rows);
         for row in 0..x.rows {

@@ -25,7 +25,7 @@ pub struct Args {
     /// Checkpoint directory, hub id, or keye-nano
     #[arg(value_name = "DIR|HUB_ID")]
     model: String,
-    /// Format of the language model's matrices; vision tower and projector are int16 in both
+    /// Format of the language model's matrices; vision tower and projector are int10 or int12
     #[arg(long, value_name = "FORMAT", value_parser = PossibleValuesParser::new(["int4", "int8"]))]
     to: String,
     /// The new directory

@@ -8,7 +8,7 @@ fn a_quantised_model_answers() {
     let dir = root.path().join("q").display().to_string();
     let report = keye(&["quantize", &model(), "--to", "int4", "-o", &dir, "--json"]).ok().json();
     assert_eq!(report["format"], "int4");
-    assert!(report["report"]["roles"].as_array().unwrap().iter().any(|role| role["format"] == "int16"));
+    assert!(report["report"]["roles"].as_array().unwrap().iter().any(|role| role["format"] == "int10"));
     let limits = ["--greedy", "--ignore-eos", "--max-tokens", "4", "--max-model-len", "256"];
     let answer = keye(&[&["ask", "-m", &dir, "What?"][..], &limits].concat()).ok();
     assert!(answer.stderr.contains("4 tokens"), "{answer:?}");
