@@ -11,10 +11,10 @@
 //! | head: 64 | row scales `f32[16]` |
 //! | block: 16 | by row, scale code `s` of group 0 in the low six bits, the low two bits of group 1's above |
 //! | 8 | the high four bits of group 1's scale codes: row `r` in byte `4 * (r % 2) + r / 4`, from bit `4 * (r / 2 % 2)` on |
-//! | 32 | `z u8[2][16]`: zero points in sixteenths of a step, of group 0, then of group 1, by row |
+//! | 32 | `z u8[2][16]`: 128 less the zero point in eighths of a step, of group 0, then of group 1, by row |
 //! | 512 | `q`: 8 vectors of 64 bytes; byte `4*r + b` of vector `v` has column `8v + b` of row `r` in its low, column `8v + 4 + b` in its high four bits |
 //!
-//! `weight = row_scale * S(s) * (q - z/16)` with `S(s) = (1 + (s mod 16)/16) * 2^(floor(s/16) - 3)`.
+//! `weight = row_scale/8 * S(s) * (8q + z - 128)`, `z` in 1..=128, with `S(s) = (1 + (s mod 16)/16) * 2^(floor(s/16) - 3)`.
 //!
 //! `Int8`, [`INT8_BLOCK`] bytes a block, no head: 8.5 bits a weight.
 //!
@@ -40,6 +40,7 @@
 //!
 //! Why so: sixteen rows by four columns are one 64-byte operand of an int8 dot product, whose sixteen sums belong to
 //! sixteen outputs, so that nothing is summed across lanes and one row of activations is broadcast. A tile is one stream.
+//! `8q + z` fits eight bits without a sign, like int8's `u`, so that both are multiplied alike.
 //! The scale of an int4 group in six bits of floating point is within 3 % of the one searched for, over a range of 16 below
 //! the row's largest; searching codes, scale and zero point together takes back what that loses.
 
@@ -150,7 +151,7 @@ pub(crate) fn unpack_row(dtype: Dtype, cols: usize, bytes: &[u8], row: usize, ou
                 let (s, z) = (scale_code_at(bytes, group, r), bytes[INT4_ZEROS + group * 16 + r]);
                 let pair = bytes[INT4_CODES + k / 8 * 64 + 4 * r + k % 4];
                 let q = if k % 8 < 4 { pair & 15 } else { pair >> 4 };
-                *out = row_scale * scale_of(s) * (f32::from(q) - f32::from(z) / 16.0);
+                *out = row_scale * scale_of(s) * (f32::from(q) + (f32::from(z) - 128.0) / 8.0);
             }
         } else {
             let bytes = &bytes[block * INT8_BLOCK..][..INT8_BLOCK];
@@ -308,8 +309,8 @@ unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
         for _ in 0..3 {
             let s = scale_code(step / row_scale);
             let d = row_scale * scale_of(s);
-            let z = (zero * (step / d) * 16.0).round_ties_even().clamp(0.0, 255.0);
-            let (inverse, offset) = (1.0 / d, z / 16.0);
+            let z = (zero * (step / d) * 8.0).round_ties_even().clamp(0.0, 127.0);
+            let (inverse, offset) = (1.0 / d, z / 8.0);
             let mut q = [0.0f32; GROUP];
             for k in 0..GROUP {
                 let code = (x[k] * inverse + offset).round_ties_even();
@@ -323,7 +324,7 @@ unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
             if error < least {
                 least = error;
                 best.s = s;
-                best.z = z as u8;
+                best.z = 128 - z as u8;
                 for k in 0..GROUP {
                     best.q[k] = q[k] as u8;
                 }
@@ -429,7 +430,7 @@ mod tests {
         let (rows, cols) = (48, 4096);
         let values = normal(rows * cols, 1);
         // ggml's Q4_K: 0.0719, Q8_0: 0.0054.
-        let bounds = [(Dtype::Int4, 0.0717), (Dtype::Int8, 0.0054), (Dtype::Int10, 0.0015), (Dtype::Int12, 0.0005)];
+        let bounds = [(Dtype::Int4, 0.0719), (Dtype::Int8, 0.0054), (Dtype::Int10, 0.0015), (Dtype::Int12, 0.0005)];
         for (dtype, bound) in bounds {
             let found = unpack(dtype, rows, cols, &packed(dtype, rows, cols, &values)).unwrap();
             let error = relative_error(&values, &found);

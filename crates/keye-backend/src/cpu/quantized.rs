@@ -29,20 +29,20 @@ const K_BLOCKS: usize = 16;
 pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> QuantizedRows {
     const ROWS: usize = 8;
     let mut rows = QuantizedRows::new(x.rows, x.cols);
-    let (cols, groups) = (rows.cols, rows.groups());
+    let (cols, blocks) = (rows.cols, rows.blocks());
     let targets =
-        (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()), SyncPtr(rows.negated_sums.as_mut_ptr()));
+        (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()), SyncPtr(rows.offsets.as_mut_ptr()));
     pool.run(x.rows.div_ceil(ROWS), 2 * x.rows * x.cols, |task, _| {
         for row in task * ROWS..x.rows.min((task + 1) * ROWS) {
             // SAFETY: each row belongs to one task.
-            let (codes, scales, sums) = unsafe {
+            let (codes, scales, offsets) = unsafe {
                 (
                     std::slice::from_raw_parts_mut(targets.0.get().add(row * cols), cols),
-                    std::slice::from_raw_parts_mut(targets.1.get().add(row * groups), groups),
-                    std::slice::from_raw_parts_mut(targets.2.get().add(row * groups), groups),
+                    std::slice::from_raw_parts_mut(targets.1.get().add(row * blocks), blocks),
+                    std::slice::from_raw_parts_mut(targets.2.get().add(2 * row * blocks), 2 * blocks),
                 )
             };
-            quantize_row(isa, x.row(row), codes, scales, sums);
+            quantize_row(isa, x.row(row), codes, scales, offsets);
         }
     });
     rows
@@ -74,7 +74,7 @@ pub(crate) fn panel(
             Dtype::Int4 => &tile[INT4_HEAD + first * INT4_BLOCK..][..count * INT4_BLOCK],
             _ => &tile[first * INT8_BLOCK..][..count * INT8_BLOCK],
         };
-        let piece = Piece { dtype, blocks, x, row: m0 + row, first_group: first * BLOCK_COLS / GROUP };
+        let piece = Piece { dtype, blocks, x, row: m0 + row, first };
         kernel(&piece, rows, sums);
     };
     if m <= FEW_ROWS {
@@ -99,7 +99,7 @@ pub(crate) fn panel(
         for (t, tile) in bytes.chunks_exact(tile).enumerate() {
             let mut row_scales = [0.0f32; TILE_ROWS];
             for (scale, bytes) in row_scales.iter_mut().zip(tile.chunks_exact(4)) {
-                *scale = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) / 16.0;
+                *scale = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) / 8.0;
             }
             for row in 0..m {
                 for (sum, scale) in sums[row * PANEL + t * TILE_ROWS..].iter_mut().zip(&row_scales) {
@@ -123,8 +123,8 @@ pub(super) struct Piece<'a> {
     pub x: &'a QuantizedRows,
     /// First row of the activations.
     pub row: usize,
-    /// Group of the columns of the first block.
-    pub first_group: usize,
+    /// Number of the first block of columns.
+    pub first: usize,
 }
 
 /// Pointers to a piece's rows of activations.
@@ -134,9 +134,10 @@ pub(super) struct Rows {
     /// From one row's codes to the next one's.
     pub ld: usize,
     pub scales: *const f32,
-    pub negated_sums: *const i32,
+    /// Two of each block.
+    pub offsets: *const i32,
     /// From one row's scales to the next one's.
-    pub groups: usize,
+    pub blocks: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -144,24 +145,24 @@ impl Piece<'_> {
     /// Panics unless `rows` rows of activations and of sums are there for all blocks.
     pub(super) fn check(&self, rows: usize, sums: &[f32]) {
         let x = self.x;
-        let groups = self.blocks.len() / if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
-        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first_group + groups <= x.groups());
-        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.groups());
-        assert!(x.negated_sums.len() == x.scales.len());
+        let blocks = self.blocks.len() / if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK };
+        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first + blocks <= x.blocks());
+        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.blocks());
+        assert!(x.offsets.len() == 2 * x.scales.len());
     }
 
     /// The activations from the piece's row number `row` on.
     #[inline(always)]
     pub(super) fn rows(&self, row: usize) -> Rows {
         let x = self.x;
-        let (row, groups) = (self.row + row, x.groups());
-        let group = row * groups + self.first_group;
+        let (row, blocks) = (self.row + row, x.blocks());
+        let block = row * blocks + self.first;
         Rows {
-            codes: x.codes[row * x.cols + self.first_group * GROUP..].as_ptr(),
+            codes: x.codes[row * x.cols + self.first * BLOCK_COLS..].as_ptr(),
             ld: x.cols,
-            scales: x.scales[group..].as_ptr(),
-            negated_sums: x.negated_sums[group..].as_ptr(),
-            groups,
+            scales: x.scales[block..].as_ptr(),
+            offsets: x.offsets[2 * block..].as_ptr(),
+            blocks,
         }
     }
 }
@@ -191,32 +192,32 @@ fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
     for row in 0..rows {
         let codes = &x.codes[(piece.row + row) * x.cols..][..x.cols];
         for (b, block) in piece.blocks.chunks_exact(block_bytes).enumerate() {
-            for half in 0..BLOCK_COLS / GROUP {
-                let group = piece.first_group + 2 * b + half;
-                let at = (piece.row + row) * x.groups() + group;
-                let codes = &codes[group * GROUP..][..GROUP];
-                for r in 0..TILE_ROWS {
-                    let (mut t, scale);
+            let codes = &codes[(piece.first + b) * BLOCK_COLS..][..BLOCK_COLS];
+            let at = (piece.row + row) * x.blocks() + piece.first + b;
+            for r in 0..TILE_ROWS {
+                let group = |half: usize| -> (f32, f32) {
+                    let mut t = x.offsets[2 * at + half];
+                    let codes = codes[half * GROUP..][..GROUP].iter().enumerate();
                     if int4 {
-                        t = i32::from(block[INT4_ZEROS + half * 16 + r]) * x.negated_sums[at];
-                        scale = scale_of(scale_code_at(block, half, r));
-                        for (k, code) in codes.iter().enumerate() {
+                        let z = i32::from(block[INT4_ZEROS + half * 16 + r]);
+                        for (k, code) in codes {
                             let pair = block[INT4_CODES + (half * 4 + k / 8) * 64 + 4 * r + k % 4];
-                            let q = if k % 8 < 4 { pair << 4 } else { pair & 0xf0 };
-                            t += i32::from(q) * i32::from(*code);
+                            let q = i32::from(if k % 8 < 4 { pair & 15 } else { pair >> 4 });
+                            t += (8 * q + z) * i32::from(*code);
                         }
+                        (t as f32, scale_of(scale_code_at(block, half, r)))
                     } else {
-                        t = 128 * x.negated_sums[at];
                         let d = 2 * (half * 16 + r);
-                        scale = f16_to_f32(u16::from_le_bytes([block[d], block[d + 1]]));
-                        for (k, code) in codes.iter().enumerate() {
+                        for (k, code) in codes {
                             let u = block[64 + (half * 8 + k / 4) * 64 + 4 * r + k % 4];
                             t += i32::from(u) * i32::from(*code);
                         }
+                        (t as f32, f16_to_f32(u16::from_le_bytes([block[d], block[d + 1]])))
                     }
-                    let sum = &mut sums[row * PANEL + r];
-                    *sum = (t as f32).mul_add(scale * x.scales[at], *sum);
-                }
+                };
+                let ((t0, scale0), (t1, scale1)) = (group(0), group(1));
+                let sum = &mut sums[row * PANEL + r];
+                *sum = t1.mul_add(scale1, t0 * scale0).mul_add(x.scales[at], *sum);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
-use crate::packed::{GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
+use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
 
 /// See [`super::quantized`]; only where AVX2 and FMA are.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
@@ -17,26 +17,14 @@ pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
             // SAFETY: the features are there (the caller's word), and all sizes were checked above.
             unsafe {
                 match (piece.dtype, at_once) {
-                    (Dtype::Int4, 4) => int4::<4>(piece, row, half_tile, sums),
-                    (Dtype::Int4, _) => int4::<1>(piece, row, half_tile, sums),
-                    (_, 4) => int8::<4>(piece, row, half_tile, sums),
-                    _ => int8::<1>(piece, row, half_tile, sums),
+                    (Dtype::Int4, 4) => tile::<true, 4>(piece, row, half_tile, sums),
+                    (Dtype::Int4, _) => tile::<true, 1>(piece, row, half_tile, sums),
+                    (_, 4) => tile::<false, 4>(piece, row, half_tile, sums),
+                    _ => tile::<false, 1>(piece, row, half_tile, sums),
                 }
             }
         }
         row += at_once;
-    }
-}
-
-/// `sum = fma(t, S * a, sum)` for all rows.
-#[inline(always)]
-unsafe fn add<const M: usize>(sum: &mut [__m256; M], t: &[__m256i; M], scale: __m256, x: &Rows, group: usize) {
-    // SAFETY: the callers' features and bounds.
-    unsafe {
-        for m in 0..M {
-            let a = _mm256_set1_ps(*x.scales.add(m * x.groups + group));
-            sum[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t[m]), _mm256_mul_ps(scale, a), sum[m]);
-        }
     }
 }
 
@@ -46,98 +34,105 @@ unsafe fn four(codes: *const i8) -> __m256i {
     unsafe { _mm256_set1_epi32(codes.cast::<i32>().read_unaligned()) }
 }
 
-#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn int4<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
-    let x = piece.rows(row);
-    let low = _mm256_set1_epi8(15);
-    let ones = _mm256_set1_epi16(1);
-    // Rows 2i and 2i + 1 have nibble i of a word each.
-    let nibbles =
-        _mm256_add_epi32(_mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12), _mm256_set1_epi32(16 * half_tile as i32));
-    // SAFETY: `piece` has checked all bounds; blocks are whole.
+/// Scales of both groups of eight rows of an int4 block.
+#[inline(always)]
+unsafe fn int4_scales(block: *const u8, half_tile: usize) -> [__m256; 2] {
+    // SAFETY: the block is whole; the callers' features.
     unsafe {
-        let mut sum = [_mm256_setzero_ps(); M];
-        for m in 0..M {
-            sum[m] = _mm256_loadu_ps(sums.add(m * PANEL));
-        }
-        for (b, block) in piece.blocks.chunks_exact(INT4_BLOCK).enumerate() {
-            let block = block.as_ptr();
-            let s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(8 * half_tile).cast()));
-            let above = _mm256_set1_epi64x(block.add(TILE_ROWS).cast::<i64>().read_unaligned());
-            let above = _mm256_and_si256(_mm256_srlv_epi32(above, nibbles), _mm256_set1_epi32(15));
-            let codes = [
-                _mm256_and_si256(s, _mm256_set1_epi32(63)),
-                _mm256_or_si256(_mm256_srli_epi32::<6>(s), _mm256_slli_epi32::<2>(above)),
-            ];
-            for half in 0..2 {
-                let group = 2 * b + half;
-                let at = 16 * half + 8 * half_tile;
-                let bits = _mm256_slli_epi32::<19>(codes[half]);
-                let scale = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(124 << 23)));
-                let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(INT4_ZEROS + at).cast()));
-                // Eight pairs of products of at most 15 * 127 stay below 2^15.
-                let mut t = [_mm256_setzero_si256(); M];
-                let codes = x.codes.add(group * GROUP);
-                for v in 0..4 {
-                    let pairs = _mm256_loadu_si256(block.add(INT4_CODES + (4 * half + v) * 64 + 32 * half_tile).cast());
-                    let first = _mm256_and_si256(pairs, low);
-                    let second = _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), low);
-                    for m in 0..M {
-                        let codes = codes.add(m * x.ld + 8 * v);
-                        t[m] = _mm256_add_epi16(t[m], _mm256_maddubs_epi16(first, four(codes)));
-                        t[m] = _mm256_add_epi16(t[m], _mm256_maddubs_epi16(second, four(codes.add(4))));
-                    }
-                }
-                for m in 0..M {
-                    let negated = _mm256_set1_epi32(*x.negated_sums.add(m * x.groups + group));
-                    let codes = _mm256_slli_epi32::<4>(_mm256_madd_epi16(t[m], ones));
-                    t[m] = _mm256_add_epi32(codes, _mm256_madd_epi16(z, negated));
-                }
-                add(&mut sum, &t, scale, &x, group);
-            }
-        }
-        for m in 0..M {
-            _mm256_storeu_ps(sums.add(m * PANEL), sum[m]);
-        }
+        let s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(8 * half_tile).cast()));
+        let above = _mm256_set1_epi64x(block.add(TILE_ROWS).cast::<i64>().read_unaligned());
+        // Rows 2i and 2i + 1 have nibble i of a word each.
+        let nibbles = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
+        let above = _mm256_srlv_epi32(above, _mm256_add_epi32(nibbles, _mm256_set1_epi32(16 * half_tile as i32)));
+        let above = _mm256_and_si256(above, _mm256_set1_epi32(15));
+        let first = _mm256_and_si256(s, _mm256_set1_epi32(63));
+        let second = _mm256_or_si256(_mm256_srli_epi32::<6>(s), _mm256_slli_epi32::<2>(above));
+        [first, second].map(|s| {
+            let bits = _mm256_add_epi32(_mm256_slli_epi32::<19>(s), _mm256_set1_epi32(124 << 23));
+            _mm256_castsi256_ps(bits)
+        })
     }
 }
 
+/// The sums `t` of a group of an int4 block.
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn int8<const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
-    let x = piece.rows(row);
-    let offset = _mm256_set1_epi8(i8::MIN);
-    let ones = _mm256_set1_epi16(1);
-    // SAFETY: `piece` has checked all bounds; blocks are whole.
+#[inline(always)]
+unsafe fn int4<const M: usize>(block: *const u8, half: usize, half_tile: usize, x: &Rows, b: usize) -> [__m256i; M] {
+    // SAFETY: the block is whole; the callers' features and bounds.
     unsafe {
-        let mut sum = [_mm256_setzero_ps(); M];
-        for m in 0..M {
-            sum[m] = _mm256_loadu_ps(sums.add(m * PANEL));
-        }
-        for (b, block) in piece.blocks.chunks_exact(INT8_BLOCK).enumerate() {
-            let block = block.as_ptr();
-            for half in 0..2 {
-                let group = 2 * b + half;
-                let scale = _mm256_cvtph_ps(_mm_loadu_si128(block.add(32 * half + 16 * half_tile).cast()));
-                let mut t = [_mm256_setzero_si256(); M];
-                let codes = x.codes.add(group * GROUP);
-                for v in 0..8 {
-                    let w = _mm256_loadu_si256(block.add(64 + (8 * half + v) * 64 + 32 * half_tile).cast());
-                    // u - 128 as signed bytes; codes take their signs, so that pairs of 127 * 127 stay below 2^15.
-                    let w = _mm256_xor_si256(w, offset);
-                    let magnitude = _mm256_abs_epi8(w);
-                    for m in 0..M {
-                        let codes = _mm256_sign_epi8(four(codes.add(m * x.ld + 4 * v)), w);
-                        let pairs = _mm256_maddubs_epi16(magnitude, codes);
-                        t[m] = _mm256_add_epi32(t[m], _mm256_madd_epi16(pairs, ones));
-                    }
-                }
-                add(&mut sum, &t, scale, &x, group);
+        let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
+        let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(INT4_ZEROS + 16 * half + 8 * half_tile).cast()));
+        // Eight pairs of products of at most 15 * 127 stay below 2^15.
+        let mut t = [_mm256_setzero_si256(); M];
+        let codes = x.codes.add(b * BLOCK_COLS + half * GROUP);
+        for v in 0..4 {
+            let pairs = _mm256_loadu_si256(block.add(INT4_CODES + (4 * half + v) * 64 + 32 * half_tile).cast());
+            let first = _mm256_and_si256(pairs, low);
+            let second = _mm256_and_si256(_mm256_srli_epi16::<4>(pairs), low);
+            for m in 0..M {
+                let codes = codes.add(m * x.ld + 8 * v);
+                t[m] = _mm256_add_epi16(t[m], _mm256_maddubs_epi16(first, four(codes)));
+                t[m] = _mm256_add_epi16(t[m], _mm256_maddubs_epi16(second, four(codes.add(4))));
             }
         }
         for m in 0..M {
-            _mm256_storeu_ps(sums.add(m * PANEL), sum[m]);
+            let offset = *x.offsets.add(2 * (m * x.blocks + b) + half);
+            // |sum of codes| < 2^15, and the upper halves of z are zero: the product of the lower halves.
+            let zeros = _mm256_madd_epi16(z, _mm256_set1_epi32(-(offset >> 7)));
+            let codes = _mm256_slli_epi32::<3>(_mm256_madd_epi16(t[m], ones));
+            t[m] = _mm256_add_epi32(_mm256_add_epi32(codes, zeros), _mm256_set1_epi32(offset));
+        }
+        t
+    }
+}
+
+/// The sums `t` of a group of an int8 block.
+#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+#[inline(always)]
+unsafe fn int8<const M: usize>(block: *const u8, half: usize, half_tile: usize, x: &Rows, b: usize) -> [__m256i; M] {
+    // SAFETY: the block is whole; the callers' features and bounds.
+    unsafe {
+        let (offset, ones) = (_mm256_set1_epi8(i8::MIN), _mm256_set1_epi16(1));
+        let mut t = [_mm256_setzero_si256(); M];
+        let codes = x.codes.add(b * BLOCK_COLS + half * GROUP);
+        for v in 0..8 {
+            let w = _mm256_loadu_si256(block.add(64 + (8 * half + v) * 64 + 32 * half_tile).cast());
+            // u - 128 as signed bytes; codes take their signs, so that pairs of 127 * 127 stay below 2^15.
+            let w = _mm256_xor_si256(w, offset);
+            let magnitude = _mm256_abs_epi8(w);
+            for m in 0..M {
+                let codes = _mm256_sign_epi8(four(codes.add(m * x.ld + 4 * v)), w);
+                let pairs = _mm256_maddubs_epi16(magnitude, codes);
+                t[m] = _mm256_add_epi32(t[m], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+        t
+    }
+}
+
+/// `sum = fma(fma(t_1, S_1, t_0 * S_0), a, sum)` for all rows and blocks.
+#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
+    let x = piece.rows(row);
+    // SAFETY: `piece` has checked all bounds; blocks are whole.
+    unsafe {
+        for (b, block) in piece.blocks.chunks_exact(if INT4 { INT4_BLOCK } else { INT8_BLOCK }).enumerate() {
+            let block = block.as_ptr();
+            let scales = match INT4 {
+                true => int4_scales(block, half_tile),
+                false => [0, 32].map(|at| _mm256_cvtph_ps(_mm_loadu_si128(block.add(at + 16 * half_tile).cast()))),
+            };
+            let [t0, t1]: [[__m256i; M]; 2] = [0, 1].map(|half| match INT4 {
+                true => int4(block, half, half_tile, &x, b),
+                false => int8(block, half, half_tile, &x, b),
+            });
+            for m in 0..M {
+                let both = _mm256_mul_ps(_mm256_cvtepi32_ps(t0[m]), scales[0]);
+                let both = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t1[m]), scales[1], both);
+                let (a, sum) = (_mm256_set1_ps(*x.scales.add(m * x.blocks + b)), sums.add(m * PANEL));
+                _mm256_storeu_ps(sum, _mm256_fmadd_ps(both, a, _mm256_loadu_ps(sum)));
+            }
         }
     }
 }
