@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::Products;
 use super::device::{Arg, Device, Grid, Memory};
 use crate::input_major::InputMajor;
-use crate::packed::{GROUP, tile_bytes};
+use crate::packed::{GROUP, INT4_BLOCK, INT4_HEAD, INT8_BLOCK, tile_bytes};
 use crate::weight::f32_to_bf16;
 use crate::{BackendError, Dtype, WeightSource};
 
@@ -25,7 +25,7 @@ pub struct Tensor {
     wide: OnceLock<Arc<Memory>>,
 }
 
-/// Rows in eight bits, each group of 32 columns with a scale.
+/// Rows in eight bits; each group of 32 columns has the scale of its block of 64.
 pub(super) struct Quantized {
     pub codes: Memory,
     pub scales: Memory,
@@ -51,7 +51,7 @@ pub struct Weight {
 pub(super) enum Form {
     F32,
     Bf16,
-    /// As [`Form::F32`], for products with rows in fourteen bits: int16 without the matrix cores' rounding.
+    /// As [`Form::F32`], for products with rows in fourteen bits: int10 and int12 without the matrix cores' rounding.
     Wide,
     /// 8-bit floats, rows padded to the products' step; behind them a scale per row and block of columns.
     Fp8,
@@ -129,7 +129,7 @@ impl Tensor {
         Ok(Arc::clone(self.quantized.get_or_init(|| Arc::new(quantized))))
     }
 
-    /// Its rows rounded to fourteen bits a group, as f32; made once.
+    /// Its rows rounded to fourteen bits, as f32; made once.
     pub(super) fn wide(&self, device: &Arc<Device>) -> Result<Arc<Memory>, BackendError> {
         if let Some(wide) = self.wide.get() {
             return Ok(Arc::clone(wide));
@@ -146,8 +146,8 @@ impl Weight {
     /// Uploads a weight: vectors and halves as f32, bf16 with rows padded to the products' step, packed types in the order
     /// in which the matrix cores take them.
     ///
-    /// For products in bf16, 8-bit floats stay so when the products' steps fit into their blocks, and int16 becomes bf16: the
-    /// weights that int16 stands for are bf16 in the published checkpoints. For products in f32 both are widened.
+    /// For products in bf16, 8-bit floats stay so when the products' steps fit into their blocks, and int10 and int12 become
+    /// bf16, which is about as exact. For products in f32 both are widened.
     pub(super) fn load(device: &Arc<Device>, source: &WeightSource, products: Products) -> Result<Self, BackendError> {
         source.check()?;
         let (rows, cols) = (source.rows, source.cols);
@@ -160,8 +160,8 @@ impl Weight {
                 Some(scales) if products == Products::Bf16 && scales.block[1] % STEP == 0 => Form::Fp8,
                 _ => Form::F32,
             },
-            Dtype::Int16 if products == Products::Bf16 => Form::Bf16,
-            Dtype::Int16 => Form::Wide,
+            Dtype::Int10 | Dtype::Int12 if products == Products::Bf16 => Form::Bf16,
+            Dtype::Int10 | Dtype::Int12 => Form::Wide,
             Dtype::Int8 => Form::Int8,
             Dtype::Int4 => Form::Int4,
         };
@@ -193,7 +193,7 @@ impl Weight {
             Form::Bf16 => {
                 let stride = cols.next_multiple_of(STEP);
                 let halves = match source.dtype {
-                    Dtype::Int16 => narrow(&source.to_f32()).into(),
+                    Dtype::Int10 | Dtype::Int12 => narrow(&source.to_f32()).into(),
                     _ => source.bytes.clone(),
                 };
                 let memory = match stride == cols {
@@ -232,15 +232,15 @@ impl Weight {
     /// The packed layout of files to that of packed.cu.
     fn repack(device: &Arc<Device>, source: &WeightSource, what: &str) -> Result<Memory, BackendError> {
         let (tiles, blocks) = (source.rows.div_ceil(16), source.cols.div_ceil(BLOCK));
-        let (kernel, codes, heads, grid) = match source.dtype {
-            Dtype::Int4 => ("repack_int4", 512, 64, tiles * blocks),
-            _ => ("repack_int8", 1024, 0, tiles * blocks),
+        let (kernel, codes, file_tile) = match source.dtype {
+            Dtype::Int4 => ("repack_int4", 512, INT4_HEAD + blocks * INT4_BLOCK),
+            _ => ("repack_int8", 1024, blocks * INT8_BLOCK),
         };
-        debug_assert_eq!(tile_bytes(source.dtype, source.cols), Some(heads + blocks * (codes + 64)));
+        debug_assert_eq!(tile_bytes(source.dtype, source.cols), Some(file_tile));
         let staged = device.upload(what, &source.bytes)?;
         let memory = device.allocate(what, tiles * blocks * (codes + 64) + tiles * 64)?;
         let args = [staged.arg(), memory.arg(), Arg::U32(source.rows as u32), Arg::U32(source.cols as u32)];
-        device.launch(kernel, Grid::of(grid, 1, 32), &args)?;
+        device.launch(kernel, Grid::of(tiles * blocks, 1, 32), &args)?;
         Ok(memory)
     }
 

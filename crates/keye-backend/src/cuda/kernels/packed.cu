@@ -1,11 +1,11 @@
 // Products with packed weights: int8 rows times int4 or int8 weights on the matrix cores.
 //
-// A group (32 columns) is one instruction, whose sums are exact integers; per output and slot
-// `sum = fma(t_g, S_g * a_g, sum)` over the groups of a slice, as the format defines it (packed.rs, quantized_rows.rs).
+// A group (32 columns) is one instruction, whose sums are exact integers (packed.rs, quantized_rows.rs); per output and slot
+// `sum = fma(t_g, S_g * a, sum)` over the groups of a slice, with `a` the scale of the block that the group is of.
 //
 // On the device a matrix is three parts, one after the other, with tiles of 16 outputs and blocks of 64 columns:
 //   codes    [tile, block] of 512 (int4) or 1024 (int8) bytes in the order in which lanes take them
-//   scales   [tile, block, 16] words: int4 {s0, s1, z0, z1} bytes, int8 {d0, d1} halves
+//   scales   [tile, block, 16] words: int4 {s0, s1, z0, z1} bytes (z: zero points in eighths), int8 {d0, d1} halves
 //   heads    [tile, 16] f32: row scales (int4 only)
 // Lane l (g = l / 4, t = l % 4) has columns 8t..8t+8 of a group of outputs g and g + 8. For int4 it takes words
 // {group 0 g, group 0 g + 8, group 1 g, group 1 g + 8}, columns 8t..8t+4 in the low and 8t+4..8t+8 in the high halves of the
@@ -37,19 +37,21 @@ KERNEL(32) repack_int4(const u8* from, u8* to, u32 n, u32 k) {
     u32 blocks = packed_blocks(k), tile = blockIdx.x / blocks, block = blockIdx.x % blocks;
     u32 lane = threadIdx.x, g = lane / 4, t = lane % 4;
     Packed out = packed_of(to, n, k, 512);
-    const u8* source = from + (u64)tile * (64 + (u64)blocks * 576);
+    const u8* source = from + (u64)tile * (64 + (u64)blocks * 568);
     if (block == 0 && lane < 16) {
         ((float*)out.heads)[tile * 16 + lane] = ((const float*)source)[lane];
     }
-    source += 64 + (u64)block * 576;
-    const u32* words = (const u32*)(source + 64);
+    source += 64 + (u64)block * 568;
+    const u32* words = (const u32*)(source + 56);
     u32* codes = (u32*)out.codes + (u64)blockIdx.x * 128 + lane * 4;
     for (u32 i = 0; i < 4; i++) {
         codes[i] = words[(i / 2 * 4 + t) * 16 + g + i % 2 * 8];
     }
     if (lane < 16) {
-        ((u32*)out.scales)[(u64)blockIdx.x * 16 + lane] =
-            source[lane] | source[16 + lane] << 8 | source[32 + lane] << 16 | (u32)source[48 + lane] << 24;
+        u32 above = source[16 + lane % 2 * 4 + lane / 4] >> (lane / 2 % 2 * 4) & 15;
+        u32 s0 = source[lane] & 63, s1 = source[lane] >> 6 | above << 2;
+        u32 z0 = (128 - source[24 + lane]) & 0xff, z1 = (128 - source[40 + lane]) & 0xff;
+        ((u32*)out.scales)[(u64)blockIdx.x * 16 + lane] = s0 | s1 << 8 | z0 << 16 | z1 << 24;
     }
 }
 
@@ -72,7 +74,7 @@ KERNEL(32) repack_int8(const u8* from, u8* to, u32 n, u32 k) {
 
 /// `S(s)`.
 DEVICE float int4_scale(u32 s) {
-    return __uint_as_float(((s & 0xff) << 18) + (120u << 23));
+    return __uint_as_float(((s & 0xff) << 19) + (124u << 23));
 }
 
 DEVICE float half_to_float(u32 bits) {
@@ -82,7 +84,15 @@ DEVICE float half_to_float(u32 bits) {
     return bits & 0x8000 ? -value : value;
 }
 
-/// Rows in eight bits, one warp a group of 32 columns: scale `max|x| / 127`, codes to nearest even, the sum of them negated.
+/// The largest magnitude of the block of 64 columns that a warp's group of 32 is of.
+DEVICE float block_max(const float* row, u32 group, u32 lane, u32 cols, float value) {
+    u32 k = (group ^ 1) * 32 + lane;
+    float other = k < cols ? row[k] : 0.0f;
+    return warp_max(max_of(fabsf(value), fabsf(other)));
+}
+
+/// Rows in eight bits, one warp a group of 32 columns: scale `max|x| / 127` of its block, codes to nearest even, the sum of
+/// them negated.
 KERNEL(256) quantize_rows(const float* x, i8* codes, float* scales, int* sums, u32 cols, u32 padded) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = padded / 32;
     u32 group = blockIdx.y * 8 + warp;
@@ -92,7 +102,7 @@ KERNEL(256) quantize_rows(const float* x, i8* codes, float* scales, int* sums, u
     u64 row = blockIdx.x;
     u32 k = group * 32 + lane;
     float value = k < cols ? x[row * cols + k] : 0.0f;
-    float scale = warp_max(fabsf(value)) / 127.0f;
+    float scale = block_max(x + row * cols, group, lane, cols, value) / 127.0f;
     int code = (int)(i8)nearest(value * code_factor(scale));
     int sum = code;
     for (int step = 16; step > 0; step /= 2) {
@@ -105,12 +115,12 @@ KERNEL(256) quantize_rows(const float* x, i8* codes, float* scales, int* sums, u
     }
 }
 
-/// Rows rounded to fourteen bits, one warp a group of 32 columns: `code * scale` with scale `max|x| / 8191`.
+/// Rows rounded to fourteen bits, one warp a group of 32 columns: `code * scale` with scale `max|x| / 8191` of its block.
 KERNEL(256) round_rows_wide(const float* x, float* out, u32 cols) {
-    u32 group = blockIdx.y * 8 + threadIdx.x / 32, k = group * 32 + threadIdx.x % 32;
+    u32 group = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, k = group * 32 + lane;
     u64 at = (u64)blockIdx.x * cols + k;
     float value = k < cols ? x[at] : 0.0f;
-    float scale = warp_max(fabsf(value)) / 8191.0f;
+    float scale = block_max(x + at - k, group, lane, cols, value) / 8191.0f;
     if (k < cols) {
         out[at] = (float)nearest(value * code_factor(scale)) * scale;
     }
@@ -143,7 +153,7 @@ DEVICE void step_packed(
         }
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            int t = INT4 ? 16 * dot[i] + zero[i / 2] * negated[i % 2][group] : dot[i];
+            int t = INT4 ? 8 * dot[i] + zero[i / 2] * negated[i % 2][group] : dot[i];
             sum[i] = fmaf((float)t, s[i / 2] * a[i % 2][group], sum[i]);
         }
     }
@@ -242,7 +252,7 @@ DEVICE void packed_sliced(const Product& p) {
             total += sums[s][slot][output];
         }
         if (slot < tile.count && n < p.n) {
-            finish(p, tile.first + slot, n, INT4 ? total * (w.heads[n] / 16.0f) : total);
+            finish(p, tile.first + slot, n, INT4 ? total * (w.heads[n] / 8.0f) : total);
         }
     }
 }
@@ -401,7 +411,7 @@ DEVICE void packed_many(const Product& p) {
                 u32 slot = slot_base + 8 * j + 2 * t + c % 2;
                 if (slot < tile.count && n < p.n) {
                     float z = total[i][j][c] + sum[i][j][c];
-                    finish(p, tile.first + slot, n, INT4 ? z * (w.heads[n] / 16.0f) : z);
+                    finish(p, tile.first + slot, n, INT4 ? z * (w.heads[n] / 8.0f) : z);
                 }
             }
         }
@@ -425,7 +435,7 @@ DEVICE float packed_element(const Packed& w, u32 blocks, u32 row, u32 col) {
     u32 scale = w.scales[at * 16 + r];
     if (INT4) {
         u32 code = w.codes[at * 512 + lane * 16 + (2 * group + upper) * 4 + byte] >> (4 * last) & 15;
-        float zero = (float)(scale >> (16 + 8 * group) & 0xff) / 16.0f;
+        float zero = (float)(scale >> (16 + 8 * group) & 0xff) / 8.0f;
         return w.heads[row] * int4_scale(scale >> (8 * group)) * ((float)code - zero);
     }
     i8 code = (i8)w.codes[at * 1024 + group * 512 + lane * 16 + (2 * last + upper) * 4 + byte];
