@@ -2,7 +2,8 @@
 //!
 //! A matrix `[rows, cols]` is stored as tiles of [`TILE_ROWS`] rows, one after the other; the last is filled up with rows
 //! of zeros. A tile runs along the columns in blocks of [`BLOCK_COLS`], the last filled up with zeros. Groups are
-//! [`GROUP`] columns of one row, so a block has two groups of each row. All integers are little-endian.
+//! [`GROUP`] columns of one row, so a block has two groups of each row. All integers are little-endian; every tile is filled
+//! up to a multiple of 64 bytes, a cache line.
 //!
 //! `Int4`, [`INT4_BLOCK`] bytes a block after a head of 64 bytes a tile: 4.44 bits a weight.
 //!
@@ -55,6 +56,8 @@ pub const TILE_ROWS: usize = 16;
 pub const BLOCK_COLS: usize = 64;
 /// Columns that share a scale.
 pub const GROUP: usize = 32;
+/// Tiles are multiples of this many bytes.
+const LINE: usize = 64;
 /// Bytes of the head of an int4 tile.
 pub const INT4_HEAD: usize = 64;
 /// Bytes of an int4 block.
@@ -80,15 +83,12 @@ pub struct NotFinite {
 /// Bytes of one tile of `cols` columns; `None` when `dtype` is not packed or the number overflows.
 pub fn tile_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
     let blocks = cols.div_ceil(BLOCK_COLS);
-    match dtype {
-        Dtype::Int4 => blocks.checked_mul(INT4_BLOCK)?.checked_add(INT4_HEAD),
-        Dtype::Int8 => blocks.checked_mul(INT8_BLOCK),
-        Dtype::Int10 | Dtype::Int12 => {
-            let block = wide_tiles::block_bytes(dtype.high_bits()?);
-            blocks.checked_mul(block)?.checked_add(wide_tiles::WIDE_HEAD)
-        }
-        Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F8E4M3 => None,
-    }
+    let (head, block) = match dtype {
+        Dtype::Int4 => (INT4_HEAD, INT4_BLOCK),
+        Dtype::Int8 => (0, INT8_BLOCK),
+        _ => (wide_tiles::WIDE_HEAD, wide_tiles::block_bytes(dtype.high_bits()?)),
+    };
+    blocks.checked_mul(block)?.checked_add(head)?.checked_next_multiple_of(LINE)
 }
 
 /// Packs `values [rows, cols]` into whole tiles. A tensor may be packed in slices of rows, each but the last a multiple of

@@ -236,7 +236,7 @@ impl Weight {
             Dtype::Int4 => ("repack_int4", 512, INT4_HEAD + blocks * INT4_BLOCK),
             _ => ("repack_int8", 1024, blocks * INT8_BLOCK),
         };
-        debug_assert_eq!(tile_bytes(source.dtype, source.cols), Some(file_tile));
+        debug_assert_eq!(tile_bytes(source.dtype, source.cols), Some(file_tile.next_multiple_of(64)));
         let staged = device.upload(what, &source.bytes)?;
         let memory = device.allocate(what, tiles * blocks * (codes + 64) + tiles * 64)?;
         let args = [staged.arg(), memory.arg(), Arg::U32(source.rows as u32), Arg::U32(source.cols as u32)];

@@ -37,7 +37,7 @@ KERNEL(32) repack_int4(const u8* from, u8* to, u32 n, u32 k) {
     u32 blocks = packed_blocks(k), tile = blockIdx.x / blocks, block = blockIdx.x % blocks;
     u32 lane = threadIdx.x, g = lane / 4, t = lane % 4;
     Packed out = packed_of(to, n, k, 512);
-    const u8* source = from + (u64)tile * (64 + (u64)blocks * 568);
+    const u8* source = from + (u64)tile * ((64 + (u64)blocks * 568 + 63) / 64 * 64);
     if (block == 0 && lane < 16) {
         ((float*)out.heads)[tile * 16 + lane] = ((const float*)source)[lane];
     }
