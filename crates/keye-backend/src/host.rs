@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use crate::fp8::Fp8Matrix;
 use crate::input_major::InputMajor;
+use crate::spare::FLOATS;
 use crate::weight::{as_f32, as_u16, bf16_to_f32};
 use crate::{BackendError, Dtype, Isa, WeightSource, packed};
 
@@ -19,7 +20,18 @@ pub struct HostTensor {
 
 impl HostTensor {
     pub(crate) fn zeros(rows: usize, cols: usize) -> Self {
-        Self { rows, cols, data: vec![0.0; rows * cols] }
+        Self { rows, cols, data: FLOATS.zeros(rows * cols) }
+    }
+
+    /// With whatever is in it, for whom writes all of it.
+    pub(crate) fn stale(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, data: FLOATS.stale(rows * cols) }
+    }
+
+    /// The same elements in other rows.
+    pub(crate) fn reshape(mut self, rows: usize, cols: usize) -> Self {
+        assert_eq!(self.data.len(), rows * cols, "elements");
+        Self { rows, cols, data: std::mem::take(&mut self.data) }
     }
 
     pub(crate) fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
@@ -33,8 +45,9 @@ impl HostTensor {
     }
 
     pub(crate) fn slice_rows(&self, rows: Range<usize>) -> Self {
-        let data = self.data[rows.start * self.cols..rows.end * self.cols].to_vec();
-        Self { rows: rows.len(), cols: self.cols, data }
+        let mut out = Self::stale(rows.len(), self.cols);
+        out.data.copy_from_slice(&self.data[rows.start * self.cols..rows.end * self.cols]);
+        out
     }
 
     pub(crate) fn copy_rows(&self, from: Range<usize>, to: &mut Self, at: usize) {
@@ -57,6 +70,12 @@ impl HostTensor {
 
     pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
         &mut self.data[row * self.cols..(row + 1) * self.cols]
+    }
+}
+
+impl Drop for HostTensor {
+    fn drop(&mut self) {
+        FLOATS.give(std::mem::take(&mut self.data));
     }
 }
 

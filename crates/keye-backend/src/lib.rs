@@ -34,6 +34,7 @@ pub mod packed;
 mod quantized_rows;
 mod reference;
 mod select;
+mod spare;
 mod weight;
 mod wide_rows;
 mod wide_tiles;

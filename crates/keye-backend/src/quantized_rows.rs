@@ -1,13 +1,13 @@
 //! Activations in eight bits, as int8 and int4 weights are multiplied with.
 //!
-//! Each [`BLOCK_COLS`] of a row have a scale of their own, `a = max|x| / 127`, and codes `c = round(x / a)`, ties to even. A
-//! product is then, per output, over the blocks from left to right,
+//! Each [`GROUP`] of a row has a scale of its own, `a = max|x| / 127`, and codes `c = round(x / a)`, ties to even. A product
+//! is then, per output, over the groups from left to right,
 //!
-//! `sum = fma(fma(t_1, S_1, t_0 * S_0), a, sum)`,
+//! `sum = fma(t_g, S_g * a_g, sum)`,
 //!
-//! with `t_g` an exact integer of group `g` of the block, the sum of `c (u - 128)`: for int8 `u` as stored and `S` the f16
-//! scale; for int4 `u = 8q + z` and `S = S(s)`, and the whole times `row_scale / 8`. Integers are exact and the order of the
-//! blocks is fixed, so every instruction set and every tile gives the same bits.
+//! with `t_g` an exact integer, the sum of `c (u - 128)`: for int8 `u` as stored and `S` the f16 scale; for int4 `u = 8q + z`
+//! and `S = S(s)`, and the whole times `row_scale / 8`. Integers are exact and the order of the groups is fixed, so every
+//! instruction set and every tile gives the same bits.
 
 use crate::host::HostTensor;
 use crate::packed::{BLOCK_COLS, GROUP};
@@ -19,7 +19,7 @@ pub(crate) struct QuantizedRows {
     pub cols: usize,
     /// `[rows, cols]`
     pub codes: Vec<i8>,
-    /// `[rows, cols / BLOCK_COLS]`
+    /// `[rows, cols / GROUP]`
     pub scales: Vec<f32>,
     /// `[rows, cols / GROUP]`: sums of the codes of a group times -128, which stored weights have too much.
     pub offsets: Vec<i32>,
@@ -29,13 +29,13 @@ impl QuantizedRows {
     /// Room for `rows` rows of `cols` columns.
     pub fn new(rows: usize, cols: usize) -> Self {
         let cols = cols.next_multiple_of(BLOCK_COLS);
-        let n = rows * cols;
-        Self { cols, codes: vec![0; n], scales: vec![0.0; n / BLOCK_COLS], offsets: vec![0; n / GROUP] }
+        let groups = rows * cols / GROUP;
+        Self { cols, codes: vec![0; rows * cols], scales: vec![0.0; groups], offsets: vec![0; groups] }
     }
 
-    /// Blocks of a row.
-    pub fn blocks(&self) -> usize {
-        self.cols / BLOCK_COLS
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.cols / GROUP
     }
 }
 
@@ -52,9 +52,9 @@ crate::cpu::isa::dispatch! {
 #[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled once for each instruction set")]
 #[inline(always)]
 unsafe fn quantize_in<S>(x: &[f32], codes: &mut [i8], scales: &mut [f32], offsets: &mut [i32]) {
-    for (block, x) in x.chunks(BLOCK_COLS).enumerate() {
-        let mut filled = [0.0f32; BLOCK_COLS];
-        let x: &[f32; BLOCK_COLS] = match x.try_into() {
+    for (group, x) in x.chunks(GROUP).enumerate() {
+        let mut filled = [0.0f32; GROUP];
+        let x: &[f32; GROUP] = match x.try_into() {
             Ok(x) => x,
             Err(_) => {
                 filled[..x.len()].copy_from_slice(x);
@@ -62,7 +62,7 @@ unsafe fn quantize_in<S>(x: &[f32], codes: &mut [i8], scales: &mut [f32], offset
             }
         };
         let mut lanes = [0.0f32; 8];
-        for c in 0..BLOCK_COLS / 8 {
+        for c in 0..GROUP / 8 {
             for l in 0..8 {
                 let v = x[8 * c + l].abs();
                 lanes[l] = if v > lanes[l] { v } else { lanes[l] };
@@ -72,18 +72,16 @@ unsafe fn quantize_in<S>(x: &[f32], codes: &mut [i8], scales: &mut [f32], offset
         let scale = largest / 127.0;
         // What is too small to divide by counts as zero; an infinity keeps its scale and so is not lost.
         let inverse = if scale > f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
-        let out: &mut [i8] = &mut codes[block * BLOCK_COLS..(block + 1) * BLOCK_COLS];
-        for group in 0..BLOCK_COLS / GROUP {
-            let mut sum = 0i32;
-            for k in group * GROUP..(group + 1) * GROUP {
-                // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
-                let code = (x[k] * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
-                out[k] = code as i8;
-                sum += i32::from(code as i8);
-            }
-            offsets[block * BLOCK_COLS / GROUP + group] = -128 * sum;
+        let out: &mut [i8] = &mut codes[group * GROUP..(group + 1) * GROUP];
+        let mut sum = 0i32;
+        for k in 0..GROUP {
+            // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+            let code = (x[k] * inverse + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
+            out[k] = code as i8;
+            sum += i32::from(code as i8);
         }
-        scales[block] = scale;
+        scales[group] = scale;
+        offsets[group] = -128 * sum;
     }
 }
 
@@ -94,7 +92,7 @@ pub(crate) fn fake_quantized(x: &HostTensor) -> HostTensor {
     for row in 0..x.rows {
         quantize_row(crate::cpu::Isa::Portable, x.row(row), &mut rows.codes, &mut rows.scales, &mut rows.offsets);
         for (k, value) in out.row_mut(row).iter_mut().enumerate() {
-            *value = f32::from(rows.codes[k]) * rows.scales[k / BLOCK_COLS];
+            *value = f32::from(rows.codes[k]) * rows.scales[k / GROUP];
         }
     }
     out
@@ -112,9 +110,9 @@ mod tests {
         for isa in Isa::available() {
             let mut rows = QuantizedRows::new(1, x.len());
             quantize_row(isa, &x, &mut rows.codes, &mut rows.scales, &mut rows.offsets);
-            assert_eq!((rows.cols, rows.blocks()), (128, 2));
+            assert_eq!((rows.cols, rows.groups()), (128, 4));
             for group in 0..4 {
-                let scale = rows.scales[group / 2];
+                let scale = rows.scales[group];
                 let mut sum = 0;
                 for k in group * GROUP..(group + 1) * GROUP {
                     let value = x.get(k).copied().unwrap_or(0.0);

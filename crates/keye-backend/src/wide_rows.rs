@@ -6,6 +6,7 @@
 
 use crate::host::HostTensor;
 use crate::packed::BLOCK_COLS;
+use crate::spare::WIDE_CODES;
 
 /// The largest code: 64 products with weights below 2^12 fit 32 bits.
 const WIDE_MAX: f32 = 8191.0;
@@ -22,15 +23,21 @@ pub(crate) struct WideRows {
 }
 
 impl WideRows {
-    /// Room for `rows` rows of `cols` columns.
+    /// Room for `rows` rows of `cols` columns, with whatever is in it.
     pub fn new(rows: usize, cols: usize) -> Self {
         let cols = cols.next_multiple_of(BLOCK_COLS);
-        Self { cols, codes: vec![0; rows * cols], scales: vec![0.0; rows * cols / BLOCK_COLS] }
+        Self { cols, codes: WIDE_CODES.stale(rows * cols), scales: vec![0.0; rows * cols / BLOCK_COLS] }
     }
 
     /// Blocks of a row.
     pub fn blocks(&self) -> usize {
         self.cols / BLOCK_COLS
+    }
+}
+
+impl Drop for WideRows {
+    fn drop(&mut self) {
+        WIDE_CODES.give(std::mem::take(&mut self.codes));
     }
 }
 

@@ -332,13 +332,24 @@ unsafe fn kernel<S: Simd, E: Element, const M: usize>(
         soften::<S, M>(counts, max, sum, out, stride, scores);
         // out[m] += sum over j of p[m][j] * value j
         let mut d = 0;
-        while d + NV * S::LANES <= stride {
-            weigh::<S, E, M, NV>(scores, values.as_ptr().add(d), stride, out.as_mut_ptr().add(d), stride);
-            d += NV * S::LANES;
-        }
         while d < stride {
-            weigh::<S, E, M, 1>(scores, values.as_ptr().add(d), stride, out.as_mut_ptr().add(d), stride);
-            d += S::LANES;
+            let (left, values, out) = ((stride - d) / S::LANES, values.as_ptr().add(d), out.as_mut_ptr().add(d));
+            // Heads of the vision tower, 72 wide, are five or ten vectors.
+            d += S::LANES
+                * match left {
+                    _ if left % 5 == 0 => {
+                        weigh::<S, E, M, 5>(scores, values, stride, out, stride);
+                        5
+                    }
+                    NV.. => {
+                        weigh::<S, E, M, NV>(scores, values, stride, out, stride);
+                        NV
+                    }
+                    _ => {
+                        weigh::<S, E, M, 1>(scores, values, stride, out, stride);
+                        1
+                    }
+                };
         }
     }
 }
@@ -376,7 +387,15 @@ pub(super) unsafe fn soften<S: Simd, const M: usize>(
                 total = S::add(total, p);
                 i += S::LANES;
             }
-            let rescale = if max[m] == f32::NEG_INFINITY { 0.0 } else { (max[m] - new_max).exp() };
+            let rescale = match max[m] {
+                f32::NEG_INFINITY => 0.0,
+                // What is usual after the first blocks, without its exponential and its pass over `out`.
+                old if old == new_max => {
+                    sum[m] += S::sum(total);
+                    continue;
+                }
+                old => (old - new_max).exp(),
+            };
             max[m] = new_max;
             sum[m] = sum[m] * rescale + S::sum(total);
             let mut i = 0;

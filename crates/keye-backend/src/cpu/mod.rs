@@ -127,8 +127,7 @@ impl Backend for Cpu {
     }
 
     fn reshape(&self, x: HostTensor, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
-        assert_eq!(x.data.len(), rows * cols, "elements");
-        Ok(HostTensor { rows, cols, data: x.data })
+        Ok(x.reshape(rows, cols))
     }
 
     fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
@@ -151,7 +150,7 @@ impl Backend for Cpu {
     }
 
     fn embed(&self, table: &HostWeight, ids: &Vec<u32>) -> Result<HostTensor, BackendError> {
-        let mut out = HostTensor::zeros(ids.len(), table.cols);
+        let mut out = HostTensor::stale(ids.len(), table.cols);
         for (i, id) in ids.iter().enumerate() {
             table.widen_row(*id as usize, out.row_mut(i));
         }
@@ -192,14 +191,14 @@ impl Backend for Cpu {
         beta: &HostWeight,
         eps: f32,
     ) -> Result<HostTensor, BackendError> {
-        let mut out = HostTensor::zeros(x.rows, x.cols);
+        let mut out = HostTensor::stale(x.rows, x.cols);
         let (gamma, beta) = (gamma.vector(), beta.vector());
         self.each_row(&mut out, 4 * x.cols, |i, row| rows::layer_norm(self.isa, x.row(i), gamma, beta, eps, row));
         Ok(out)
     }
 
     fn rms_norm(&self, x: &HostTensor, gamma: &HostWeight, eps: f32) -> Result<HostTensor, BackendError> {
-        let mut out = HostTensor::zeros(x.rows, x.cols);
+        let mut out = HostTensor::stale(x.rows, x.cols);
         let gamma = gamma.vector();
         self.each_row(&mut out, 4 * x.cols, |i, row| {
             row.copy_from_slice(x.row(i));
@@ -215,7 +214,7 @@ impl Backend for Cpu {
         bias: Option<&HostWeight>,
         activation: Activation,
     ) -> Result<HostTensor, BackendError> {
-        let mut out = HostTensor::zeros(x.rows, weight.rows);
+        let mut out = HostTensor::stale(x.rows, weight.rows);
         gemm::product(&self.pool, self.isa, x, weight, bias, &Finish::Store(activation), &mut out);
         Ok(out)
     }
@@ -233,7 +232,7 @@ impl Backend for Cpu {
 
     fn gated(&self, x: &HostTensor, gate: &HostWeight, up: &HostWeight) -> Result<HostTensor, BackendError> {
         assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "gate and up");
-        let mut out = HostTensor::zeros(x.rows, gate.rows);
+        let mut out = HostTensor::stale(x.rows, gate.rows);
         let activations = |weight: &HostWeight| weight.packed().map(|dtype| dtype.high_bits().is_some());
         if activations(gate) != activations(up) {
             let up = self.linear(x, up, None, Activation::None)?;

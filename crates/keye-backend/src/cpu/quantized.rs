@@ -29,7 +29,7 @@ const K_BLOCKS: usize = 16;
 pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> QuantizedRows {
     const ROWS: usize = 8;
     let mut rows = QuantizedRows::new(x.rows, x.cols);
-    let (cols, blocks) = (rows.cols, rows.blocks());
+    let (cols, groups) = (rows.cols, rows.groups());
     let targets =
         (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()), SyncPtr(rows.offsets.as_mut_ptr()));
     pool.run(x.rows.div_ceil(ROWS), 2 * x.rows * x.cols, |task, _| {
@@ -38,8 +38,8 @@ pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> QuantizedRows {
             let (codes, scales, offsets) = unsafe {
                 (
                     std::slice::from_raw_parts_mut(targets.0.get().add(row * cols), cols),
-                    std::slice::from_raw_parts_mut(targets.1.get().add(row * blocks), blocks),
-                    std::slice::from_raw_parts_mut(targets.2.get().add(2 * row * blocks), 2 * blocks),
+                    std::slice::from_raw_parts_mut(targets.1.get().add(row * groups), groups),
+                    std::slice::from_raw_parts_mut(targets.2.get().add(row * groups), groups),
                 )
             };
             quantize_row(isa, x.row(row), codes, scales, offsets);
@@ -74,7 +74,7 @@ pub(crate) fn panel(
             Dtype::Int4 => &tile[INT4_HEAD + first * INT4_BLOCK..][..count * INT4_BLOCK],
             _ => &tile[first * INT8_BLOCK..][..count * INT8_BLOCK],
         };
-        let piece = Piece { dtype, blocks, x, row: m0 + row, first };
+        let piece = Piece { dtype, blocks, x, row: m0 + row, first_group: first * BLOCK_COLS / GROUP };
         kernel(&piece, rows, sums);
     };
     if m <= FEW_ROWS {
@@ -123,8 +123,8 @@ pub(super) struct Piece<'a> {
     pub x: &'a QuantizedRows,
     /// First row of the activations.
     pub row: usize,
-    /// Number of the first block of columns.
-    pub first: usize,
+    /// Group of the columns of the first block.
+    pub first_group: usize,
 }
 
 /// Pointers to a piece's rows of activations.
@@ -134,10 +134,9 @@ pub(super) struct Rows {
     /// From one row's codes to the next one's.
     pub ld: usize,
     pub scales: *const f32,
-    /// Two of each block.
     pub offsets: *const i32,
-    /// From one row's scales to the next one's.
-    pub blocks: usize,
+    /// From one row's scales and offsets to the next one's.
+    pub groups: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -145,24 +144,24 @@ impl Piece<'_> {
     /// Panics unless `rows` rows of activations and of sums are there for all blocks.
     pub(super) fn check(&self, rows: usize, sums: &[f32]) {
         let x = self.x;
-        let blocks = self.blocks.len() / if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK };
-        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first + blocks <= x.blocks());
-        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.blocks());
-        assert!(x.offsets.len() == 2 * x.scales.len());
+        let groups = self.blocks.len() / if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
+        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first_group + groups <= x.groups());
+        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.groups());
+        assert!(x.offsets.len() == x.scales.len());
     }
 
     /// The activations from the piece's row number `row` on.
     #[inline(always)]
     pub(super) fn rows(&self, row: usize) -> Rows {
         let x = self.x;
-        let (row, blocks) = (self.row + row, x.blocks());
-        let block = row * blocks + self.first;
+        let (row, groups) = (self.row + row, x.groups());
+        let group = row * groups + self.first_group;
         Rows {
-            codes: x.codes[row * x.cols + self.first * BLOCK_COLS..].as_ptr(),
+            codes: x.codes[row * x.cols + self.first_group * GROUP..].as_ptr(),
             ld: x.cols,
-            scales: x.scales[block..].as_ptr(),
-            offsets: x.offsets[2 * block..].as_ptr(),
-            blocks,
+            scales: x.scales[group..].as_ptr(),
+            offsets: x.offsets[group..].as_ptr(),
+            groups,
         }
     }
 }
@@ -192,35 +191,40 @@ fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
     for row in 0..rows {
         let codes = &x.codes[(piece.row + row) * x.cols..][..x.cols];
         for (b, block) in piece.blocks.chunks_exact(block_bytes).enumerate() {
-            let codes = &codes[(piece.first + b) * BLOCK_COLS..][..BLOCK_COLS];
-            let at = (piece.row + row) * x.blocks() + piece.first + b;
-            for r in 0..TILE_ROWS {
-                let group = |half: usize| -> (f32, f32) {
-                    let mut t = x.offsets[2 * at + half];
-                    let codes = codes[half * GROUP..][..GROUP].iter().enumerate();
+            for half in 0..BLOCK_COLS / GROUP {
+                let group = piece.first_group + 2 * b + half;
+                let at = (piece.row + row) * x.groups() + group;
+                let codes = &codes[group * GROUP..][..GROUP];
+                for r in 0..TILE_ROWS {
+                    let (mut t, scale) = (x.offsets[at], scale_at(piece.dtype, block, half, r));
                     if int4 {
                         let z = i32::from(block[INT4_ZEROS + half * 16 + r]);
-                        for (k, code) in codes {
+                        for (k, code) in codes.iter().enumerate() {
                             let pair = block[INT4_CODES + (half * 4 + k / 8) * 64 + 4 * r + k % 4];
                             let q = i32::from(if k % 8 < 4 { pair & 15 } else { pair >> 4 });
                             t += (8 * q + z) * i32::from(*code);
                         }
-                        (t as f32, scale_of(scale_code_at(block, half, r)))
                     } else {
-                        let d = 2 * (half * 16 + r);
-                        for (k, code) in codes {
+                        for (k, code) in codes.iter().enumerate() {
                             let u = block[64 + (half * 8 + k / 4) * 64 + 4 * r + k % 4];
                             t += i32::from(u) * i32::from(*code);
                         }
-                        (t as f32, f16_to_f32(u16::from_le_bytes([block[d], block[d + 1]])))
                     }
-                };
-                let ((t0, scale0), (t1, scale1)) = (group(0), group(1));
-                let sum = &mut sums[row * PANEL + r];
-                *sum = t1.mul_add(scale1, t0 * scale0).mul_add(x.scales[at], *sum);
+                    let sum = &mut sums[row * PANEL + r];
+                    *sum = (t as f32).mul_add(scale * x.scales[at], *sum);
+                }
             }
         }
     }
+}
+
+/// The scale of group `half` of row `r` of a block.
+fn scale_at(dtype: Dtype, block: &[u8], half: usize, r: usize) -> f32 {
+    if dtype == Dtype::Int4 {
+        return scale_of(scale_code_at(block, half, r));
+    }
+    let d = 2 * (half * 16 + r);
+    f16_to_f32(u16::from_le_bytes([block[d], block[d + 1]]))
 }
 
 #[cfg(test)]

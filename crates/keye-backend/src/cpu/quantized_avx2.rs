@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
-use crate::packed::{BLOCK_COLS, GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
+use crate::packed::{GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
 
 /// See [`super::quantized`]; only where AVX2 and FMA are.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
@@ -64,7 +64,7 @@ unsafe fn int4<const M: usize>(block: *const u8, half: usize, half_tile: usize, 
         let z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(INT4_ZEROS + 16 * half + 8 * half_tile).cast()));
         // Eight pairs of products of at most 15 * 127 stay below 2^15.
         let mut t = [_mm256_setzero_si256(); M];
-        let codes = x.codes.add(b * BLOCK_COLS + half * GROUP);
+        let codes = x.codes.add((2 * b + half) * GROUP);
         for v in 0..4 {
             let pairs = _mm256_loadu_si256(block.add(INT4_CODES + (4 * half + v) * 64 + 32 * half_tile).cast());
             let first = _mm256_and_si256(pairs, low);
@@ -76,7 +76,7 @@ unsafe fn int4<const M: usize>(block: *const u8, half: usize, half_tile: usize, 
             }
         }
         for m in 0..M {
-            let offset = *x.offsets.add(2 * (m * x.blocks + b) + half);
+            let offset = *x.offsets.add(m * x.groups + 2 * b + half);
             // |sum of codes| < 2^15, and the upper halves of z are zero: the product of the lower halves.
             let zeros = _mm256_madd_epi16(z, _mm256_set1_epi32(-(offset >> 7)));
             let codes = _mm256_slli_epi32::<3>(_mm256_madd_epi16(t[m], ones));
@@ -94,7 +94,7 @@ unsafe fn int8<const M: usize>(block: *const u8, half: usize, half_tile: usize, 
     unsafe {
         let (offset, ones) = (_mm256_set1_epi8(i8::MIN), _mm256_set1_epi16(1));
         let mut t = [_mm256_setzero_si256(); M];
-        let codes = x.codes.add(b * BLOCK_COLS + half * GROUP);
+        let codes = x.codes.add((2 * b + half) * GROUP);
         for v in 0..8 {
             let w = _mm256_loadu_si256(block.add(64 + (8 * half + v) * 64 + 32 * half_tile).cast());
             // u - 128 as signed bytes; codes take their signs, so that pairs of 127 * 127 stay below 2^15.
@@ -110,7 +110,7 @@ unsafe fn int8<const M: usize>(block: *const u8, half: usize, half_tile: usize, 
     }
 }
 
-/// `sum = fma(fma(t_1, S_1, t_0 * S_0), a, sum)` for all rows and blocks.
+/// `sum = fma(t, S * a, sum)` for all rows and groups.
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
@@ -128,10 +128,10 @@ unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, 
                 false => int8(block, half, half_tile, &x, b),
             });
             for m in 0..M {
-                let both = _mm256_mul_ps(_mm256_cvtepi32_ps(t0[m]), scales[0]);
-                let both = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t1[m]), scales[1], both);
-                let (a, sum) = (_mm256_set1_ps(*x.scales.add(m * x.blocks + b)), sums.add(m * PANEL));
-                _mm256_storeu_ps(sum, _mm256_fmadd_ps(both, a, _mm256_loadu_ps(sum)));
+                let (a, to) = (x.scales.add(m * x.groups + 2 * b), sums.add(m * PANEL));
+                let [a0, a1] = [0, 1].map(|half| _mm256_mul_ps(scales[half], _mm256_set1_ps(*a.add(half))));
+                let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t0[m]), a0, _mm256_loadu_ps(to));
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(t1[m]), a1, sum));
             }
         }
     }

@@ -108,7 +108,7 @@ impl Block for Int8 {
     }
 }
 
-/// `sum = fma(fma(t_1, S_1, t_0 * S_0), a, sum)` for all rows and blocks.
+/// `sum = fma(t, S * a, sum)` for all rows and groups.
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn tile<B: Block, const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
@@ -121,13 +121,13 @@ unsafe fn tile<B: Block, const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
         }
         for (b, block) in piece.blocks.chunks_exact(B::BYTES).enumerate() {
             let scales = B::scales(block.as_ptr());
-            let mut both = [_mm512_setzero_ps(); M];
             for half in 0..2 {
+                let group = 2 * b + half;
                 let mut t = [_mm512_setzero_si512(); M];
                 for m in 0..M {
-                    t[m] = _mm512_set1_epi32(*x.offsets.add(2 * (m * x.blocks + b) + half));
+                    t[m] = _mm512_set1_epi32(*x.offsets.add(m * x.groups + group));
                 }
-                let codes = x.codes.add(b * BLOCK_COLS + half * GROUP);
+                let codes = x.codes.add(group * GROUP);
                 let zeros = B::zeros(block.as_ptr(), half);
                 for v in 0..4 {
                     let weights = B::weights(block.as_ptr(), half, v, zeros);
@@ -139,13 +139,9 @@ unsafe fn tile<B: Block, const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
                     }
                 }
                 for m in 0..M {
-                    let t = _mm512_cvtepi32_ps(t[m]);
-                    both[m] =
-                        if half == 0 { _mm512_mul_ps(t, scales[0]) } else { _mm512_fmadd_ps(t, scales[1], both[m]) };
+                    let a = _mm512_set1_ps(*x.scales.add(m * x.groups + group));
+                    sum[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(t[m]), _mm512_mul_ps(scales[half], a), sum[m]);
                 }
-            }
-            for m in 0..M {
-                sum[m] = _mm512_fmadd_ps(both[m], _mm512_set1_ps(*x.scales.add(m * x.blocks + b)), sum[m]);
             }
         }
         for m in 0..M {

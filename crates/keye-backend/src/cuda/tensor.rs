@@ -25,7 +25,7 @@ pub struct Tensor {
     wide: OnceLock<Arc<Memory>>,
 }
 
-/// Rows in eight bits; each group of 32 columns has the scale of its block of 64.
+/// Rows in eight bits, each group of 32 columns with a scale.
 pub(super) struct Quantized {
     pub codes: Memory,
     pub scales: Memory,

@@ -86,8 +86,7 @@ impl Backend for Reference {
     }
 
     fn reshape(&self, x: HostTensor, rows: usize, cols: usize) -> Result<HostTensor, BackendError> {
-        assert_eq!(x.data.len(), rows * cols, "elements");
-        Ok(HostTensor { rows, cols, data: x.data })
+        Ok(x.reshape(rows, cols))
     }
 
     fn slice_rows(&self, x: &HostTensor, rows: Range<usize>) -> Result<HostTensor, BackendError> {
@@ -221,7 +220,7 @@ impl Backend for Reference {
             for (head, weight) in x.row(row).chunks_exact(stride).zip(weights) {
                 let (input, rest) = head.split_at(weight.cols);
                 let input = HostTensor::from_f32(1, weight.cols, input);
-                data.extend(self.linear(&input, weight, None, Activation::None)?.data);
+                data.extend_from_slice(&self.linear(&input, weight, None, Activation::None)?.data);
                 data.extend_from_slice(rest);
             }
         }

@@ -1,7 +1,7 @@
 // Products with packed weights: int8 rows times int4 or int8 weights on the matrix cores.
 //
 // A group (32 columns) is one instruction, whose sums are exact integers (packed.rs, quantized_rows.rs); per output and slot
-// `sum = fma(t_g, S_g * a, sum)` over the groups of a slice, with `a` the scale of the block that the group is of.
+// `sum = fma(t_g, S_g * a_g, sum)` over the groups of a slice.
 //
 // On the device a matrix is three parts, one after the other, with tiles of 16 outputs and blocks of 64 columns:
 //   codes    [tile, block] of 512 (int4) or 1024 (int8) bytes in the order in which lanes take them
@@ -84,15 +84,7 @@ DEVICE float half_to_float(u32 bits) {
     return bits & 0x8000 ? -value : value;
 }
 
-/// The largest magnitude of the block of 64 columns that a warp's group of 32 is of.
-DEVICE float block_max(const float* row, u32 group, u32 lane, u32 cols, float value) {
-    u32 k = (group ^ 1) * 32 + lane;
-    float other = k < cols ? row[k] : 0.0f;
-    return warp_max(max_of(fabsf(value), fabsf(other)));
-}
-
-/// Rows in eight bits, one warp a group of 32 columns: scale `max|x| / 127` of its block, codes to nearest even, the sum of
-/// them negated.
+/// Rows in eight bits, one warp a group of 32 columns: scale `max|x| / 127`, codes to nearest even, the sum of them negated.
 KERNEL(256) quantize_rows(const float* x, i8* codes, float* scales, int* sums, u32 cols, u32 padded) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = padded / 32;
     u32 group = blockIdx.y * 8 + warp;
@@ -102,7 +94,7 @@ KERNEL(256) quantize_rows(const float* x, i8* codes, float* scales, int* sums, u
     u64 row = blockIdx.x;
     u32 k = group * 32 + lane;
     float value = k < cols ? x[row * cols + k] : 0.0f;
-    float scale = block_max(x + row * cols, group, lane, cols, value) / 127.0f;
+    float scale = warp_max(fabsf(value)) / 127.0f;
     int code = (int)(i8)nearest(value * code_factor(scale));
     int sum = code;
     for (int step = 16; step > 0; step /= 2) {
@@ -113,6 +105,13 @@ KERNEL(256) quantize_rows(const float* x, i8* codes, float* scales, int* sums, u
         scales[row * groups + group] = scale;
         sums[row * groups + group] = -sum;
     }
+}
+
+/// The largest magnitude of the block of 64 columns that a warp's group of 32 is of.
+DEVICE float block_max(const float* row, u32 group, u32 lane, u32 cols, float value) {
+    u32 k = (group ^ 1) * 32 + lane;
+    float other = k < cols ? row[k] : 0.0f;
+    return warp_max(max_of(fabsf(value), fabsf(other)));
 }
 
 /// Rows rounded to fourteen bits, one warp a group of 32 columns: `code * scale` with scale `max|x| / 8191` of its block.
