@@ -285,7 +285,26 @@ fn sum(term: impl Fn(usize) -> f32) -> f32 {
     ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
 }
 
-/// Starts from ranges of 12 to 19 steps, some of which cut the ends off, and fits line and codes to each other.
+/// Codes `round(x / d + z / 8)` of a group, and the squared error of `d (q - z / 8)`.
+#[allow(clippy::needless_range_loop, reason = "lanes")]
+#[inline(always)]
+fn int4_codes(x: &Group, d: f32, z: f32) -> ([f32; GROUP], f32) {
+    let (inverse, offset) = (1.0 / d, z / 8.0);
+    let mut q = [0.0f32; GROUP];
+    for k in 0..GROUP {
+        let code = (x[k] * inverse + offset).round_ties_even();
+        let code = if code > 0.0 { code } else { 0.0 };
+        q[k] = if code < 15.0 { code } else { 15.0 };
+    }
+    let error = sum(|k| {
+        let e = d * (q[k] - offset) - x[k];
+        e * e
+    });
+    (q, error)
+}
+
+/// Starts from ranges of 12 to 19 steps, some of which cut the ends off, and fits line and codes to each other; then tries
+/// what is near the best scale and zero point.
 #[allow(clippy::needless_range_loop, reason = "lanes")]
 #[allow(clippy::extra_unused_type_parameters, reason = "plain code, compiled once for each instruction set")]
 #[inline(always)]
@@ -296,8 +315,20 @@ unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
         lo = if *v < lo { *v } else { lo };
         hi = if *v > hi { *v } else { hi };
     }
-    let mut best = Int4Group { s: 0, z: 0, q: [0; GROUP] };
+    let mut best = Int4Group { s: 0, z: 128, q: [0; GROUP] };
     let mut least = f32::INFINITY;
+    let mut keep = |s: u8, z: f32, q: &[f32; GROUP], error: f32| {
+        if error < least {
+            least = error;
+            best.s = s;
+            best.z = 128 - z as u8;
+            for k in 0..GROUP {
+                best.q[k] = q[k] as u8;
+            }
+        }
+        (best.s, best.z)
+    };
+    let mut found = (0, 128);
     let mean_x = sum(|k| x[k]) / GROUP as f32;
     for start in 0..15 {
         let over = start as f32 * 0.5 - 3.0;
@@ -306,29 +337,12 @@ unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
         if over > 0.0 {
             zero *= 1.0 - over / 30.0;
         }
-        for _ in 0..3 {
+        for _ in 0..2 {
             let s = scale_code(step / row_scale);
             let d = row_scale * scale_of(s);
             let z = (zero * (step / d) * 8.0).round_ties_even().clamp(0.0, 127.0);
-            let (inverse, offset) = (1.0 / d, z / 8.0);
-            let mut q = [0.0f32; GROUP];
-            for k in 0..GROUP {
-                let code = (x[k] * inverse + offset).round_ties_even();
-                let code = if code > 0.0 { code } else { 0.0 };
-                q[k] = if code < 15.0 { code } else { 15.0 };
-            }
-            let error = sum(|k| {
-                let e = d * (q[k] - offset) - x[k];
-                e * e
-            });
-            if error < least {
-                least = error;
-                best.s = s;
-                best.z = 128 - z as u8;
-                for k in 0..GROUP {
-                    best.q[k] = q[k] as u8;
-                }
-            }
+            let (q, error) = int4_codes(x, d, z);
+            found = keep(s, z, &q, error);
             // The line through (q, x) with the least squares gives the next step and zero point.
             let mean_q = sum(|k| q[k]) / GROUP as f32;
             let spread = sum(|k| (q[k] - mean_q) * (q[k] - mean_q));
@@ -338,6 +352,17 @@ unsafe fn search_int4_in<S>(x: &Group, row_scale: f32) -> Int4Group {
             }
             step = slope;
             zero = mean_q - mean_x / slope;
+        }
+    }
+    let (s, z) = (i32::from(found.0), 128.0 - f32::from(found.1));
+    for near in [s, s - 1, s + 1].into_iter().filter(|s| (0..64).contains(s)) {
+        // The middle of the codes stays where it is.
+        let ratio = scale_of(s as u8) / scale_of(near as u8);
+        let middle = (60.0 - (60.0 - z) * ratio).round_ties_even();
+        for offset in -4..=4 {
+            let z = (middle + offset as f32).clamp(0.0, 127.0);
+            let (q, error) = int4_codes(x, row_scale * scale_of(near as u8), z);
+            keep(near as u8, z, &q, error);
         }
     }
     best
@@ -430,7 +455,7 @@ mod tests {
         let (rows, cols) = (48, 4096);
         let values = normal(rows * cols, 1);
         // ggml's Q4_K: 0.0719, Q8_0: 0.0054.
-        let bounds = [(Dtype::Int4, 0.0719), (Dtype::Int8, 0.0054), (Dtype::Int10, 0.0015), (Dtype::Int12, 0.0005)];
+        let bounds = [(Dtype::Int4, 0.0710), (Dtype::Int8, 0.0054), (Dtype::Int10, 0.0015), (Dtype::Int12, 0.0005)];
         for (dtype, bound) in bounds {
             let found = unpack(dtype, rows, cols, &packed(dtype, rows, cols, &values)).unwrap();
             let error = relative_error(&values, &found);

@@ -47,10 +47,10 @@ unsafe fn int4_scales(block: *const u8, half_tile: usize) -> [__m256; 2] {
         let above = _mm256_and_si256(above, _mm256_set1_epi32(15));
         let first = _mm256_and_si256(s, _mm256_set1_epi32(63));
         let second = _mm256_or_si256(_mm256_srli_epi32::<6>(s), _mm256_slli_epi32::<2>(above));
-        [first, second].map(|s| {
-            let bits = _mm256_add_epi32(_mm256_slli_epi32::<19>(s), _mm256_set1_epi32(124 << 23));
-            _mm256_castsi256_ps(bits)
-        })
+        let exponent = _mm256_set1_epi32(124 << 23);
+        let first = _mm256_add_epi32(_mm256_slli_epi32::<19>(first), exponent);
+        let second = _mm256_add_epi32(_mm256_slli_epi32::<19>(second), exponent);
+        [_mm256_castsi256_ps(first), _mm256_castsi256_ps(second)]
     }
 }
 
@@ -119,17 +119,22 @@ unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, 
     unsafe {
         for (b, block) in piece.blocks.chunks_exact(if INT4 { INT4_BLOCK } else { INT8_BLOCK }).enumerate() {
             let block = block.as_ptr();
-            let scales = match INT4 {
-                true => int4_scales(block, half_tile),
-                false => [0, 32].map(|at| _mm256_cvtph_ps(_mm_loadu_si128(block.add(at + 16 * half_tile).cast()))),
-            };
-            let [t0, t1]: [[__m256i; M]; 2] = [0, 1].map(|half| match INT4 {
-                true => int4(block, half, half_tile, &x, b),
-                false => int8(block, half, half_tile, &x, b),
-            });
+            let (scales, t0, t1): (_, [__m256i; M], [__m256i; M]);
+            if INT4 {
+                scales = int4_scales(block, half_tile);
+                t0 = int4(block, 0, half_tile, &x, b);
+                t1 = int4(block, 1, half_tile, &x, b);
+            } else {
+                let halves = block.add(16 * half_tile);
+                let (first, second) = (_mm_loadu_si128(halves.cast()), _mm_loadu_si128(halves.add(32).cast()));
+                scales = [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)];
+                t0 = int8(block, 0, half_tile, &x, b);
+                t1 = int8(block, 1, half_tile, &x, b);
+            }
             for m in 0..M {
                 let (a, to) = (x.scales.add(m * x.groups + 2 * b), sums.add(m * PANEL));
-                let [a0, a1] = [0, 1].map(|half| _mm256_mul_ps(scales[half], _mm256_set1_ps(*a.add(half))));
+                let a0 = _mm256_mul_ps(scales[0], _mm256_set1_ps(*a));
+                let a1 = _mm256_mul_ps(scales[1], _mm256_set1_ps(*a.add(1)));
                 let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t0[m]), a0, _mm256_loadu_ps(to));
                 _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(t1[m]), a1, sum));
             }

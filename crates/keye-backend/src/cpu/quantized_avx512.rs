@@ -53,10 +53,10 @@ impl Block for Int4 {
             let above = _mm512_and_si512(_mm512_srlv_epi32(above, nibbles), _mm512_set1_epi32(15));
             let first = _mm512_and_si512(s, _mm512_set1_epi32(63));
             let second = _mm512_or_si512(_mm512_srli_epi32::<6>(s), _mm512_slli_epi32::<2>(above));
-            [first, second].map(|s| {
-                let bits = _mm512_add_epi32(_mm512_slli_epi32::<19>(s), _mm512_set1_epi32(124 << 23));
-                _mm512_castsi512_ps(bits)
-            })
+            let exponent = _mm512_set1_epi32(124 << 23);
+            let first = _mm512_add_epi32(_mm512_slli_epi32::<19>(first), exponent);
+            let second = _mm512_add_epi32(_mm512_slli_epi32::<19>(second), exponent);
+            [_mm512_castsi512_ps(first), _mm512_castsi512_ps(second)]
         }
     }
 
@@ -78,8 +78,9 @@ impl Block for Int4 {
         unsafe {
             let codes = _mm512_set1_epi8(0x78);
             let pairs = _mm512_loadu_si512(block.add(INT4_CODES + (4 * half + v) * 64).cast());
-            [_mm512_slli_epi16::<3>(pairs), _mm512_srli_epi16::<1>(pairs)]
-                .map(|eightfold| _mm512_add_epi8(_mm512_and_si512(eightfold, codes), zeros))
+            let first = _mm512_and_si512(_mm512_slli_epi16::<3>(pairs), codes);
+            let second = _mm512_and_si512(_mm512_srli_epi16::<1>(pairs), codes);
+            [_mm512_add_epi8(first, zeros), _mm512_add_epi8(second, zeros)]
         }
     }
 }
@@ -92,7 +93,10 @@ impl Block for Int8 {
     #[inline(always)]
     unsafe fn scales(block: *const u8) -> [__m512; 2] {
         // SAFETY: the block is whole; the callers' features.
-        [0, 32].map(|at| unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(block.add(at).cast())) })
+        unsafe {
+            let (first, second) = (_mm256_loadu_si256(block.cast()), _mm256_loadu_si256(block.add(32).cast()));
+            [_mm512_cvtph_ps(first), _mm512_cvtph_ps(second)]
+        }
     }
 
     #[inline(always)]
@@ -104,7 +108,10 @@ impl Block for Int8 {
     #[inline(always)]
     unsafe fn weights(block: *const u8, half: usize, v: usize, _zeros: __m512i) -> [__m512i; 2] {
         // SAFETY: the block is whole; the callers' features.
-        [0, 64].map(|at| unsafe { _mm512_loadu_si512(block.add(64 + at + (8 * half + 2 * v) * 64).cast()) })
+        unsafe {
+            let at = block.add(64 + (8 * half + 2 * v) * 64);
+            [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(64).cast())]
+        }
     }
 }
 

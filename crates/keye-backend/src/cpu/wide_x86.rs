@@ -103,7 +103,8 @@ unsafe fn tile_256<const M: usize>(piece: &Piece<'_>, row: usize, tile: usize, s
             let codes = codes.add(b * BLOCK_COLS);
             let weights = weights.add(b * VECTORS * 2 * PANEL + 2 * TILE_ROWS * tile);
             for v in 0..VECTORS {
-                let w = [0, 1].map(|half| _mm256_loadu_si256(weights.add(v * 2 * PANEL + TILE_ROWS * half).cast()));
+                let w = weights.add(v * 2 * PANEL);
+                let w = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(TILE_ROWS).cast())];
                 for m in 0..M {
                     let pair = _mm256_set1_epi32(codes.add(m * ld + 2 * v).cast::<i32>().read_unaligned());
                     for half in 0..2 {
