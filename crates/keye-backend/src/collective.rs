@@ -193,7 +193,7 @@ mod tests {
                 let sum = |round| {
                     let mut x = tensor(member.rank(), round);
                     member.all_reduce_sum(&Reference, &mut x).unwrap();
-                    x.data
+                    x.data.clone()
                 };
                 (0..rounds).map(sum).collect()
             });
@@ -201,7 +201,7 @@ mod tests {
                 let add = |sum: Vec<f32>, rank: usize| {
                     sum.iter().zip(&tensor(rank, round).data).map(|(a, b)| a + b).collect::<Vec<f32>>()
                 };
-                let expected = (1..ranks).fold(tensor(0, round).data, add);
+                let expected = (1..ranks).fold(tensor(0, round).data.clone(), add);
                 assert!(sums.iter().all(|found| found[round] == expected), "{ranks} ranks, round {round}");
             }
         }
@@ -214,7 +214,7 @@ mod tests {
             let part = HostTensor::from_f32(2, rank + 1, &vec![rank as f32; 2 * (rank + 1)]);
             let gathered = member.gather_columns(&Reference, part).unwrap();
             let rows = (rank == 0).then(|| tensor(7, 7));
-            (gathered.map(|g| (g.cols, g.data)), member.broadcast(&Reference, rows).unwrap())
+            (gathered.map(|g| (g.cols, g.data.clone())), member.broadcast(&Reference, rows).unwrap())
         });
         let row = [0.0, 1.0, 1.0, 2.0, 2.0, 2.0];
         assert_eq!(found[0].0, Some((6, [row, row].concat())));

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use crate::packed::{BLOCK_COLS, INT4_BLOCK, INT4_HEAD, INT8_BLOCK, INT16_BLOCK, TILE_ROWS};
-use crate::{BackendError, BlockScales, Dtype, WeightSource};
+use crate::packed::{BLOCK_COLS, TILE_ROWS, head_and_block};
+use crate::{BackendError, BlockScales, WeightSource};
 
 /// A cache line: where tiles of packed types begin.
 const ALIGN: usize = 64;
@@ -44,18 +44,15 @@ impl WeightSource {
         if columns == (0..self.cols) {
             return Ok(self.clone());
         }
-        let (head, block, width) = match self.dtype {
-            Dtype::Int4 => (INT4_HEAD, INT4_BLOCK, BLOCK_COLS),
-            Dtype::Int8 => (0, INT8_BLOCK, BLOCK_COLS),
-            Dtype::Int16 => (0, INT16_BLOCK, BLOCK_COLS),
-            Dtype::F32 => (0, 4, 1),
-            Dtype::Bf16 | Dtype::F16 => (0, 2, 1),
-            Dtype::F8E4M3 => (0, 1, 1),
+        // A line is a row, or a tile of rows: its head, its blocks of columns, and what fills it up.
+        let line_of = |cols: usize| self.dtype.stored_bytes(self.row_unit(), cols).unwrap_or(0);
+        let (head, block, width) = match head_and_block(self.dtype) {
+            Some((head, block)) => (head, block, BLOCK_COLS),
+            None => (0, line_of(1), 1),
         };
-        // A line is a row, or a tile of rows: its head and then its blocks of columns.
-        let line = head + self.cols.div_ceil(width) * block;
+        let (line, new_line) = (line_of(self.cols), line_of(columns.len()));
         let part = head + columns.start / width * block..head + columns.end.div_ceil(width) * block;
-        let size = (head + part.len()) * (self.bytes.len() / line);
+        let size = new_line * (self.bytes.len() / line);
         let mut copy: Vec<u8> = Vec::new();
         copy.try_reserve_exact(size + ALIGN - 1).map_err(|_| BackendError::Memory {
             what: format!("a part of {}", self.name),
@@ -64,9 +61,10 @@ impl WeightSource {
         })?;
         let first = copy.as_ptr().align_offset(ALIGN).min(ALIGN - 1);
         copy.resize(first, 0);
-        for line in self.bytes.chunks_exact(line) {
+        for (i, line) in self.bytes.chunks_exact(line).enumerate() {
             copy.extend_from_slice(&line[..head]);
             copy.extend_from_slice(&line[part.clone()]);
+            copy.resize(first + (i + 1) * new_line, 0);
         }
         let scales = self.scales.as_ref().map(|scales| {
             let blocks = columns.start / unit..columns.end.div_ceil(unit);
@@ -82,6 +80,7 @@ impl WeightSource {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dtype;
     use crate::packed::{pack_rows, tile_bytes};
 
     /// A stored matrix of some values.
@@ -109,7 +108,8 @@ mod tests {
     #[test]
     fn columns_have_the_values_of_the_whole() {
         let (rows, cols) = (21, 200);
-        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F8E4M3, Dtype::Int16, Dtype::Int8, Dtype::Int4] {
+        let unpacked = [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F8E4M3];
+        for dtype in unpacked.into_iter().chain([Dtype::Int12, Dtype::Int10, Dtype::Int8, Dtype::Int4]) {
             let whole = source(dtype, rows, cols);
             let values = whole.to_f32();
             let unit = whole.column_unit();

@@ -82,13 +82,17 @@ pub struct NotFinite {
 
 /// Bytes of one tile of `cols` columns; `None` when `dtype` is not packed or the number overflows.
 pub fn tile_bytes(dtype: Dtype, cols: usize) -> Option<usize> {
-    let blocks = cols.div_ceil(BLOCK_COLS);
-    let (head, block) = match dtype {
-        Dtype::Int4 => (INT4_HEAD, INT4_BLOCK),
-        Dtype::Int8 => (0, INT8_BLOCK),
-        _ => (wide_tiles::WIDE_HEAD, wide_tiles::block_bytes(dtype.high_bits()?)),
-    };
-    blocks.checked_mul(block)?.checked_add(head)?.checked_next_multiple_of(LINE)
+    let (head, block) = head_and_block(dtype)?;
+    cols.div_ceil(BLOCK_COLS).checked_mul(block)?.checked_add(head)?.checked_next_multiple_of(LINE)
+}
+
+/// Bytes of a tile's head and of each of its blocks; `None` when `dtype` is not packed.
+pub(crate) fn head_and_block(dtype: Dtype) -> Option<(usize, usize)> {
+    match dtype {
+        Dtype::Int4 => Some((INT4_HEAD, INT4_BLOCK)),
+        Dtype::Int8 => Some((0, INT8_BLOCK)),
+        _ => Some((wide_tiles::WIDE_HEAD, wide_tiles::block_bytes(dtype.high_bits()?))),
+    }
 }
 
 /// Packs `values [rows, cols]` into whole tiles. A tensor may be packed in slices of rows, each but the last a multiple of
