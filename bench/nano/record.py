@@ -67,11 +67,14 @@ def main():
     lines = [json.dumps({"stage": name, **row}) + "\n" for name, rows in stages for row in rows]
     (out / "metrics.jsonl").write_text("".join(lines))
     (out / "loss.svg").write_text(svg(stages))
+    if not (tables / "tables.md").exists():
+        sys.exit(f"{tables}: no tables.md yet, so that only the curves were written")
     shutil.copy(tables / "accuracy.svg", out)
+    picture = "![Scores of each kind of question, with the clip and without](../recipes/keye-nano/run/accuracy.svg)"
     page = ROOT / "docs/keye-nano.md"
     text, found = re.subn(
         "(<!-- tables -->\n).*?(<!-- end of tables -->)",
-        lambda marks: f"{marks[1]}\n{(tables / 'tables.md').read_text()}\n{marks[2]}",
+        lambda marks: f"{marks[1]}\n{(tables / 'tables.md').read_text()}\n{picture}\n\n{marks[2]}",
         page.read_text(),
         flags=re.DOTALL,
     )
