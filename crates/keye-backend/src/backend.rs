@@ -238,6 +238,14 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<Self::Tensor, BackendError>;
     /// `x / sqrt(mean(x^2) + eps) * gamma` over each row.
     fn rms_norm(&self, x: &Self::Tensor, gamma: &Self::Weight, eps: f32) -> Result<Self::Tensor, BackendError>;
+    /// Of each row every element that is not below some bound, at least `count` (1 to 128) of them, with its column, in any
+    /// order; of a row with fewer elements all. An empty list stands for a row that could not be cut. `None`: this device
+    /// gains nothing over [`Backend::download`].
+    #[allow(clippy::type_complexity, reason = "a list a row")]
+    fn highest(&self, x: &Self::Tensor, count: usize) -> Result<Option<Vec<Vec<(u32, f32)>>>, BackendError> {
+        let _ = (x, count);
+        Ok(None)
+    }
     /// `act(x w^T + bias)`; w `[out, in]`, bias `[out]`.
     fn linear(
         &self,

@@ -240,6 +240,32 @@ impl<B: Backend> Suite<'_, B> {
         Ok(())
     }
 
+    /// Lists of the highest elements are whole from their lowest on.
+    fn highest(&mut self) -> Result<(), BackendError> {
+        for (rows, cols, count) in [(3, 5003, 1), (2, 5003, 20), (1, 5003, 128), (2, 100, 1), (1, 40, 64)] {
+            let mut x = self.random.values(rows * cols, 1.0);
+            // Equals of the highest, and what is never chosen.
+            for row in x.chunks_exact_mut(cols) {
+                let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                (row[7], row[cols - 1], row[11]) = (highest, highest, f32::NEG_INFINITY);
+            }
+            let Some(found) = self.backend.highest(&self.backend.upload(rows, cols, &x)?, count)? else {
+                return Ok(());
+            };
+            let right = |(row, found): (&[f32], &Vec<(u32, f32)>)| {
+                let lowest = found.iter().map(|(_, value)| *value).fold(f32::INFINITY, f32::min);
+                let mut found = found.clone();
+                found.sort_unstable_by_key(|(column, _)| *column);
+                let whole = (0..).zip(row.iter().copied()).filter(|(_, value)| *value >= lowest);
+                found.len() >= count.min(cols) && whole.eq(found)
+            };
+            let right = found.len() == rows && x.chunks_exact(cols).zip(&found).all(right);
+            let name = format!("highest {count} of {rows}x{cols}");
+            self.checks.push(Check { name, error: f32::from(u8::from(!right)), tolerance: 0.0 });
+        }
+        Ok(())
+    }
+
     /// Sequences that grow by chunks, side by side in one batch or alone, must see the same.
     fn paged_attention(&mut self) -> Result<(), BackendError> {
         for (heads, kv_heads, hd, dtype, tokens) in [
@@ -351,6 +377,7 @@ pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, Backen
     suite.sparse_attention()?;
     // Last, so that the checks above keep their numbers: a key on the edge between two bf16 values may fall either way.
     suite.products(&[Dtype::Int10, Dtype::Int12])?;
+    suite.highest()?;
     Ok(suite.checks)
 }
 

@@ -177,7 +177,7 @@ impl Runner for FakeRunner {
                 }
                 let wanted = match &chunk.logits {
                     LogitRows::None | LogitRows::Hidden(_) => false,
-                    LogitRows::Last => offset + 1 == inputs.len(),
+                    LogitRows::Last | LogitRows::Highest(_) => offset + 1 == inputs.len(),
                     LogitRows::Range(range) => range.contains(&offset),
                 };
                 if wanted {
@@ -190,6 +190,12 @@ impl Runner for FakeRunner {
                         true => (mix(seen, id) % 1000) as f32 / 100.0,
                         false => f32::NEG_INFINITY,
                     }));
+                    if let LogitRows::Highest(count) = chunk.logits {
+                        let mut sorted = logits.clone();
+                        sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+                        let least = sorted[count.min(sorted.len()) - 1];
+                        logits.iter_mut().filter(|logit| **logit < least).for_each(|logit| *logit = f32::NEG_INFINITY);
+                    }
                 }
             }
             outputs.logits.push(logits);

@@ -58,6 +58,20 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// How many of the highest logits decide, with the equals of the lowest of these: with all others at -inf [`sample`] chooses
+    /// the same. `None`: all of them, or too many.
+    pub(crate) fn deciding(&self) -> Option<usize> {
+        let penalties = [self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty];
+        if penalties != [0.0; 3] {
+            return None;
+        }
+        match self.top_k {
+            _ if self.temperature <= 0.0 => Some(1),
+            1..=MOST_DECIDING => Some(self.top_k as usize),
+            _ => None,
+        }
+    }
+
     /// Checks the ranges (those of OpenAI and vLLM); the error names the field, the range and the value.
     pub fn validate(&self) -> Result<(), String> {
         let range = |name: &str, value: f32, low: f32, high: f32| {
@@ -90,6 +104,9 @@ impl SamplingParams {
         Ok(())
     }
 }
+
+/// Largest `top_k` for which a device is asked for the highest logits alone.
+const MOST_DECIDING: u32 = 128;
 
 /// Most stop strings of a request.
 const MAX_STOPS: usize = 64;
@@ -312,6 +329,30 @@ mod tests {
         assert_eq!(sample(&mut [1.0, 3.0, 3.0, 2.0], &params(0.0), &[], &[], 0), 1);
         assert_eq!(sample(&mut [f32::NAN, -1.0, f32::NAN], &params(0.0), &[], &[], 0), 1);
         assert_eq!(sample(&mut [-0.0, 0.0], &params(0.0), &[], &[], 0), 0);
+    }
+
+    #[test]
+    fn the_deciding_logits_alone_give_the_same_choice() {
+        // Rounded, so that many are equal.
+        let logits: Vec<f32> = noise(3000).iter().map(|logit| (logit * 20.0).round() / 20.0).collect();
+        for (temperature, top_k) in [(0.0, 0), (0.0, 5), (0.7, 1), (0.7, 20), (1.3, 128)] {
+            for (top_p, min_p) in [(1.0, 0.0), (0.8, 0.0), (0.95, 0.05)] {
+                let params = SamplingParams { top_k, top_p, min_p, seed: 3, ..params(temperature) };
+                let least = kth_largest(&logits, params.deciding().unwrap());
+                let cut = |logit: &f32| if *logit >= least { *logit } else { f32::NEG_INFINITY };
+                let cut: Vec<f32> = logits.iter().map(cut).collect();
+                for step in 0..50 {
+                    let choices = [&logits, &cut].map(|logits| sample(&mut logits.clone(), &params, &[], &[], step));
+                    assert_eq!(choices[0], choices[1], "{params:?}, step {step}");
+                }
+            }
+        }
+        let all = |params: SamplingParams| assert_eq!(params.deciding(), None, "{params:?}");
+        all(params(0.7));
+        all(SamplingParams { top_k: 129, ..params(0.7) });
+        all(SamplingParams { repetition_penalty: 1.1, ..params(0.0) });
+        all(SamplingParams { presence_penalty: 0.1, ..params(0.0) });
+        all(SamplingParams { frequency_penalty: 0.1, ..params(0.0) });
     }
 
     #[test]

@@ -211,9 +211,15 @@ impl Sequence {
             Some(pool) if pool.pooling == Pooling::Mean => LogitRows::Hidden(0..n),
             Some(_) if end == total => LogitRows::Hidden(n - 1..n),
             None if guessed > 0 => LogitRows::Range(n - 1..n + guessed),
-            None if end == total => LogitRows::Last,
+            None if end == total => self.deciding().map_or(LogitRows::Last, LogitRows::Highest),
             _ => LogitRows::None,
         }
+    }
+
+    /// How many of the highest logits the next token is chosen from; `None`: all of them matter.
+    fn deciding(&self) -> Option<usize> {
+        let whole = self.request.constraint.is_some() || self.request.logprobs.is_some();
+        if whole { None } else { self.request.sampling.deciding() }
     }
 
     /// For a prompt that becomes a vector.

@@ -245,7 +245,7 @@ impl Worker {
                 .collect();
             let fits = |(rows, chunk): (&Rows, &Chunk)| match &chunk.logits {
                 LogitRows::None => rows.logits.is_empty(),
-                LogitRows::Last => rows.logits.len() == vocab_size,
+                LogitRows::Last | LogitRows::Highest(_) => rows.logits.len() == vocab_size,
                 LogitRows::Range(range) => rows.logits.len() == range.len() * vocab_size,
                 LogitRows::Hidden(range) => !rows.hidden.is_empty() && rows.hidden.len() % range.len() == 0,
             };

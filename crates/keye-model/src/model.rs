@@ -211,9 +211,30 @@ fn logit_rows(chunk: &Chunk) -> Range<usize> {
     let n = chunk.tokens.len();
     match &chunk.logits {
         LogitRows::None | LogitRows::Hidden(_) => 0..0,
-        LogitRows::Last => n - 1..n,
+        LogitRows::Last | LogitRows::Highest(_) => n - 1..n,
         LogitRows::Range(range) => range.clone(),
     }
+}
+
+/// The logits of a batch on the host: whole rows, or only what decides where that is enough for all and the device can tell.
+fn download_logits<B: Backend>(backend: &B, logits: &B::Tensor, batch: &Batch) -> Result<Vec<f32>, ModelError> {
+    let deciding = batch.chunks.iter().filter(|chunk| !logit_rows(chunk).is_empty());
+    let deciding = deciding.map(|chunk| if let LogitRows::Highest(count) = chunk.logits { Some(count) } else { None });
+    let most = deciding.reduce(|a, b| Some(a?.max(b?))).flatten().filter(|count| (1..=128).contains(count));
+    let found = most.map(|count| backend.highest(logits, count)).transpose()?.flatten();
+    let Some(found) = found else { return Ok(backend.download(logits)?) };
+    let cols = backend.cols(logits);
+    let mut out = vec![f32::NEG_INFINITY; found.len() * cols];
+    for (row, (out, found)) in out.chunks_exact_mut(cols).zip(&found).enumerate() {
+        if found.is_empty() || found.iter().any(|(_, value)| value.is_nan()) {
+            out.copy_from_slice(&backend.download(&backend.slice_rows(logits, row..row + 1)?)?);
+            continue;
+        }
+        for (column, value) in found {
+            out[*column as usize] = *value;
+        }
+    }
+    Ok(out)
 }
 
 /// Rows of a chunk whose hidden states are wanted.
@@ -304,7 +325,7 @@ impl<B: Backend> Runner for KeyeModel<B> {
             return Ok(Outputs { logits: vec![Vec::new(); batch.chunks.len()], hidden });
         }
         let logits = self.decoder.logits(backend, &x, &rows)?.expect("rank 0 gets the logits");
-        let mut all = backend.download(&logits)?.into_iter();
+        let mut all = download_logits(backend, &logits, batch)?.into_iter();
         let vocab_size = self.info.vocab_size;
         let logits = batch
             .chunks

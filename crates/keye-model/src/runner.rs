@@ -47,6 +47,9 @@ pub enum LogitRows {
     None,
     /// The last token's.
     Last,
+    /// The last token's, of which only so many of the highest (1 to 128) decide, and their equals: what is lower may be -inf
+    /// instead.
+    Highest(usize),
     /// Those of a range of the chunk's tokens.
     Range(Range<usize>),
     /// No logits, but the hidden states after the last norm of a range of the chunk's tokens.

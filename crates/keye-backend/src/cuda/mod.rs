@@ -55,6 +55,9 @@ pub struct CudaOptions {
     pub library: bool,
 }
 
+/// Room for the highest elements of a row.
+const HIGHEST: usize = 512;
+
 /// One GPU. Clones share it.
 #[derive(Clone)]
 pub struct Cuda {
@@ -94,6 +97,23 @@ impl Cuda {
             #[cfg(feature = "cuda-emulator")]
             Device::Emulator(_) => Ok((1 << 30, 1 << 30)),
         }
+    }
+
+    fn highest_of_rows(&self, x: &Tensor, count: usize) -> Result<Vec<Vec<(u32, f32)>>, BackendError> {
+        assert!((1..=128).contains(&count), "half as many as a block has threads: of more the bound is too low");
+        let words = 1 + 2 * HIGHEST;
+        let found = self.device.allocate("the highest logits", x.rows * words * 4)?;
+        let args =
+            [x.memory.arg(), found.arg(), Arg::U32(x.cols as u32), Arg::U32(count as u32), Arg::U32(HIGHEST as u32)];
+        self.device.launch("find_highest", Grid::of(x.rows, 1, 256), &args)?;
+        let found = found.download(x.rows * words * 4)?;
+        let (found, _) = found.as_chunks::<4>();
+        let row = |row: &[[u8; 4]]| {
+            let count = u32::from_le_bytes(row[0]) as usize;
+            let pairs = row[1..].chunks_exact(2).take(if count <= HIGHEST { count } else { 0 });
+            pairs.map(|pair| (u32::from_le_bytes(pair[0]), f32::from_le_bytes(pair[1]))).collect()
+        };
+        Ok(found.chunks_exact(words).map(row).collect())
     }
 
     fn embed_rows(&self, table: &Weight, ids: &Index) -> Result<Tensor, BackendError> {
@@ -270,6 +290,10 @@ impl Backend for Cuda {
         let args = [x.memory.arg(), gamma.vector(), out.memory.arg(), Arg::U32(x.cols as u32), Arg::F32(eps)];
         self.device.launch("rms_norm", Grid::of(x.rows, 1, 256), &args)?;
         Ok(out)
+    }
+
+    fn highest(&self, x: &Tensor, count: usize) -> Result<Option<Vec<Vec<(u32, f32)>>>, BackendError> {
+        self.highest_of_rows(x, count).map(Some)
     }
 
     fn linear(

@@ -237,13 +237,17 @@ impl Cuda {
         // How full tiles are decides on the kernel; no result depends on it.
         let filling = slots / experts.len();
         let table = |of: fn(&Expert<Weight>) -> &Weight| {
-            let addresses = experts.iter().map(|expert| {
-                let (weight, model) = (of(expert), of(first));
-                let alike = (weight.rows, weight.cols, weight.form) == (model.rows, model.cols, model.form);
-                assert!(alike, "experts of one shape and type");
-                weight.memory.address()
-            });
-            device.upload("experts", &addresses.flat_map(u64::to_le_bytes).collect::<Vec<u8>>())
+            let model = of(first);
+            let layout = |weight: &Weight| (weight.rows, weight.cols, weight.stride, weight.block, weight.form);
+            if let Some(other) = experts.iter().map(of).find(|weight| layout(weight) != layout(model)) {
+                return Err(BackendError::Setting(format!(
+                    "experts of one layer have to be of one shape and type on a GPU, found {} x {} of {:?} beside {} x {} of \
+                     {:?}; use the CPU",
+                    other.rows, other.cols, other.form, model.rows, model.cols, model.form
+                )));
+            }
+            let addresses = experts.iter().flat_map(|expert| of(expert).memory.address().to_le_bytes());
+            device.upload("experts", &addresses.collect::<Vec<u8>>())
         };
         let mut h = Tensor::room(device, slots, width)?;
         let results = Tensor::room(device, slots, cols)?;

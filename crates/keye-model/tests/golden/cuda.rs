@@ -31,6 +31,7 @@ fn second_generation_on_cuda() {
 fn cuda_is_row_invariant() {
     for products in [Products::F32, Products::Bf16] {
         let Some(cuda) = cuda(products) else { return };
-        invariance::chunked(cuda);
+        invariance::chunked(cuda.clone());
+        invariance::highest(cuda);
     }
 }

@@ -67,6 +67,40 @@ fn prompt_in_chunks_beside_others_equals_prompt_at_once() {
     }
 }
 
+/// Where only the highest logits are asked for, these are there bit for bit, and whatever else is there is right.
+pub fn highest<B: Backend>(backend: B) {
+    let mut model = load("keye-1_5-tiny", backend);
+    let mut step = |logits: [LogitRows; 2]| {
+        let chunks = [(7u32, 0), (9, 1)].into_iter().zip(logits).map(|((token, block), logits)| Chunk {
+            tokens: vec![token; 3],
+            start: 0,
+            positions: (0..3).map(|i| [i; 3]).collect(),
+            features: vec![],
+            block_table: vec![block],
+            logits,
+        });
+        model.step(&Batch { chunks: chunks.collect() }, &mut NoTap).unwrap().logits
+    };
+    let whole = step([LogitRows::Last, LogitRows::Last]);
+    for counts in [[Some(1), Some(20)], [Some(3), None]] {
+        let rows = counts.map(|count| count.map_or(LogitRows::Last, LogitRows::Highest));
+        for ((whole, found), count) in whole.iter().zip(step(rows)).zip(counts) {
+            let mut sorted = whole.clone();
+            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+            let least = count.map_or(f32::NEG_INFINITY, |count| sorted[count - 1]);
+            for (whole, found) in whole.iter().zip(&found) {
+                let left_out = *found == f32::NEG_INFINITY && *whole < least;
+                assert!(left_out || whole.to_bits() == found.to_bits(), "{whole} {found} {count:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_highest_logits_are_those_of_whole_rows() {
+    highest(Cpu::new(CpuOptions::default()).unwrap());
+}
+
 /// A clip's features are those of its frames, whichever frames share a call (1.5), bit for bit.
 #[test]
 fn clip_features_equal_those_of_its_frames() {

@@ -134,3 +134,46 @@ KERNEL(256) select_highest(const float* scores, const u32* rows, u32* selected, 
         }
     }
 }
+
+/// Of each row the elements from some bound on, at least `count` (up to 128): `found[row]` = {their number, then column and
+/// bits of each, in any order}, at most `room` of them written. A block a row.
+///
+/// Each thread's largest of its own columns: the `count`-th of these is a bound that `count` elements reach.
+KERNEL(256) find_highest(const float* x, u32* found, u32 cols, u32 count, u32 room) {
+    SHARED u32 largest[256];
+    SHARED u32 state[2];
+    const float* row = x + (u64)blockIdx.x * cols;
+    u32* out = found + (u64)blockIdx.x * (1 + 2 * room);
+    u32 mine = 0;
+    for (u32 i = threadIdx.x; i < cols; i += 256) {
+        mine = max_of(mine, ordered(row[i]));
+    }
+    largest[threadIdx.x] = mine;
+    if (threadIdx.x == 0) {
+        state[1] = 0;
+    }
+    __syncthreads();
+    u32 before = 0;
+    for (u32 t = 0; t < 256; t++) {
+        before += largest[t] > mine || (largest[t] == mine && t < threadIdx.x);
+    }
+    if (before == count - 1) {
+        state[0] = mine;
+    }
+    __syncthreads();
+    u32 bound = state[0];
+    for (u32 i = threadIdx.x; i < cols; i += 256) {
+        float value = row[i];
+        if (ordered(value) >= bound) {
+            u32 place = atomicAdd(state + 1, 1u);
+            if (place < room) {
+                out[1 + 2 * place] = i;
+                out[2 + 2 * place] = __float_as_uint(value);
+            }
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        out[0] = state[1];
+    }
+}
