@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing on Debian or Ubuntu, builds keye and asks about the sample clip.
+# Installs what is missing on Debian or Ubuntu, builds keye and asks the model inside it about two clips.
 # Arguments are passed on to `keye ask`: ./demo.sh --json
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -16,5 +16,9 @@ if ((${#missing[@]})); then
 fi
 
 cargo build --release --locked -p keye
-exec cargo run --release --locked --quiet -p keye -- ask --model fixtures/keye-1_5-tiny/model --temperature 1 --seed 4 --max-tokens 48 "$@" \
-    media/bikes.mp4 "What happens, and when?"
+ask() {
+    printf '\n$ keye ask %s "%s"\n' "$1" "$2" >&2
+    cargo run --release --locked --quiet -p keye -- ask "${@:3}" "$1" "$2"
+}
+ask media/shapes-1.mp4 "What shape does the triangle become?" "$@"
+ask media/shapes-2.mp4 "Where does the large cyan circle start?" "$@"

@@ -1,6 +1,31 @@
-//! The model inside the program.
+//! The model inside the program, asked about clips of the world's test split: their truth is known.
+
+use std::path::Path;
+
+use keye_world::{Split, World};
 
 use crate::support::keye;
+
+/// Clips of `media/`, their numbers in the test split, questions and true answers.
+const CLIPS: [(&str, u64, &str, &str); 6] = [
+    ("shapes-1.mp4", 5, "What shape does the triangle become?", "diamond"),
+    ("shapes-1.mp4", 5, "Which way does the large purple triangle move?", "it does not move"),
+    ("shapes-1.mp4", 5, "How many things are shown?", "1"),
+    ("shapes-2.mp4", 32, "Where does the large cyan circle start?", "top right"),
+    ("shapes-2.mp4", 32, "Name the colour of the background.", "grey"),
+    ("shapes-2.mp4", 32, "Of which are there more, rings or circles?", "circles"),
+];
+
+#[test]
+fn the_model_inside_is_right_about_clips_that_training_never_showed() {
+    for (name, number, question, answer) in CLIPS {
+        let turns = World::new(Split::Test).clip(number).turns;
+        assert!(turns.iter().any(|turn| turn.question == question && turn.answer == answer), "{name}: {question}");
+        let clip = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../media").join(name);
+        let run = keye(&["ask", "-q", clip.to_str().unwrap(), question]).ok();
+        assert_eq!(run.stdout.trim(), answer, "{name}: {question}");
+    }
+}
 
 #[test]
 fn without_a_name_the_model_inside_is_used_and_says_so_in_one_line() {
