@@ -335,6 +335,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // Sparse attention.
 
+    /// Makes each `width` columns of a row, a power of two, what the FP8 scorer sees of them ([`crate::fp8_rows`]): their
+    /// Hadamard transform in 8-bit floats with a scale that is a power of two.
+    fn round_to_fp8(&self, x: &mut Self::Tensor, width: usize) -> Result<(), BackendError>;
     /// Index keys `[rows, index_dim]` into the cache at the rows' places.
     fn write_index_keys(
         &self,

@@ -378,6 +378,7 @@ pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, Backen
     // Last, so that the checks above keep their numbers: a key on the edge between two bf16 values may fall either way.
     suite.products(&[Dtype::Int10, Dtype::Int12])?;
     suite.highest()?;
+    suite.fp8_rows()?;
     Ok(suite.checks)
 }
 

@@ -26,6 +26,7 @@ mod cpu;
 pub mod cuda;
 mod error;
 mod fp8;
+pub mod fp8_rows;
 mod grouped_routing;
 mod host;
 mod input_major;

@@ -1,7 +1,7 @@
 //! The indexer of sparse attention (spec of 2.0, §7.1): which keys each query attends to.
 
 use keye_backend::{Activation, AttentionShape, Backend, BackendError, IndexShape, UNSELECTED};
-use keye_processor::{IndexerConfig, TextConfig};
+use keye_processor::{IndexScorer, IndexerConfig, TextConfig};
 
 use crate::weights::{LayerNorm, Weights};
 use crate::{ModelError, Tap};
@@ -47,7 +47,7 @@ impl<B: Backend> Indexer<B> {
 
     /// Caches the rows' index keys. `x` is `[n, H]` as the projections of attention get it, `angles [n, head_dim]`.
     ///
-    /// The Hadamard transform of the FP8 scorer is left out: on both sides of a product it cancels.
+    /// The Hadamard transform is the FP8 scorer's only: on both sides of a product it cancels.
     pub(crate) fn write_keys(
         &self,
         backend: &B,
@@ -60,7 +60,16 @@ impl<B: Backend> Indexer<B> {
         let mut k = self.k_norm.forward(backend, &k)?;
         backend.rope(&mut k, 1, angles)?;
         record(backend, tap, format_args!("idx_k.{}", place.layer), &k)?;
+        self.round(backend, &mut k)?;
         backend.write_index_keys(&k, place.cache, place.layer, place.plan)
+    }
+
+    /// Heads of queries or keys as the scorer has them.
+    fn round(&self, backend: &B, x: &mut B::Tensor) -> Result<(), BackendError> {
+        match self.config.scorer {
+            IndexScorer::F32 => Ok(()),
+            IndexScorer::Fp8 => backend.round_to_fp8(x, self.config.head_dim),
+        }
     }
 
     /// Positions that the rows attend to, `[n * topk]`.
@@ -82,6 +91,7 @@ impl<B: Backend> Indexer<B> {
         backend.rope(&mut q, heads, angles)?;
         record(backend, tap, format_args!("idx_q.{layer}"), &q)?;
         record(backend, tap, format_args!("idx_w.{layer}"), &weights)?;
+        self.round(backend, &mut q)?;
         let shape = IndexShape { heads, head_dim, top_k, scale: (head_dim as f32).powf(-0.5) };
         let selected = backend.select(&q, &weights, place.cache, layer, place.plan, shape)?;
         let name = format!("selected.{layer}");

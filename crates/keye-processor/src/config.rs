@@ -47,6 +47,27 @@ pub struct IndexerConfig {
     pub topk: usize,
     /// Frequencies that turn by time, row and column; they sum to `head_dim / 2`.
     pub mrope_section: [usize; 3],
+    /// Numbers that scores are made of; not in the file, [`IndexScorer::F32`] until it is chosen.
+    pub scorer: IndexScorer,
+}
+
+/// Numbers that an indexer's scores are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IndexScorer {
+    /// Queries and keys as they are.
+    #[default]
+    F32,
+    /// Their Hadamard transforms in 8-bit floats, as the official server has them (spec §7.3).
+    Fp8,
+}
+
+/// Which keys a model with an indexer attends to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// Those that its indexer chooses.
+    Sparse,
+    /// All, with the same weights.
+    Dense,
 }
 
 /// The decoder's dimensions.
@@ -208,6 +229,34 @@ impl ModelConfig {
         })
     }
 
+    /// Chooses how a model with an indexer attends; `None` leaves that as it is.
+    ///
+    /// # Errors
+    /// A choice that the model does not leave.
+    pub fn choose_attention(
+        &mut self,
+        kind: Option<AttentionKind>,
+        scorer: Option<IndexScorer>,
+    ) -> Result<(), ProcessorError> {
+        let wrong = |reason| Err(ProcessorError::Attention { reason });
+        if kind == Some(AttentionKind::Dense) {
+            if scorer.is_some() {
+                return wrong("a scorer chooses the keys of sparse attention (dsa), and dense was asked for");
+            }
+            self.text.indexer = None;
+        }
+        match &mut self.text.indexer {
+            Some(indexer) => indexer.scorer = scorer.unwrap_or(indexer.scorer),
+            None if kind == Some(AttentionKind::Sparse) || scorer.is_some() => {
+                return wrong(
+                    "this checkpoint has no indexer for sparse attention (dsa) and its scorer; leave them out",
+                );
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
     /// The facts of the variant.
     pub fn facts(&self) -> Facts {
         self.variant.facts()
@@ -271,7 +320,9 @@ fn text_config(
     }
     let second = variant == Variant::V2;
     let (rope_theta, mrope_section) = rope(text, head_dim, if second { 1e7 } else { 1e6 })?;
-    let moe = second && (architecture.contains("Moe") || text.get("num_experts").is_some());
+    // The dense class may have the other's fields.
+    let dense = architecture == "KeyeVL2ForConditionalGeneration";
+    let moe = second && !dense && (architecture.contains("Moe") || text.get("num_experts").is_some());
     Ok(TextConfig {
         hidden_size,
         intermediate_size: text.size("intermediate_size", MAX_FEED_FORWARD, None)?,
@@ -333,7 +384,7 @@ fn indexer(text: &Fields, head_dim: usize, mrope_section: [usize; 3]) -> Result<
         return Err(fields.error("indexer_head_dim", reason));
     }
     let topk = fields.size("topk", MAX_POSITIONS, Some(2048))?;
-    Ok(Some(IndexerConfig { num_heads, head_dim: width, topk, mrope_section: section }))
+    Ok(Some(IndexerConfig { num_heads, head_dim: width, topk, mrope_section: section, scorer: IndexScorer::F32 }))
 }
 
 /// `rope_theta` and `mrope_section`, from `rope_scaling` + `rope_theta` or from the newer `rope_parameters`.

@@ -30,6 +30,12 @@ pub enum ProcessorError {
         /// Field, expected, found.
         reason: String,
     },
+    /// A kind of attention was asked for that the model does not have.
+    #[error("{reason}")]
+    Attention {
+        /// What is asked for, and the remedy.
+        reason: &'static str,
+    },
     /// A tensor is missing or has another type or shape.
     #[error("{}: tensor {name}: {reason}", path.display())]
     Tensor {

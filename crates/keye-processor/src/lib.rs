@@ -39,7 +39,7 @@ mod writer;
 
 pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
 pub use checkpoint_files::{CheckpointFiles, EmbeddedFiles};
-pub use config::{ExpertsConfig, IndexerConfig, ModelConfig, TextConfig, VisionConfig};
+pub use config::{AttentionKind, ExpertsConfig, IndexScorer, IndexerConfig, ModelConfig, TextConfig, VisionConfig};
 pub use conversation::Conversation;
 pub use dtype::Dtype;
 pub use error::ProcessorError;

@@ -8,7 +8,8 @@ use keye_engine::{Engine, EngineError, EngineOptions, Event, EventStream, Reques
 use keye_media::{Access, Loader, MediaItem, TimestampRule};
 use keye_model::ModelError;
 use keye_processor::{
-    Checkpoint, CheckpointFiles, Conversation, GenerationConfig, Overrides, Processor, ProcessorError,
+    AttentionKind, Checkpoint, CheckpointFiles, Conversation, GenerationConfig, IndexScorer, Overrides, Processor,
+    ProcessorError,
 };
 
 use crate::device::{CacheSize, DeviceOptions};
@@ -25,6 +26,10 @@ pub struct LoadOptions {
     pub max_model_len: Option<usize>,
     /// Element type of the KV cache.
     pub kv_dtype: KvDtype,
+    /// Of models with an indexer: its choice of keys, or all; `None` is as the checkpoint says.
+    pub attention: Option<AttentionKind>,
+    /// Numbers of the indexer's scores; `None` is f32.
+    pub scorer: Option<IndexScorer>,
     /// Instead of what preprocessor_config.json says.
     pub processor: Overrides,
     /// Where a clip's time stamps come from.
@@ -43,6 +48,8 @@ impl Default for LoadOptions {
             device: DeviceOptions::default(),
             max_model_len: None,
             kv_dtype: KvDtype::F32,
+            attention: None,
+            scorer: None,
             processor: Overrides::default(),
             timestamps: TimestampRule::True,
             access: Access::default(),
@@ -143,7 +150,8 @@ impl Keye {
     ) -> Result<Self, LoadError> {
         let files = resolve_model(model, options.offline, progress)?;
         progress(LoadProgress::Loading(files.root()));
-        let processor = Processor::load(&files, &options.processor)?;
+        let mut processor = Processor::load(&files, &options.processor)?;
+        processor.config.choose_attention(options.attention, options.scorer)?;
         let checkpoint = Checkpoint::open(&files)?;
         let loaded = options.device.load(
             &processor.config,

@@ -56,4 +56,4 @@ pub const NANO: &str = "keye-nano";
 pub use keye_backend::KvDtype;
 pub use keye_engine::{EngineError, Event, EventStream, FinishReason, Request, SamplingParams, Stage, Timings, Usage};
 pub use keye_media::{Access, ItemOptions, MediaError, MediaItem, MediaKind, Source, TimestampRule};
-pub use keye_processor::{Answer, CheckpointFiles, Conversation, Overrides, ThinkMode};
+pub use keye_processor::{Answer, AttentionKind, CheckpointFiles, Conversation, IndexScorer, Overrides, ThinkMode};

@@ -116,6 +116,27 @@ impl<B: Backend> Suite<'_, B> {
         Ok(())
     }
 
+    pub(super) fn fp8_rows(&mut self) -> Result<(), BackendError> {
+        for (rows, width) in [(1, 32), (33, 64), (5, 128)] {
+            let (values, b) = (self.random.values(rows * 3 * width, 2.0), self.backend);
+            let run = |rows: usize, values: &[f32]| {
+                let mut found = b.upload(rows, 3 * width, values)?;
+                b.round_to_fp8(&mut found, width)?;
+                b.download(&found)
+            };
+            let found = run(rows, &values)?;
+            let mut expected = Reference.upload(rows, 3 * width, &values)?;
+            Reference.round_to_fp8(&mut expected, width)?;
+            self.equal(format!("round_to_fp8 {rows} x 3 x {width}"), &found, &Reference.download(&expected)?);
+            let mut alone = Vec::new();
+            for row in values.chunks_exact(3 * width) {
+                alone.extend(run(1, row)?);
+            }
+            self.equal(format!("round_to_fp8 {rows} x 3 x {width}: rows together = one by one"), &found, &alone);
+        }
+        Ok(())
+    }
+
     pub(super) fn sparse_attention(&mut self) -> Result<(), BackendError> {
         let tokens = 200;
         for (heads, kv_heads, hd, dtype) in

@@ -161,7 +161,6 @@ pub(super) fn paged(
         let turned = if cache.token_major() { BLOCK_TOKENS * (hd + stride) } else { 0 };
         let (buffer, (second, tile)) = scratch.split(State::len(queries, stride), queries * hd + turned);
         let (gathered, turned) = second.split_at_mut(queries * hd);
-        turned.fill(0.0);
         let mut state = State::new(buffer, queries, stride);
         // Queries in order of their position, the heads of a group side by side: they share a key head.
         for (i, row) in rows.clone().enumerate() {
@@ -169,7 +168,27 @@ pub(super) fn paged(
             gathered[i * group * hd..(i + 1) * group * hd].copy_from_slice(from);
         }
         let position = |query: usize| sequence.start + rows.start + query / group;
-        let blocks = position(queries - 1) / BLOCK_TOKENS + 1;
+        // Turning blocks for one token's heads costs more than these do.
+        let q_heads = &gathered[..queries * hd];
+        let (table, positions) = (&sequence.block_table, 0..position(queries - 1) + 1);
+        let done = rows.len() == 1
+            && sparse::attend_in_place(
+                isa,
+                q_heads,
+                hd,
+                shape.scale,
+                cache,
+                layer,
+                *kv_head,
+                table,
+                positions,
+                &mut state,
+                tile,
+            );
+        let blocks = if done { 0 } else { position(queries - 1) / BLOCK_TOKENS + 1 };
+        if !done {
+            turned.fill(0.0);
+        }
         for (b, block) in sequence.block_table[..blocks].iter().enumerate() {
             let mut block = cache.block(layer, *block as usize, *kv_head);
             let first_key = b * BLOCK_TOKENS;

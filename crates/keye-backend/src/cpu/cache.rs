@@ -107,6 +107,11 @@ impl CpuCache {
         self.spec.index_dim > 0 || self.spec.dtype == KvDtype::Int8
     }
 
+    /// Element type of the heads' keys and values.
+    pub(super) fn dtype(&self) -> KvDtype {
+        self.spec.dtype
+    }
+
     pub(super) fn block(&self, layer: usize, block: usize, kv_head: usize) -> KvBlock<'_> {
         let len = Self::head_elements(&self.spec);
         let at = (block * self.spec.kv_heads + kv_head) * len;

@@ -15,6 +15,8 @@ mod quantized_avx2;
 #[cfg(target_arch = "x86_64")]
 mod quantized_avx512;
 mod rows;
+#[cfg(target_arch = "x86_64")]
+mod rows_avx512;
 mod sparse;
 mod wide;
 #[cfg(target_arch = "x86_64")]
@@ -25,7 +27,7 @@ use std::ops::Range;
 use crate::host::{HostTensor, HostWeight};
 use crate::{
     Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, GroupedRouting, IndexShape, LatentShape,
-    QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
+    QkNorm, SequenceRows, Span, WeightSource, fp8_rows, grouped_routing, select,
 };
 use gemm::Finish;
 use pool::{Pool, SyncPtr};
@@ -365,6 +367,11 @@ impl Backend for Cpu {
         y: &mut HostTensor,
     ) -> Result<(), BackendError> {
         experts::add(self, x, experts, chosen, weights, y);
+        Ok(())
+    }
+
+    fn round_to_fp8(&self, x: &mut HostTensor, width: usize) -> Result<(), BackendError> {
+        self.each_row(x, 16 * x.cols, |_, row| row.chunks_exact_mut(width).for_each(fp8_rows::round));
         Ok(())
     }
 

@@ -3,19 +3,19 @@
 //! The sum over the index heads is made while a block of 64 keys is scored, so scores are one number per query and key, and
 //! only of the queries that are being selected for.
 
-use super::attention::{State, update};
+use super::attention::{State, tile_rows, update};
 use super::cache::{CpuCache, KvBlock, value_stride};
 use super::columns::Row;
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use super::{Isa, cache, columns};
 use crate::host::HostTensor;
-use crate::{AttentionShape, BLOCK_TOKENS, IndexShape, SequenceRows, UNSELECTED, select};
+use crate::{AttentionShape, BLOCK_TOKENS, IndexShape, KvDtype, SequenceRows, UNSELECTED, select};
 
 /// Scores that are held at once: 16 MiB.
 const SCORES: usize = 1 << 22;
-/// Blocks that a task scores.
-const BLOCKS: usize = 64;
+/// Blocks that a task scores: few, so that all threads have some of a single token's.
+const BLOCKS: usize = 8;
 
 /// A query row: its row in the step, its sequence, how many keys it sees.
 type Query<'a> = (usize, &'a SequenceRows, usize);
@@ -110,35 +110,71 @@ unsafe fn score_of_bf16<S: Simd>(q: &[f32], w: &[f32], keys: &[u16], scale: f32,
     unsafe { score::<S, u16>(q, w, keys, scale, out) }
 }
 
+/// Vectors of keys that are scored together.
+const NV: usize = 4;
+
 #[inline(always)]
 unsafe fn score<S: Simd, E: Element>(q: &[f32], w: &[f32], keys: &[E], scale: f32, out: &mut [f32]) {
-    /// Vectors of keys that are scored together.
-    const NV: usize = 4;
     let width = q.len() / w.len();
     assert!(keys.len() >= width * BLOCK_TOKENS && out.len() >= BLOCK_TOKENS && q.len() == width * w.len());
     // SAFETY: offsets stay inside the lengths asserted above; the caller guarantees the instruction set.
     unsafe {
-        let zero = S::splat(0.0);
         let mut j = 0;
         while j < BLOCK_TOKENS {
-            let mut sums = [zero; NV];
-            for (h, w) in w.iter().enumerate() {
-                let mut dots = [zero; NV];
-                for d in 0..width {
-                    let q = S::splat(*q.as_ptr().add(h * width + d));
-                    for (v, dot) in dots.iter_mut().enumerate() {
-                        let key = E::load::<S>(keys.as_ptr().add(d * BLOCK_TOKENS + j + v * S::LANES));
-                        *dot = S::fma(q, key, *dot);
-                    }
+            let mut sums = [S::splat(0.0); NV];
+            let keys = keys.as_ptr().add(j);
+            // As many heads at a time as the registers have room for: they share the loads of keys.
+            let mut heads = w.chunks_exact(if S::LANES == 16 { 4 } else { 2 });
+            let mut q = q.as_ptr();
+            for w in &mut heads {
+                match w {
+                    [a, b, c, d] => add_heads::<S, E, 4>(q, [*a, *b, *c, *d], width, keys, &mut sums),
+                    [a, b] => add_heads::<S, E, 2>(q, [*a, *b], width, keys, &mut sums),
+                    _ => {}
                 }
-                for (sum, dot) in sums.iter_mut().zip(dots) {
-                    *sum = S::fma(S::splat(*w), S::max(dot, zero), *sum);
-                }
+                q = q.add(w.len() * width);
+            }
+            for w in heads.remainder() {
+                add_heads::<S, E, 1>(q, [*w], width, keys, &mut sums);
+                q = q.add(width);
             }
             for (v, sum) in sums.into_iter().enumerate() {
                 S::store(out.as_mut_ptr().add(j + v * S::LANES), S::mul(sum, S::splat(scale)));
             }
             j += NV * S::LANES;
+        }
+    }
+}
+
+/// `sums += w[h] * max(0, q[h] . key)` for H heads in their order.
+#[inline(always)]
+unsafe fn add_heads<S: Simd, E: Element, const H: usize>(
+    q: *const f32,
+    w: [f32; H],
+    width: usize,
+    keys: *const E,
+    sums: &mut [S::V; NV],
+) {
+    // SAFETY: the caller guarantees H heads of q and `width` rows of 64 keys, NV vectors of them readable.
+    unsafe {
+        let zero = S::splat(0.0);
+        let mut dots = [[zero; NV]; H];
+        for d in 0..width {
+            let mut key = [zero; NV];
+            for (v, key) in key.iter_mut().enumerate() {
+                *key = E::load::<S>(keys.add(d * BLOCK_TOKENS + v * S::LANES));
+            }
+            for (h, dots) in dots.iter_mut().enumerate() {
+                let q = S::splat(*q.add(h * width + d));
+                for (dot, key) in dots.iter_mut().zip(key) {
+                    *dot = S::fma(q, key, *dot);
+                }
+            }
+        }
+        for (w, dots) in w.into_iter().zip(dots) {
+            for (sum, dot) in sums.iter_mut().zip(dots) {
+                *sum = S::fma(S::splat(w), S::max(dot, zero), *sum);
+            }
         }
     }
 }
@@ -169,22 +205,25 @@ pub(super) fn attend(
         let kv_head = task % shape.kv_heads;
         let (buffer, (packed, tile)) = scratch.split(State::len(group, stride), BLOCK_TOKENS * (hd + stride));
         let mut state = State::new(buffer, group, stride);
-        packed.fill(0.0);
-        let (keys, values) = packed.split_at_mut(hd * BLOCK_TOKENS);
         let places = &selected[row * top_k..(row + 1) * top_k];
         let places = &places[..places.partition_point(|position| *position != UNSELECTED)];
-        for positions in places.chunks(BLOCK_TOKENS) {
-            let token = |i: usize| {
-                let token = positions[i] as usize;
-                let block = sequence.block_table[token / BLOCK_TOKENS] as usize;
-                (cache.block(layer, block, kv_head), token % BLOCK_TOKENS)
-            };
-            gather(isa, positions.len(), token, hd, keys, values);
-            let block = KvBlock::F32 { keys, values };
-            for head in (0..group).step_by(2) {
-                let counts = &[positions.len(); 2][..2.min(group - head)];
-                let q = &q.row(row)[(kv_head * group + head) * hd..];
-                update(isa, q, hd, head, counts, block, hd, shape.scale, &mut state, tile);
+        let positions = places.iter().map(|position| *position as usize);
+        let (q, table) = (&q.row(row)[kv_head * group * hd..][..group * hd], &sequence.block_table);
+        if !attend_in_place(isa, q, hd, shape.scale, cache, layer, kv_head, table, positions, &mut state, tile) {
+            packed.fill(0.0);
+            let (keys, values) = packed.split_at_mut(hd * BLOCK_TOKENS);
+            for positions in places.chunks(BLOCK_TOKENS) {
+                let token = |i: usize| {
+                    let token = positions[i] as usize;
+                    let block = sequence.block_table[token / BLOCK_TOKENS] as usize;
+                    (cache.block(layer, block, kv_head), token % BLOCK_TOKENS)
+                };
+                gather(isa, positions.len(), token, hd, keys, values);
+                let block = KvBlock::F32 { keys, values };
+                for head in (0..group).step_by(tile_rows(isa)) {
+                    let counts = &[positions.len(); 4][..tile_rows(isa).min(group - head)];
+                    update(isa, &q[head * hd..], hd, head, counts, block, hd, shape.scale, &mut state, tile);
+                }
             }
         }
         for head in 0..group {
@@ -195,6 +234,31 @@ pub(super) fn attend(
         }
     });
     out
+}
+
+/// Attention of one token's heads `q`, one behind the other, to the tokens `positions` of a sequence where their rows lie;
+/// false where these have to be gathered.
+#[allow(clippy::too_many_arguments, reason = "an operation's operands")]
+pub(super) fn attend_in_place(
+    isa: Isa,
+    q: &[f32],
+    hd: usize,
+    scale: f32,
+    cache: &CpuCache,
+    layer: usize,
+    kv_head: usize,
+    block_table: &[u32],
+    positions: impl Iterator<Item = usize>,
+    state: &mut State<'_>,
+    tile: &mut Vec<f32>,
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 && cache.token_major() && cache.dtype() != KvDtype::Int8 && hd.is_multiple_of(32) {
+        super::rows_avx512::attend(q, hd, scale, cache, layer, kv_head, block_table, positions, state, tile);
+        return true;
+    }
+    let _ = (isa, q, hd, scale, cache, layer, kv_head, block_table, positions, state, tile);
+    false
 }
 
 /// Packs the keys and values of `count` tokens, each given as its block, of token-major keys, and its slot there.

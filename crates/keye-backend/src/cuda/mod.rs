@@ -30,7 +30,7 @@ pub use tensor::{Index, Tensor, Weight};
 
 use crate::{
     Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, IndexShape, QkNorm, SequenceRows, Span,
-    WeightSource,
+    WeightSource, fp8_rows,
 };
 
 /// How rows are multiplied with weights stored as bf16, and queries with keys. Packed weights are not concerned.
@@ -407,6 +407,14 @@ impl Backend for Cuda {
         shape: AttentionShape,
     ) -> Result<Tensor, BackendError> {
         self.attend_cached(q, cache, layer, plan, shape, None)
+    }
+
+    // On the host: the scorer is an option that few ask for, and its rows are small.
+    fn round_to_fp8(&self, x: &mut Tensor, width: usize) -> Result<(), BackendError> {
+        let mut rows = self.download(x)?;
+        rows.chunks_exact_mut(width).for_each(fp8_rows::round);
+        *x = self.upload(x.rows, x.cols, &rows)?;
+        Ok(())
     }
 
     fn write_index_keys(

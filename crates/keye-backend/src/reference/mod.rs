@@ -10,7 +10,7 @@ use crate::quantized_rows::fake_quantized;
 use crate::wide_rows::fake_wide;
 use crate::{
     Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, Expert, GroupedRouting, IndexShape,
-    LatentShape, QkNorm, SequenceRows, Span, WeightSource, grouped_routing, select,
+    LatentShape, QkNorm, SequenceRows, Span, WeightSource, fp8_rows, grouped_routing, select,
 };
 
 pub use attention::ReferenceCache;
@@ -339,6 +339,11 @@ impl Backend for Reference {
                 *y += sum;
             }
         }
+        Ok(())
+    }
+
+    fn round_to_fp8(&self, x: &mut HostTensor, width: usize) -> Result<(), BackendError> {
+        x.data.chunks_exact_mut(width).for_each(fp8_rows::round);
         Ok(())
     }
 

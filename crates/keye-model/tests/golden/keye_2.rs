@@ -1,9 +1,9 @@
 //! Keye-VL-2.0: experts, sparse attention and pictures against the golden data, on every backend of this machine.
 
-use keye_backend::{Backend, Cpu, CpuOptions, Isa, KvDtype, Reference};
+use keye_backend::{Backend, Cpu, CpuOptions, Isa, KvDtype, Reference, fp8_rows};
 use keye_media::{MediaKind, Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureRows, KeyeModel, LoadOptions, LogitRows, NoTap, Runner, Tap};
-use keye_processor::{Checkpoint, ModelConfig, prompt_positions};
+use keye_processor::{AttentionKind, Checkpoint, IndexScorer, ModelConfig, prompt_positions};
 
 use crate::support::{Recorder, argmax, f32s, fixture, i64s};
 
@@ -15,12 +15,15 @@ pub fn load<B: Backend>(backend: B, sparse: bool) -> KeyeModel<B> {
 }
 
 fn load_with<B: Backend>(backend: B, sparse: bool, kv_dtype: KvDtype) -> KeyeModel<B> {
+    let kind = if sparse { AttentionKind::Sparse } else { AttentionKind::Dense };
+    load_config(backend, kv_dtype, |config| config.choose_attention(Some(kind), None).unwrap())
+}
+
+fn load_config<B: Backend>(backend: B, kv_dtype: KvDtype, choose: impl Fn(&mut ModelConfig)) -> KeyeModel<B> {
     let dir = fixture(FIXTURE).join("model");
     let mut config = ModelConfig::load(&dir).unwrap();
     assert!(config.text.experts.is_some() && config.text.indexer.is_some());
-    if !sparse {
-        config.text.indexer = None;
-    }
+    choose(&mut config);
     let media = config.facts().media;
     let checkpoint = Checkpoint::open(&dir).unwrap();
     let options = LoadOptions { cache_tokens: 512, kv_dtype };
@@ -283,6 +286,83 @@ fn sparse_prompts_in_chunks_equal_the_whole_prompt() {
             all(&sequence, n, || Cpu::new(CpuOptions { threads: Some(threads), isa: Some(isa) }).unwrap());
         }
     }
+}
+
+/// FNV-1a, 64 bits.
+fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// The constants are of `golden_fp8.safetensors` of the independent oracle: bytes and scales of the queries and keys that
+/// this fixture has (rows 0, 11, .. 55; the file's hashed the same way), of which one row stands here.
+#[test]
+fn eight_bit_index_queries_and_keys_are_the_oracles() {
+    let golden = Golden::open("text");
+    let expected = [
+        (0x10df_8303_73ec_7022, 0xfdd5_5ebb_a316_69e5),
+        (0x9d8c_ec67_3db2_2b71, 0xbdda_2b64_406a_cfb5),
+        (0x8862_831a_3833_a129, 0xfdd5_5ebb_a316_69e5),
+    ];
+    for (layer, expected) in expected.into_iter().enumerate() {
+        let rows = ["idx_q", "idx_k"].map(|name| f32s(&golden.0.get(&format!("{name}.{layer}")).unwrap()));
+        let (bytes, scales): (Vec<_>, Vec<_>) = rows.concat().chunks_exact(32).map(fp8_rows::quantize).unzip();
+        if layer == 0 {
+            let last = [
+                108, 200, 99, 242, 241, 112, 220, 107, 93, 244, 121, 113, 233, 105, 97, 241, 225, 102, 119, 218, 234,
+                111, 227, 234, 221, 249, 104, 245, 102, 219, 235, 116,
+            ];
+            assert_eq!((&bytes[5 * 4][..], scales[5 * 4]), (&last[..], 1.0 / 128.0));
+        }
+        let scales = scales.into_iter().flat_map(f32::to_le_bytes);
+        assert_eq!((hash(bytes.concat()), hash(scales)), expected, "layer {layer}");
+    }
+}
+
+/// The first layer's queries and keys are the golden ones, so its choices are those that the oracle's scores of 8-bit floats
+/// give (all 56 rows, -1 behind; hashed). A cache in bf16 holds such keys exactly.
+#[test]
+fn the_fp8_scorer_chooses_as_the_oracle() {
+    fn check<B: Backend>(make: impl Fn() -> B) {
+        let sequence = text(&Golden::open("text"));
+        let n = sequence.tokens.len();
+        let mut logits = Vec::new();
+        for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let mut model = load_config(make(), kv_dtype, |config| {
+                config.choose_attention(None, Some(IndexScorer::Fp8)).unwrap();
+            });
+            let mut tap = Recorder::default();
+            let whole = sequence.step(&mut model, 0..n, &mut tap);
+            let selected = tap.0["selected.0"].iter().flat_map(|position| (*position as i32).to_le_bytes());
+            assert_eq!(hash(selected), 0xbfbb_e694_717a_9864, "{}", model.describe());
+            let mut chunks = Vec::new();
+            for (start, end) in [(0, 3), (3, 16), (16, 17), (17, n)] {
+                chunks.extend(sequence.step(&mut model, start..end, &mut NoTap));
+            }
+            assert_eq!(bits(&chunks), bits(&whole));
+            logits.push(whole);
+        }
+        // Some other keys are chosen than by f32, and the answer follows.
+        let exact = sequence.step(&mut load(make(), true), 0..n, &mut NoTap);
+        assert_eq!(bits(&exact[..16 * VOCAB]), bits(&logits[0][..16 * VOCAB]));
+        assert_ne!(bits(&exact[16 * VOCAB..]), bits(&logits[0][16 * VOCAB..]));
+    }
+    check(|| Reference);
+    for isa in Isa::available() {
+        check(|| Cpu::new(CpuOptions { threads: Some(2), isa: Some(isa) }).unwrap());
+    }
+}
+
+#[test]
+fn a_choice_of_attention_that_the_model_does_not_leave_is_an_error() {
+    let mut config = ModelConfig::load(&fixture(FIXTURE).join("model")).unwrap();
+    let refused =
+        |config: &mut ModelConfig, kind, scorer| config.choose_attention(kind, scorer).unwrap_err().to_string();
+    assert!(refused(&mut config, Some(AttentionKind::Dense), Some(IndexScorer::Fp8)).contains("dense was asked for"));
+    assert_eq!(config.text.indexer.unwrap().scorer, IndexScorer::F32);
+    config.choose_attention(Some(AttentionKind::Dense), None).unwrap();
+    assert!(refused(&mut config, Some(AttentionKind::Sparse), None).contains("no indexer"));
+    assert!(refused(&mut config, None, Some(IndexScorer::Fp8)).contains("no indexer"));
+    config.choose_attention(Some(AttentionKind::Dense), None).unwrap();
 }
 
 /// Of the golden logits, root mean square: what rounding keys and values loses. Selections may change with index keys.

@@ -6,8 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use keye::{
-    Access, Conversation, Device, DeviceOptions, Keye, KvDtype, LoadOptions, MediaItem, MediaKind, NANO, Overrides,
-    SamplingParams, Source, ThinkMode, TimestampRule,
+    Access, AttentionKind, Conversation, Device, DeviceOptions, IndexScorer, Keye, KvDtype, LoadOptions, MediaItem,
+    MediaKind, NANO, Overrides, SamplingParams, Source, ThinkMode, TimestampRule,
 };
 use keye_media::{BUDGET_SHARES, REPORTED_BUDGET_SHARES, VideoRule};
 use keye_processor::FramePrefix;
@@ -50,6 +50,8 @@ pub struct ModelArgs {
     /// Element type of the KV cache; bf16 halves its memory, int8 quarters it
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub kv_cache: KvCache,
+    #[command(flatten)]
+    pub attention: AttentionArgs,
     /// Fewest pixels of a still picture, instead of preprocessor_config.json's
     #[arg(long, value_name = "PIXELS")]
     pub processor_min_pixels: Option<u64>,
@@ -65,6 +67,27 @@ pub struct ModelArgs {
     /// Time stamps as the reference computes them (index / average rate) instead of the clip's own
     #[arg(long)]
     pub reference_timestamps: bool,
+}
+
+/// What a model with an indexer attends to.
+#[derive(Args)]
+pub struct AttentionArgs {
+    /// The keys that the model's indexer chooses, or all with the same weights [default: as the checkpoint says] (2.0 only)
+    #[arg(long, value_name = "KIND", value_parser = ["dsa", "dense"])]
+    attention: Option<String>,
+    /// Numbers of the indexer's scores; fp8 is the official server's, with the Hadamard transform [default: f32] (2.0 only)
+    #[arg(long, value_name = "TYPE", value_parser = ["f32", "fp8"])]
+    scorer: Option<String>,
+}
+
+impl AttentionArgs {
+    pub fn kind(&self) -> Option<AttentionKind> {
+        self.attention.as_deref().map(|kind| if kind == "dense" { AttentionKind::Dense } else { AttentionKind::Sparse })
+    }
+
+    pub fn scorer(&self) -> Option<IndexScorer> {
+        self.scorer.as_deref().map(|scorer| if scorer == "fp8" { IndexScorer::Fp8 } else { IndexScorer::F32 })
+    }
 }
 
 /// Element type of the KV cache.
@@ -126,6 +149,8 @@ impl ModelArgs {
             device: self.device_options(),
             max_model_len: self.max_model_len,
             kv_dtype: self.kv_cache.dtype(),
+            attention: self.attention.kind(),
+            scorer: self.attention.scorer(),
             processor: self.overrides(),
             timestamps: match self.reference_timestamps {
                 true => TimestampRule::Reference,

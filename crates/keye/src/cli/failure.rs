@@ -57,8 +57,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         if error.is::<Interrupted>() {
             return Some(INTERRUPTED);
         }
-        if matches!(error.downcast_ref(), Some(ProcessorError::Messages { .. })) {
-            return Some(USAGE);
+        let usage = |error: &ProcessorError| {
+            matches!(error, ProcessorError::Messages { .. } | ProcessorError::Attention { .. })
+        };
+        match (error.downcast_ref::<ProcessorError>(), error.downcast_ref::<LoadError>()) {
+            (Some(error), _) | (_, Some(LoadError::Checkpoint(error))) if usage(error) => return Some(USAGE),
+            _ => {}
         }
         if error.is::<LoadError>() {
             return Some(MODEL);

@@ -18,7 +18,7 @@ use keye_model::{LoadOptions, Runner, Tap};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Prompt, TemplateOptions, seconds_per_grid};
 use serde_json::Value;
 
-use super::args::check_output;
+use super::args::{AttentionArgs, check_output};
 use super::failure::Usage;
 use super::golden::{self, Difference, Golden, Tensor, Values};
 use super::ui::{self, Status};
@@ -59,9 +59,8 @@ pub struct Args {
     /// Greedy tokens after the prompt; end tokens do not end them [default: 16 with --request, 0 with --inputs]
     #[arg(long, value_name = "N")]
     generate: Option<usize>,
-    /// Sparse attention as the checkpoint says, or attention to all keys [default: as the checkpoint says]
-    #[arg(long, value_name = "KIND", value_parser = ["dsa", "dense"])]
-    attention: Option<String>,
+    #[command(flatten)]
+    attention: AttentionArgs,
     /// Where relative paths of media start [default: the folder of the request]
     #[arg(long, value_name = "DIR", conflicts_with = "inputs")]
     media_root: Option<PathBuf>,
@@ -142,16 +141,8 @@ fn from_request(args: &Args, files: &CheckpointFiles, path: &Path, status: &mut 
     Ok(tensors)
 }
 
-/// Without an indexer attention is dense.
 fn choose_attention(args: &Args, config: &mut ModelConfig) -> Result<()> {
-    match args.attention.as_deref() {
-        Some("dense") => config.text.indexer = None,
-        Some("dsa") if config.text.indexer.is_none() => {
-            return Err(Usage("--attention dsa: the checkpoint has no indexer; leave it out, or dense".into()).into());
-        }
-        _ => {}
-    }
-    Ok(())
+    Ok(config.choose_attention(args.attention.kind(), args.attention.scorer())?)
 }
 
 fn load(

@@ -193,6 +193,32 @@ fn given_ids_and_pixels_give_the_golden_tensors_of_2() {
     }
 }
 
+/// Bytes, scales and scores of the FP8 scorer; the scores are golden_fp8's of the last token (README of the golden data: 1e-4).
+#[test]
+fn the_fp8_scorer_is_an_option() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("trace.safetensors");
+    let golden = fixture("keye-2-tiny").join("golden_text.safetensors");
+    trace_inputs(&golden, &out, &["--scorer", "fp8"]).ok();
+    let found = Checkpoint::open_file(&out).unwrap();
+    let of = |name: &str| found.get(name).unwrap_or_else(|| panic!("no {name}"));
+    assert_eq!((of("fp8_q.0").shape, of("fp8_q.0").dtype), (vec![56, 4, 32], Dtype::U8));
+    assert_eq!(
+        (of("fp8_k.2").shape, of("fp8_q_scale.2").shape, of("fp8_k_scale.0").shape),
+        (vec![56, 32], vec![56, 4], vec![56])
+    );
+    let scores = of("index_scores.0");
+    let scores = scores.bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).skip(55 * 56);
+    let expected =
+        [1.183_559, 0.0, -0.085_875_72, -0.571_646_75, 0.112_860_5, -0.286_181_84, 0.708_820_4, -1.099_260_3];
+    for (found, expected) in scores.zip(expected) {
+        assert!((found - expected).abs() <= 1e-4 * f32::abs(expected) + 1e-6, "{found} for {expected}");
+    }
+    let run = trace_inputs(&golden, &out, &["--scorer", "fp8", "--attention", "dense"]);
+    assert_eq!(run.code, Some(2), "{run:#?}");
+    assert!(run.stderr.contains("dense was asked for"), "{run:#?}");
+}
+
 #[test]
 fn wrong_inputs_of_2_are_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use keye::{KvDtype, MediaKind};
+use keye::{IndexScorer, KvDtype, MediaKind};
+use keye_backend::fp8_rows;
 use keye_media::{Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureRows, LoadOptions, LogitRows, Runner, Tap};
 use keye_processor::{ModelConfig, PositionRule, Variant, prompt_positions, sequential_positions};
@@ -227,8 +228,15 @@ impl Recorder {
             for layer in 0..config.text.num_hidden_layers {
                 let get = |name: &str| self.tensors.get(&format!("{name}.{layer}")).map(|(_, values)| &values[..]);
                 if let (Some(q), Some(k), Some(w)) = (get("idx_q"), get("idx_k"), get("idx_w")) {
-                    let n = k.len() / indexer.head_dim;
-                    let scores = index_scores(q, k, w, indexer.num_heads, indexer.head_dim);
+                    let (n, heads, width) = (k.len() / indexer.head_dim, indexer.num_heads, indexer.head_dim);
+                    let scores = match indexer.scorer {
+                        IndexScorer::F32 => index_scores(q, k, w, heads, width),
+                        IndexScorer::Fp8 => {
+                            let ([q, k], fp8) = fp8_tensors(layer, q, k, heads, width);
+                            tensors.extend(fp8);
+                            index_scores(&q, &k, w, heads, width)
+                        }
+                    };
                     tensors.push(Tensor::new(format!("index_scores.{layer}"), &[n, n], Values::F32(scores)));
                 }
             }
@@ -254,6 +262,26 @@ impl Recorder {
         }
         tensors
     }
+}
+
+/// Queries and keys as the FP8 scorer has them: their values, and their bytes and scales under the golden file's names.
+fn fp8_tensors(layer: usize, q: &[f32], k: &[f32], heads: usize, width: usize) -> ([Vec<f32>; 2], Vec<Tensor>) {
+    let mut tensors = Vec::new();
+    let values = [("q", q, &[heads][..]), ("k", k, &[][..])].map(|(name, rows, heads)| {
+        let (mut bytes, mut scales, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        for row in rows.chunks_exact(width) {
+            let (row, scale) = fp8_rows::quantize(row);
+            values.extend(row.iter().map(|bits| fp8_rows::widen(*bits) * scale));
+            bytes.extend(row);
+            scales.push(scale);
+        }
+        let shape = [&[k.len() / width][..], heads].concat();
+        let name = format!("fp8_{name}");
+        tensors.push(Tensor::new(format!("{name}_scale.{layer}"), &shape, Values::F32(scales)));
+        tensors.push(Tensor::new(format!("{name}.{layer}"), &[&shape[..], &[width]].concat(), Values::U8(bytes)));
+        values
+    });
+    (values, tensors)
 }
 
 /// `head_dim^-0.5 * sum over h of w[t, h] * max(0, q[t, h] . k[s])` of the keys that a token sees, else 0: `[n, n]`.
