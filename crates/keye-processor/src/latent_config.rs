@@ -190,11 +190,15 @@ fn experts(text: &Fields, layers: usize) -> Result<ExpertsConfig, ProcessorError
 pub(crate) fn fp8_block(top: &Fields) -> Result<[usize; 2], ProcessorError> {
     const DEFAULT: [usize; 2] = [128, 128];
     let Some(fields) = top.object("quantization_config")? else { return Ok(DEFAULT) };
-    if fields.str("quant_method")? != Some("fp8") {
-        return Ok(DEFAULT);
+    match fields.str("quant_method")? {
+        Some("fp8") => {
+            only(&fields, "fmt", "e4m3")?;
+            only(&fields, "activation_scheme", "dynamic")?;
+        }
+        // Quantised from 8-bit floats, of which some are left.
+        Some("keye") => {}
+        _ => return Ok(DEFAULT),
     }
-    only(&fields, "fmt", "e4m3")?;
-    only(&fields, "activation_scheme", "dynamic")?;
     let Some(list) = fields.list("weight_block_size")? else { return Ok(DEFAULT) };
     let side = |value: &serde_json::Value| crate::files::whole(value).filter(|n| (1..=1 << 16).contains(n));
     match list.iter().map(side).collect::<Option<Vec<u64>>>().as_deref() {

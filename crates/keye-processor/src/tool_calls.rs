@@ -1,5 +1,7 @@
 //! Tool calls in the text of answers and prompts, in the format of the base models (Qwen3, Hermes;
-//! `docs/spec/keye-vl-2.md` §8): `<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>`.
+//! `docs/spec/keye-vl-2.md` §8): `<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>`; and DeepSeek-V3.1's, which
+//! 671B is taken to have (`docs/spec/keye-vl-671b.md` §8):
+//! `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...<｜tool▁calls▁end｜>`.
 
 use serde_json::{Map, Value, json};
 
@@ -7,6 +9,25 @@ use crate::{ChatTemplate, Conversation};
 
 const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
+
+/// DeepSeek-V3.1's: between a call's name and its arguments.
+const SEPARATOR: &str = "<｜tool▁sep｜>";
+/// Around all calls of an answer; they say nothing.
+const AROUND: [&str; 2] = ["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"];
+
+/// How a call is written.
+#[derive(Debug, Clone, Copy)]
+struct Format {
+    open: &'static str,
+    close: &'static str,
+    /// Name and arguments apart, else one json object.
+    separator: Option<&'static str>,
+}
+
+const FORMATS: [Format; 2] = [
+    Format { open: OPEN, close: CLOSE, separator: None },
+    Format { open: "<｜tool▁call▁begin｜>", close: "<｜tool▁call▁end｜>", separator: Some(SEPARATOR) },
+];
 
 /// A call that the model made.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,10 +77,17 @@ impl ToolCallSplitter {
         while let Some(at) = rest.find('<') {
             self.text(&rest[..at], &mut pieces);
             let tail = &rest[at..];
-            let (taken, call) = match tail.strip_prefix(OPEN) {
-                None if OPEN.starts_with(tail) => (0, None),
+            if let Some(around) = AROUND.into_iter().find(|tag| tail.starts_with(tag)) {
+                self.space.clear();
+                self.fresh = true;
+                rest = &tail[around.len()..];
+                continue;
+            }
+            let begins = |tag: &str| tag.starts_with(tail);
+            let (taken, call) = match FORMATS.into_iter().find(|format| tail.starts_with(format.open)) {
+                None if AROUND.into_iter().any(begins) || FORMATS.iter().any(|format| begins(format.open)) => (0, None),
                 None => (1, None),
-                Some(inside) => self.call(inside),
+                Some(format) => self.call(format, &tail[format.open.len()..]),
             };
             match (taken, call) {
                 (0, _) => {
@@ -86,7 +114,8 @@ impl ToolCallSplitter {
     pub fn finish(&mut self) -> Vec<ToolPiece> {
         let rest = std::mem::take(&mut self.pending);
         let mut pieces = Vec::new();
-        match rest.strip_prefix(OPEN).and_then(|inside| self.parse(inside.trim())) {
+        let whole = |format: Format| self.parse(format, rest.strip_prefix(format.open)?.trim());
+        match FORMATS.into_iter().find_map(whole) {
             Some(call) => pieces.push(ToolPiece::Call(call)),
             None => self.text(&rest, &mut pieces),
         }
@@ -94,29 +123,42 @@ impl ToolCallSplitter {
     }
 
     /// Bytes of the tail that are settled (0: more text is needed) and the call in them.
-    fn call(&self, inside: &str) -> (usize, Option<ToolCall>) {
-        for (at, _) in inside.match_indices(CLOSE) {
-            let end = OPEN.len() + at + CLOSE.len();
-            if let Some(call) = self.parse(inside[..at].trim()) {
+    fn call(&self, format: Format, inside: &str) -> (usize, Option<ToolCall>) {
+        for (at, _) in inside.match_indices(format.close) {
+            let end = format.open.len() + at + format.close.len();
+            if let Some(call) = self.parse(format, inside[..at].trim()) {
                 return (end, Some(call));
             }
             // The tag may stand in a string of the arguments.
-            if !is_open(&inside[..at + CLOSE.len()]) {
+            let json = format
+                .separator
+                .and_then(|separator| inside.split_once(separator))
+                .map_or(0, |(name, _)| name.len() + format.separator.map_or(0, str::len));
+            if !inside.get(json..at + format.close.len()).is_some_and(is_open) {
                 return (end, None);
             }
         }
         (0, None)
     }
 
-    fn parse(&self, text: &str) -> Option<ToolCall> {
-        let mut call: Map<String, Value> = serde_json::from_str(text).ok()?;
-        let name = call.get("name")?.as_str()?.to_owned();
-        let arguments = match call.remove("arguments") {
-            None => Map::new(),
-            Some(Value::Object(arguments)) => arguments,
-            // Some models write them as OpenAI's API does.
-            Some(Value::String(text)) => serde_json::from_str(&text).ok()?,
-            Some(_) => return None,
+    fn parse(&self, format: Format, text: &str) -> Option<ToolCall> {
+        let (name, arguments) = match format.separator {
+            Some(separator) => {
+                let (name, arguments) = text.split_once(separator)?;
+                (name.trim().to_owned(), serde_json::from_str(arguments.trim()).ok()?)
+            }
+            None => {
+                let mut call: Map<String, Value> = serde_json::from_str(text).ok()?;
+                let name = call.get("name")?.as_str()?.to_owned();
+                let arguments = match call.remove("arguments") {
+                    None => Map::new(),
+                    Some(Value::Object(arguments)) => arguments,
+                    // Some models write them as OpenAI's API does.
+                    Some(Value::String(text)) => serde_json::from_str(&text).ok()?,
+                    Some(_) => return None,
+                };
+                (name, arguments)
+            }
         };
         self.names.contains(&name).then_some(ToolCall { name, arguments })
     }
@@ -149,7 +191,10 @@ impl Conversation {
     /// handle stays as it is, with arguments as objects.
     pub fn with_tools(&self, template: &ChatTemplate, tools: Option<&Value>) -> Self {
         let mut copy = self.clone();
-        for message in &mut copy.messages {
+        // DeepSeek's template puts arguments behind the name as text, unless it looks at what they are or prints json.
+        let source = template.source();
+        let as_text = source.contains(SEPARATOR) && (!source.contains("tojson") || source.contains("is string"));
+        for message in copy.messages.iter_mut().filter(|_| !as_text) {
             parse_arguments(message);
         }
         if !template.source().contains("tool_call") {
@@ -290,6 +335,49 @@ mod tests {
         }
         assert_eq!(run(GOOD, 3).1[0].arguments["at"], "</tool_call> <b>");
         assert_eq!(run(as_text, 3).1[0].arguments["a"], 1);
+    }
+
+    #[test]
+    fn calls_in_deepseeks_words_are_taken_out_too() {
+        let call = |name: &str, arguments: &str| {
+            format!("<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>")
+        };
+        let around = |inside: &str| format!("{}{inside}{}", AROUND[0], AROUND[1]);
+        let tricky = call("look", "{\"at\": \"<｜tool▁call▁end｜> x\"}");
+        let cases = [
+            (
+                format!("Let me see.{}", around(&(tricky.clone() + &call("go", "{}")))),
+                "Let me see.".to_owned(),
+                vec!["look", "go"],
+            ),
+            (around(&call("go", "\n{\"a\": 1}\n")), String::new(), vec!["go"]),
+            ("<｜tool▁call▁begin｜>go<｜tool▁sep｜>{}".into(), String::new(), vec!["go"]),
+            // Malformed ones stay.
+            (call("fly", "{}"), call("fly", "{}"), vec![]),
+            (call("go", "[1]"), call("go", "[1]"), vec![]),
+            (
+                "<｜tool▁call▁begin｜>go<｜tool▁call▁end｜>.".into(),
+                "<｜tool▁call▁begin｜>go<｜tool▁call▁end｜>.".into(),
+                vec![],
+            ),
+        ];
+        for (text, shown, names) in cases {
+            for width in 1..=text.chars().count() {
+                let (found, calls) = run(&text, width);
+                let called: Vec<&str> = calls.iter().map(|call| call.name.as_str()).collect();
+                assert_eq!((found.as_str(), called), (shown.as_str(), names.clone()), "{text:?} in chunks of {width}");
+            }
+        }
+        assert_eq!(run(&tricky, 2).1[0].arguments["at"], "<｜tool▁call▁end｜> x");
+    }
+
+    #[test]
+    fn deepseeks_template_gets_arguments_as_text() {
+        let own = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name + '<｜tool▁sep｜>' + \
+                   c.function.arguments }}{% endfor %}{{ m.role }} {% endfor %}";
+        assert!(rendered(own, None).contains("look<｜tool▁sep｜>{\"at\": 1}assistant "));
+        let json = own.replace("c.function.arguments", "(c.function.arguments|tojson)");
+        assert!(rendered(&json, None).contains("look<｜tool▁sep｜>{\"at\": 1}assistant "), "not a string of json");
     }
 
     #[test]

@@ -513,7 +513,8 @@ impl Sizes {
     /// The same with every expert apart, as they are packed.
     pub fn split_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
         let layout = keye_model::weight_layout(&self.model_config(dtype)?);
-        Ok(new_tensors(keye_model::split_experts(layout), dtype))
+        let tensors = new_tensors(keye_model::split_experts(layout), dtype);
+        Ok(if dtype == Dtype::F8E4M3 { keye_671b::stored(tensors) } else { tensors })
     }
 
     /// What config.json says.

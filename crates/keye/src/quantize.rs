@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use keye_backend::packed::{TILE_ROWS, pack_rows, tile_bytes, unpack};
-use keye_backend::{Dtype, WeightSource};
+use keye_backend::{BlockScales, Dtype, WeightSource};
 use keye_model::{split_experts, stored_layout, weight_layout};
 use keye_processor::{
     Checkpoint, CheckpointFiles, Dtype as Stored, ModelConfig, NewTensor, PackedFormat, PackedTag, PackedTags,
@@ -93,11 +93,19 @@ pub(crate) fn packed_dtype(format: PackedFormat) -> Dtype {
     }
 }
 
-/// `tensors` as they are stored in a model quantised to `to`, and the tags of those that are packed.
+/// Behind the name of a matrix in 8-bit floats: the scales of its blocks.
+const SCALES: &str = "_scale_inv";
+
+/// `tensors` as they are stored in a model quantised to `to`, and the tags of those that are packed. Scales of 8-bit floats
+/// come after their matrix.
 pub(crate) fn packed_layout(tensors: Vec<NewTensor>, to: PackedFormat) -> Result<(Vec<NewTensor>, PackedTags)> {
     let mut tags = PackedTags::new();
     let mut stored = Vec::with_capacity(tensors.len());
     for tensor in tensors {
+        // Scales of a matrix that was in 8-bit floats.
+        if tensor.name.strip_suffix(SCALES).is_some_and(|matrix| tags.contains_key(matrix)) {
+            continue;
+        }
         let (Some(format), &[rows, cols]) =
             (Role::of(&tensor.name, &tensor.shape).stored_as(to), tensor.shape.as_slice())
         else {
@@ -184,25 +192,19 @@ fn quantize_files(
     let checkpoint = Checkpoint::open(from)?;
     let mut raw: Value = serde_json::from_slice(&from.read(CONFIG, CONFIG_BYTES)?)
         .with_context(|| format!("{} is not json", from.path(CONFIG).display()))?;
-    if raw["quantization_config"]["quant_method"] == "fp8" {
-        let from = from.root().display();
-        bail!(
-            "{from}: its weights are 8-bit floats, of which none are packed yet; use it as it is, or quantise a bf16 model"
-        );
-    }
-    if checkpoint.is_packed() || raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
+    let fp8 = raw["quantization_config"]["quant_method"] == "fp8";
+    if checkpoint.is_packed() || !fp8 && raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
         bail!("{}: is quantised already; quantise the original model", from.root().display());
     }
     raw["quantization_config"] = quantization_config(to);
+    if fp8 {
+        // Some matrices stay as they are.
+        raw["quantization_config"]["weight_block_size"] = json!(config.fp8_block);
+    }
 
     let originals = originals(&config, &checkpoint)?;
-    let weights: u64 = originals.values().map(Original::count).sum();
-    let plan = originals.iter().map(|(name, original)| NewTensor {
-        name: name.clone(),
-        dtype: original.stored.dtype,
-        shape: original.shape.clone(),
-    });
-    let (tensors, tags) = packed_layout(in_layout_order(plan.collect(), &config), to)?;
+    let (tensors, tags) = packed_layout(in_layout_order(planned(&originals), &config), to)?;
+    let weights: u64 = tensors.iter().map(|tensor| originals[&tensor.name].count()).sum();
     let bytes: u64 = tensors.iter().filter_map(NewTensor::bytes).sum();
     let used = originals.values().map(|original| &original.stored.name).collect::<BTreeSet<_>>().len();
     let dir = NewDir::create(to_dir, &format!("the {to} model"), bytes)?;
@@ -261,12 +263,33 @@ fn quantize_files(
     })
 }
 
+/// Bytes of all tensors of `checkpoint` quantised to `to`.
+///
+/// # Errors
+/// As [`quantize`]: a tensor that is missing or cannot be quantised.
+pub fn quantized_bytes(config: &ModelConfig, checkpoint: &Checkpoint, to: PackedFormat) -> Result<u64> {
+    let (tensors, _) = packed_layout(planned(&originals(config, checkpoint)?), to)?;
+    Ok(tensors.iter().filter_map(NewTensor::bytes).sum())
+}
+
 /// A tensor of the new checkpoint, in the original's.
 struct Original {
     stored: StoredTensor,
     /// Of the new tensor.
     shape: Vec<usize>,
     expert: Option<ExpertPart>,
+    /// Of a matrix in 8-bit floats.
+    scales: Option<BlockScales>,
+}
+
+/// The originals as tensors that are yet to be packed.
+fn planned(originals: &BTreeMap<String, Original>) -> Vec<NewTensor> {
+    let tensor = |(name, original): (&String, &Original)| NewTensor {
+        name: name.clone(),
+        dtype: original.stored.dtype,
+        shape: original.shape.clone(),
+    };
+    originals.iter().map(tensor).collect()
 }
 
 /// Where a matrix of one expert lies in the tensor of all.
@@ -281,7 +304,7 @@ struct ExpertPart {
 
 impl Original {
     fn whole(stored: StoredTensor) -> Self {
-        Self { shape: stored.shape.clone(), stored, expert: None }
+        Self { shape: stored.shape.clone(), stored, expert: None, scales: None }
     }
 
     fn count(&self) -> u64 {
@@ -307,7 +330,8 @@ impl Original {
         let cols = self.shape.get(1).copied().unwrap_or(0);
         let widened = |bytes| {
             let name = self.stored.name.clone();
-            WeightSource { name, dtype, rows, cols, bytes, scales: None }.to_f32().into_owned()
+            let scales = self.scales.clone().map(|scales| BlockScales { first_row: first, ..scales });
+            WeightSource { name, dtype, rows, cols, bytes, scales }.to_f32().into_owned()
         };
         let Some(ExpertPart { rows: stored, width, column: Some(column) }) = &self.expert else {
             return Ok(widened(self.stored.bytes.slice(self.bytes_of(first, rows))));
@@ -328,7 +352,8 @@ fn originals(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<BTreeMap<S
     let mut originals = BTreeMap::new();
     for tensor in stored_layout(config, checkpoint) {
         let stored = checkpoint.tensor(&tensor.name, &tensor.shape)?;
-        source_dtype(&stored)?;
+        let dtype = source_dtype(&stored)?;
+        let scales = if dtype == Dtype::F8E4M3 { Some(scales_of(config, checkpoint, &stored)?) } else { None };
         match (tensor.name.rsplit_once(".experts."), &config.text.experts) {
             (Some((mlp, name @ ("gate_up_proj" | "down_proj"))), Some(experts)) => {
                 let width = experts.moe_intermediate_size;
@@ -338,7 +363,15 @@ fn originals(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<BTreeMap<S
                     }
                 }
             }
-            _ => drop(originals.insert(tensor.name, Original::whole(stored))),
+            _ => {
+                let mut original = Original::whole(stored);
+                if let Some(scales) = scales {
+                    original.scales =
+                        Some(BlockScales { bytes: scales.bytes.clone(), block: config.fp8_block, first_row: 0 });
+                    originals.insert(scales.name.clone(), Original::whole(scales));
+                }
+                originals.insert(tensor.name, original);
+            }
         }
     }
     // Some tied models have the output matrix too, and then it is used.
@@ -348,12 +381,33 @@ fn originals(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<BTreeMap<S
     Ok(originals)
 }
 
+/// The scales of a matrix in 8-bit floats, F32 for each block.
+fn scales_of(config: &ModelConfig, checkpoint: &Checkpoint, matrix: &StoredTensor) -> Result<StoredTensor> {
+    let error = |tensor: &StoredTensor, reason: String| ProcessorError::Tensor {
+        path: tensor.file.clone(),
+        name: tensor.name.clone(),
+        reason,
+    };
+    let &[rows, cols] = matrix.shape.as_slice() else {
+        let reason = format!("8-bit floats of shape {:?}: expected a matrix, experts one by one", matrix.shape);
+        return Err(error(matrix, reason).into());
+    };
+    let [down, across] = config.fp8_block;
+    let shape = [rows.div_ceil(down), cols.div_ceil(across)];
+    let scales = checkpoint.tensor(&format!("{}{SCALES}", matrix.name), &shape)?;
+    match scales.dtype {
+        Stored::F32 => Ok(scales),
+        other => Err(error(&scales, format!("expected F32 scales, found {other}")).into()),
+    }
+}
+
 /// The matrices of expert `e` in a fused tensor: gate and up `[f, h]`, or down `[h, f]`.
 fn expert_parts(name: &str, e: usize, stored: &StoredTensor, f: usize, h: usize) -> Vec<(&'static str, Original)> {
     let part = |rows: Range<usize>, width: usize, column: Option<usize>, shape: [usize; 2]| Original {
         stored: stored.clone(),
         shape: shape.to_vec(),
         expert: Some(ExpertPart { rows, width, column }),
+        scales: None,
     };
     let gate_up = name == "gate_up_proj";
     // Where both readings fit, input-major it is, as the loader has it.
@@ -376,7 +430,10 @@ fn expert_parts(name: &str, e: usize, stored: &StoredTensor, f: usize, h: usize)
 fn in_layout_order(mut tensors: Vec<NewTensor>, config: &ModelConfig) -> Vec<NewTensor> {
     let layout = split_experts(weight_layout(config));
     let order: BTreeMap<String, usize> = layout.into_iter().map(|t| t.name).zip(0..).collect();
-    tensors.sort_by_key(|tensor| order.get(&tensor.name).copied().unwrap_or(usize::MAX));
+    tensors.sort_by_key(|tensor| {
+        let matrix = tensor.name.strip_suffix(SCALES).unwrap_or(&tensor.name);
+        order.get(matrix).copied().unwrap_or(usize::MAX)
+    });
     tensors
 }
 
@@ -385,10 +442,11 @@ fn source_dtype(stored: &StoredTensor) -> Result<Dtype, ProcessorError> {
         Stored::F32 => Ok(Dtype::F32),
         Stored::Bf16 => Ok(Dtype::Bf16),
         Stored::F16 => Ok(Dtype::F16),
+        Stored::F8E4M3 => Ok(Dtype::F8E4M3),
         other => Err(ProcessorError::Tensor {
             path: stored.file.clone(),
             name: stored.name.clone(),
-            reason: format!("expected F32, BF16 or F16 elements, found {other}"),
+            reason: format!("expected F32, BF16, F16 or F8_E4M3 elements, found {other}"),
         }),
     }
 }

@@ -69,11 +69,15 @@ pub fn write_packed(
 /// Bytes of the tensors that [`write()`] (as bf16) or [`write_packed`] writes.
 pub fn total_bytes(sizes: impl Into<Sizes>, packed: Option<PackedFormat>) -> Result<u64> {
     let sizes = sizes.into();
-    let tensors = match packed {
-        Some(to) => packed_layout(sizes.split_tensors(Dtype::Bf16)?, to)?.0,
-        None => sizes.tensors(Dtype::Bf16)?,
-    };
-    Ok(tensors.iter().filter_map(NewTensor::bytes).sum())
+    match packed {
+        Some(to) => quantized_bytes(sizes, Dtype::Bf16, to),
+        None => Ok(sizes.tensors(Dtype::Bf16)?.iter().filter_map(NewTensor::bytes).sum()),
+    }
+}
+
+/// Bytes of the tensors of a model of type `dtype` quantised to `to`.
+pub fn quantized_bytes(sizes: Sizes, dtype: Dtype, to: PackedFormat) -> Result<u64> {
+    Ok(packed_layout(sizes.split_tensors(dtype)?, to)?.0.iter().filter_map(NewTensor::bytes).sum())
 }
 
 fn write_layout(

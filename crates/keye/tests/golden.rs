@@ -2,6 +2,8 @@
 
 #[path = "golden/experts.rs"]
 mod experts;
+#[path = "golden/fp8.rs"]
+mod fp8;
 #[cfg(feature = "hub")]
 #[path = "golden/hub.rs"]
 mod hub;

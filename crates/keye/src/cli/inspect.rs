@@ -5,11 +5,14 @@ use std::path::Path;
 use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use keye::presets::{Preset, Sizes};
-use keye::{KvDtype, LoadError, MemoryPlan, NANO, WeightBytes, cache_spec, device_plans, resolve_model};
+use keye::quantize::quantized_bytes;
+use keye::{
+    KvDtype, LoadError, MemoryPlan, NANO, WeightBytes, cache_spec, device_plans, random_checkpoint, resolve_model,
+};
 use keye_backend::BLOCK_TOKENS;
 use keye_media::VideoRule;
 use keye_model::{TensorShape, stored_layout, weight_layout};
-use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Variant};
+use keye_processor::{Checkpoint, ModelConfig, Overrides, PackedFormat, Processor, Variant};
 use serde_json::{Map, Value, json};
 
 use super::args::UNNAMED;
@@ -87,7 +90,8 @@ fn preset(args: &Args) -> Result<()> {
         let bytes = tensor.bytes().unwrap_or(u64::MAX);
         (tensor.name, tensor.dtype, bytes)
     });
-    let plan = plan(&config, &WeightBytes::of(tensors));
+    let mut plan = plan(&config, &WeightBytes::of(tensors));
+    plan["quantized_bytes"] = quantized(|to| random_checkpoint::quantized_bytes(preset.into(), dtype, to));
     if args.json {
         let mut facts = model_facts(&config);
         facts["plan"] = plan;
@@ -114,6 +118,19 @@ fn plan(config: &ModelConfig, weights: &WeightBytes) -> Value {
     })
 }
 
+/// Bytes of the model quantised to each format; null when it cannot be.
+fn quantized(bytes: impl Fn(PackedFormat) -> Result<u64>) -> Value {
+    let formats = [PackedFormat::Int4, PackedFormat::Int8];
+    let sizes = formats.into_iter().map(|to| Ok((to.name().to_owned(), json!(bytes(to)?))));
+    sizes.collect::<Result<Map<_, _>>>().map_or(Value::Null, Value::Object)
+}
+
+fn quantized_line(sizes: &Value) -> Option<String> {
+    let sizes = sizes.as_object()?.iter();
+    let sizes: Vec<String> = sizes.map(|(to, size)| format!("{to} {}", bytes(size.as_u64().unwrap_or(0)))).collect();
+    Some(format!("{} (keye quantize)", sizes.join(", ")))
+}
+
 fn plan_lines(plan: &Value, out: &mut String) {
     let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
     let types: Vec<String> = plan["types"]
@@ -138,6 +155,9 @@ fn plan_lines(plan: &Value, out: &mut String) {
         };
         *out += &format!("{name:<14} {verdict}\n");
     }
+    if let Some(sizes) = quantized_line(&plan["quantized_bytes"]) {
+        *out += &format!("{:<14} {sizes}\n", "quantised");
+    }
 }
 
 fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
@@ -151,6 +171,10 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
         let counts = json!({"tensors": total.tensors, "parameters": total.elements, "bytes": total.bytes});
         (dtype.name().to_owned(), counts)
     });
+    let mut plan = plan(config, &stored);
+    if !checkpoint.is_packed() && problems.is_empty() {
+        plan["quantized_bytes"] = quantized(|to| quantized_bytes(config, checkpoint, to));
+    }
     let mut facts = model_facts(config);
     let more = json!({
         "directory": dir,
@@ -183,7 +207,7 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
             "repetition_penalty": processor.generation.repetition_penalty,
         },
         "special_tokens": special_tokens(processor),
-        "plan": plan(config, &stored),
+        "plan": plan,
     });
     if let (Some(facts), Value::Object(more)) = (facts.as_object_mut(), more) {
         facts.extend(more);
@@ -385,6 +409,9 @@ fn text(facts: &Value) -> String {
         n => format!("{n} tensors are missing or wrong"),
     };
     line("weights", format!("{}, {} tensors, {}; {whole}", files, weights["tensors"], types.join(", ")));
+    if let Some(sizes) = quantized_line(&facts["plan"]["quantized_bytes"]).filter(|_| !large) {
+        line("quantised", sizes);
+    }
     for (name, cache) in facts["kv_cache"].as_object().into_iter().flatten() {
         line(
             &format!("cache {name}"),

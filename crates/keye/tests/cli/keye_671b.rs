@@ -26,8 +26,12 @@ fn a_tiny_one_in_8_bits_is_inspected_and_answers() {
     assert_eq!(facts["plan"]["devices"][0]["fits"], true);
     keye(&["ask", "-m", model, "--max-tokens", "3", &input("one.png"), "What is this?"]).ok();
     let packed = folder.path().join("int4");
-    let refused = keye(&["quantize", model, "--to", "int4", "-o", packed.to_str().unwrap()]);
-    assert!(refused.code == Some(1) && refused.stderr.contains("use it as it is"), "{refused:#?}");
+    let packed = packed.to_str().unwrap();
+    let report = keye(&["quantize", model, "--to", "int4", "-o", packed, "--json"]).ok().json();
+    assert_eq!(facts["plan"]["quantized_bytes"]["int4"], report["report"]["bytes"]);
+    keye(&["ask", "-m", packed, "--max-tokens", "3", &input("one.png"), "What is this?"]).ok();
+    let facts = keye(&["inspect", packed, "--json"]).ok().json();
+    assert_eq!(facts["weights"]["types"]["F8_E4M3"]["tensors"], 8, "kv_a and kv_b stay: {facts:#}");
 
     // The same from bare ids, on both backends.
     let ids: Vec<u8> = (0..90i64).flat_map(|i| (i * 7 % 600).to_le_bytes()).collect();
@@ -72,7 +76,9 @@ fn the_real_size_is_planned_without_a_checkpoint() {
     assert_eq!(plan["plan"]["cache_bytes_per_token"], 61 * 1152);
     assert!(plan["plan"]["weight_bytes"].as_u64() > Some(670_000_000_000));
     let text = keye(&["inspect", "--preset", "keye-vl-671b"]).ok().stdout;
-    for part in ["Keye-VL-671B-A37B", "F8_E4M3", "8 x 80 GB", "does not fit", "16 x 80 GB", "8 x 141 GB"] {
+    for part in
+        ["Keye-VL-671B-A37B", "F8_E4M3", "quantised", "int4 3", "8 x 80 GB", "does not fit", "16 x 80 GB", "8 x 141 GB"]
+    {
         assert!(text.contains(part), "{part}: {text}");
     }
     let folder = tempfile::tempdir().unwrap();

@@ -11,6 +11,7 @@ use keye_backend::KvDtype;
 use keye_backend::packed::unpack;
 use keye_model::{Batch, Chunk, LoadOptions, LogitRows, NoTap, stored_layout};
 use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, PackedFormat, StoredTensor, write_file};
+use serde_json::{Value, json};
 
 const EXPERTS: usize = 8;
 
@@ -71,7 +72,7 @@ fn rewritten(form: Form, dir: &Path) {
 }
 
 /// Logits of all rows of a prompt longer than top-k.
-fn logits(dir: &Path) -> Vec<f32> {
+pub fn logits(dir: &Path) -> Vec<f32> {
     logits_of_ranks(dir, 1)
 }
 
@@ -151,6 +152,53 @@ fn all_forms_are_the_same_model_and_pack_alike() {
             assert_eq!(golden.get(tensor).unwrap().bytes, other.get(tensor).unwrap().bytes, "{name}: {tensor}");
         }
     }
+}
+
+/// The dense class has a feed-forward block in the place of experts, and the same indexers: a mixture of one expert, of which
+/// all rows make all their answer, is the same model.
+#[test]
+fn the_dense_class_is_a_mixture_of_one() {
+    let root = tempfile::tempdir().unwrap();
+    let apart = root.path().join("apart");
+    rewritten(Form::Apart, &apart);
+    let original = Checkpoint::open(&apart).unwrap();
+    let config: Value = serde_json::from_slice(&fs::read(apart.join("config.json")).unwrap()).unwrap();
+    let made = |class: &str, changes: Value| {
+        let dense = class == "KeyeVL2ForConditionalGeneration";
+        let mut tensors = Vec::new();
+        for name in original.names() {
+            let StoredTensor { mut shape, bytes, dtype, .. } = original.get(name).unwrap();
+            let (mut name, mut bytes) = (name.to_owned(), &bytes[..]);
+            if name.ends_with(".mlp.gate.weight") {
+                if dense {
+                    continue;
+                }
+                shape[0] = 1;
+                bytes = &bytes[..4 * shape[1]];
+            } else if let Some((mlp, rest)) = name.split_once(".experts.") {
+                let Some(projection) = rest.strip_prefix("0.") else { continue };
+                if dense {
+                    name = format!("{mlp}.{projection}");
+                }
+            }
+            tensors.push((NewTensor { name, dtype, shape }, bytes.to_vec()));
+        }
+        let mut config = config.clone();
+        config["architectures"] = json!([class]);
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let dir = root.path().join(class);
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("config.json"), config.to_string()).unwrap();
+        let tensors: Vec<_> = tensors.iter().map(|(tensor, bytes)| (tensor.clone(), &bytes[..])).collect();
+        write_file(&dir.join("model.safetensors"), &tensors).unwrap();
+        logits(&dir)
+    };
+    let one = made("KeyeVL2MoeForConditionalGeneration", json!({"num_experts": 1, "num_experts_per_tok": 1}));
+    let dense = made("KeyeVL2ForConditionalGeneration", json!({"intermediate_size": 40}));
+    let config = ModelConfig::load(&root.path().join("KeyeVL2ForConditionalGeneration")).unwrap();
+    assert!(config.text.experts.is_none() && config.text.indexer.is_some());
+    let largest = one.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+    assert!(one.iter().zip(&dense).all(|(a, b)| (a - b).abs() <= 1e-5 * largest));
 }
 
 #[test]
