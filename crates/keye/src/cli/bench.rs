@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
 use keye::presets::{Preset, Sizes};
@@ -10,7 +10,7 @@ use keye::random_checkpoint;
 use keye::{Device, DeviceOptions, KvDtype};
 use keye_processor::{Dtype, PackedFormat};
 
-use super::args::KvCache;
+use super::args::{KvCache, check_output};
 use super::bench_model::{Model, measure};
 use super::failure::{Interrupted, Usage};
 use super::signals;
@@ -22,7 +22,7 @@ Examples:
   keye bench --preset keye-vl-8b --quant int8 --only prefill,decode --json
   keye bench --model ./model --only start,decode --contexts 128,32768
   keye bench --preset keye-vl-2 --layers 12 --only decode
-  keye bench --preset keye-vl-2 --context-curve --kv-cache bf16
+  keye bench --preset keye-vl-2 --context-curve --kv-cache bf16 --svg curve.svg
   keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b --quant int4
   keye bench --write-checkpoint /tmp/tiny --preset keye-tiny --dtype f32
 
@@ -48,6 +48,9 @@ pub struct Args {
     /// Only what attention costs a token behind 1K to 256K others, sparse and dense
     #[arg(long, requires = "preset", conflicts_with_all = ["only", "quant", "write_checkpoint", "layers", "dir", "tp"])]
     context_curve: bool,
+    /// The context curve as a picture too
+    #[arg(long, value_name = "FILE.svg", requires = "context_curve")]
+    svg: Option<PathBuf>,
     /// What to measure [default: everything]
     #[arg(long, value_name = "PARTS", value_delimiter = ',', conflicts_with = "write_checkpoint")]
     only: Vec<Part>,
@@ -155,17 +158,21 @@ pub fn run(args: Args) -> Result<()> {
         if args.device != Device::Cpu {
             return Err(Usage("--context-curve measures the CPU: leave --device out".into()).into());
         }
+        args.svg.as_deref().map_or(Ok(()), check_output)?;
         let config = sizes.model_config(Dtype::Bf16)?;
         let threads = args.threads.map(usize::from);
         let curve = super::bench_context::measure(&config, threads, args.kv_cache.dtype(), &mut status, &|| {
             guard.interrupted()
         });
-        return match curve {
-            Err(_) if guard.interrupted() => Err(Interrupted.into()),
-            Err(error) => Err(error),
-            Ok(curve) if args.json => ui::out(&format!("{:#}\n", curve.json())),
-            Ok(curve) => ui::out(&curve.text()),
+        let curve = match curve {
+            Err(_) if guard.interrupted() => return Err(Interrupted.into()),
+            curve => curve?,
         };
+        if let Some(path) = &args.svg {
+            let picture = super::bench_context_svg::svg(&curve);
+            std::fs::write(path, picture).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        return ui::out(&if args.json { format!("{:#}\n", curve.json()) } else { curve.text() });
     }
     let result = match (&args.write_checkpoint, preset) {
         (Some(dir), Some(preset)) => {

@@ -4,6 +4,7 @@ mod args;
 mod ask;
 mod bench;
 mod bench_context;
+mod bench_context_svg;
 mod bench_model;
 mod bench_report;
 mod chat;
