@@ -11,6 +11,9 @@ use crate::{Clip, Media, Rng, Sample, Split, Story, Task, Turn, text};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct World {
     split: Split,
+    questions: u32,
+    /// A bit for each of [`Task::ALL`].
+    tasks: u16,
 }
 
 /// Streams of numbers, so that kinds of samples do not share stories.
@@ -23,7 +26,7 @@ enum Stream {
     Question = 5,
 }
 
-/// Most questions about one clip.
+/// Most questions about one clip, unless told otherwise.
 const QUESTIONS: u32 = 4;
 /// How many stories are tried for a question of a given kind.
 const STORIES: u64 = 256;
@@ -34,7 +37,19 @@ const MEDIA: &str = "0";
 impl World {
     /// A split of the world.
     pub fn new(split: Split) -> Self {
-        Self { split }
+        Self { split, questions: QUESTIONS, tasks: u16::MAX }
+    }
+
+    /// The same world with one to `most` questions a sample, where its story has so many; at least 1.
+    #[must_use]
+    pub fn with_questions(self, most: u32) -> Self {
+        Self { questions: most.max(1), ..self }
+    }
+
+    /// The same world that asks only these, where its story allows; a caption where it does not.
+    #[must_use]
+    pub fn with_tasks(self, tasks: &[Task]) -> Self {
+        Self { tasks: tasks.iter().fold(0, |set, task| set | 1 << *task as u16), ..self }
     }
 
     /// Its split.
@@ -42,7 +57,7 @@ impl World {
         self.split
     }
 
-    /// A clip and one to four questions about it.
+    /// A clip and one to four questions about it ([`World::with_questions`]).
     pub fn clip(&self, index: u64) -> Sample {
         let mut rng = self.rng(Stream::Clip, index);
         let emphasis = *rng.pick(&Emphasis::ALL);
@@ -51,7 +66,7 @@ impl World {
         self.sample(Stream::Clip, index, story, turns)
     }
 
-    /// A picture and one to four questions about it.
+    /// A picture and one to four questions about it ([`World::with_questions`]).
     pub fn still(&self, index: u64) -> Sample {
         let mut rng = self.rng(Stream::Still, index);
         let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
@@ -119,13 +134,14 @@ impl World {
     }
 
     fn turns(&self, rng: &mut Rng, story: &Story) -> Vec<Turn> {
-        let wanted = rng.range(1, QUESTIONS) as usize;
+        let wanted = rng.range(1, self.questions) as usize;
         let mut turns: Vec<Turn> = Vec::new();
-        for _ in 0..QUESTIONS * 6 {
+        for _ in 0..self.questions * 6 {
             let task = *rng.pick(&Task::ALL);
             let long = matches!(task, Task::Caption | Task::DenseCaption);
             let known = |turn: &Turn| turn.task == task && (long || task == Task::Reading || task == Task::When);
-            if turns.len() == wanted || turns.iter().any(known) {
+            let asked = self.tasks >> task as u16 & 1 == 1;
+            if !asked || turns.len() == wanted || turns.iter().any(known) {
                 continue;
             }
             if let Some(turn) = ask(rng, story, task).filter(|turn| turns.iter().all(|t| t.question != turn.question)) {

@@ -157,6 +157,16 @@ fn every_task_has_questions_and_no_answer_fits_most() {
 }
 
 #[test]
+fn more_questions_are_asked_of_the_same_clips() {
+    let (few, many) = (World::new(Split::Train), World::new(Split::Train).with_questions(8));
+    let most = |world: World| (0..200).map(|index| world.clip(index).turns.len()).max();
+    assert_eq!((most(few), most(many)), (Some(4), Some(8)));
+    assert!((0..20).all(|index| few.clip(index).story == many.clip(index).story));
+    let captions = few.with_tasks(&[Task::Caption]);
+    assert!((0..20).all(|index| matches!(&captions.still(index).turns[..], [turn] if turn.task == Task::Caption)));
+}
+
+#[test]
 fn samples_are_the_same_everywhere() {
     let sum = |clip: &Clip| {
         clip.frames().flatten().fold(0u64, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)))

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use keye_world::Split;
+use keye_world::{Split, Task};
 use serde::Deserialize;
 
 use crate::TrainError;
@@ -41,6 +41,16 @@ pub struct SourceConfig {
     /// Part of the world: train, validation or test.
     #[serde(default = "train")]
     pub split: String,
+    /// Most questions about one sample of the world; it has one to so many. More of them see more of a clip for the same
+    /// work of the vision tower.
+    #[serde(default = "questions")]
+    pub questions: u32,
+    /// What is asked about samples of the world; all that can be, unless told otherwise.
+    #[serde(default = "all_tasks")]
+    pub tasks: Vec<Task>,
+    /// Number of the first sample, so that a stage sees others than those before it.
+    #[serde(default)]
+    pub first: u64,
     /// Files of records (§3.4); excludes `world`.
     #[serde(default)]
     pub parquet: Vec<PathBuf>,
@@ -78,6 +88,14 @@ fn train() -> String {
     "train".into()
 }
 
+fn questions() -> u32 {
+    4
+}
+
+fn all_tasks() -> Vec<Task> {
+    Task::ALL.to_vec()
+}
+
 fn one() -> u32 {
     1
 }
@@ -93,7 +111,8 @@ fn ahead() -> usize {
 impl SourceConfig {
     /// Samples of the world's training split.
     pub fn of_world(kind: Kind, weight: u32) -> Self {
-        Self { world: Some(kind), split: train(), parquet: Vec::new(), weight }
+        let (split, questions, tasks) = (train(), questions(), all_tasks());
+        Self { world: Some(kind), split, questions, tasks, first: 0, parquet: Vec::new(), weight }
     }
 
     /// The part of the world.
@@ -154,6 +173,9 @@ impl DataConfig {
         }
         for (i, source) in self.sources.iter().enumerate() {
             source.split()?;
+            if !(1..=64).contains(&source.questions) {
+                return wrong(format!("source {i}: questions: expected 1 to 64, found {}", source.questions));
+            }
             if source.world.is_some() != source.parquet.is_empty() {
                 return wrong(format!("source {i}: expected either world or parquet, found both or neither"));
             }

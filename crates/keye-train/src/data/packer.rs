@@ -46,14 +46,18 @@ impl Packer {
         let mut sources = Vec::with_capacity(config.sources.len());
         for source in &config.sources {
             sources.push(match source.world {
-                Some(kind) => Source::World(World::new(source.split()?), kind),
+                Some(kind) => {
+                    let world = World::new(source.split()?).with_questions(source.questions);
+                    Source::World(world.with_tasks(&source.tasks), kind)
+                }
                 #[cfg(feature = "parquet")]
                 None => Source::Rows(super::rows::Rows::open(&source.parquet, config.seed)?),
                 #[cfg(not(feature = "parquet"))]
                 None => return Err(TrainError::Data("files of records need a build with the feature parquet".into())),
             });
         }
-        let state = State { drawn: 0, next: vec![0; sources.len()], held: None };
+        let next = config.sources.iter().map(|source| source.first).collect();
+        let state = State { drawn: 0, next, held: None };
         let encoder = Encoder::new(processor).with_targets(config.targets);
         Ok(Self { config, encoder, sources, state })
     }

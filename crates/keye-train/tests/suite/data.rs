@@ -201,8 +201,10 @@ fn configs_that_contradict_themselves_are_refused() {
     let mixed = DataConfig::of_world(&[(Kind::Pair, 1), (Kind::Clip, 1)], 512, 0);
     let mut split = good.clone();
     split.sources[0].split = "dev".into();
+    let mut silent = good.clone();
+    silent.sources[0].questions = 0;
     let none = DataConfig { sources: Vec::new(), ..good.clone() };
-    for config in [both, mixed, split, none, DataConfig { max_tokens: 0, ..good }] {
+    for config in [both, mixed, split, silent, none, DataConfig { max_tokens: 0, ..good }] {
         assert!(matches!(Stream::new(config, Arc::clone(&processor)), Err(TrainError::Data(_))));
     }
 }
