@@ -47,7 +47,8 @@ DEVICE float row_scale(const E*, const float*, u64, u32) {
 }
 
 DEVICE float row_scale(const i8*, const float* scales, u64 place, u32 head_dim) {
-    return scales[place / head_dim];
+    // In eighths, which fit 32 bits: a division of 64 bits is a call, and spills. Rows of bytes are whole eighths (`fetch`).
+    return scales[(u32)(place >> 3) / (head_dim >> 3)];
 }
 
 /// `work[i]` = {row, base, keys}; a block has 4 rows of a head. Shared memory: 8 head_dim + 768 bytes a warp.
