@@ -1,8 +1,10 @@
-//! AdamW with parameter groups, clipping by the global norm, and learning-rate schedules (spec §4.2 and 4.3).
+//! AdamW and Muon with parameter groups, clipping by the global norm, and learning-rate schedules (spec §2.3, 4.2 and 4.3).
 
 use keye_backend::Isa;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
+use crate::muon;
 use crate::ops::kernels;
 use crate::params::{Gradients, Layout, Params};
 
@@ -32,9 +34,22 @@ impl Schedule {
     }
 }
 
+/// How gradients become steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// AdamW for every tensor.
+    #[default]
+    AdamW,
+    /// Muon for the matrices inside layers and the projector, AdamW for the rest: embeddings, output head, vectors.
+    Muon,
+}
+
 /// What one group of tensors has of its own.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Group {
+    /// How its gradients become steps.
+    pub optimizer: Optimizer,
     /// Factor of the learning rate.
     pub lr_scale: f32,
     /// Weight decay.
@@ -42,10 +57,12 @@ pub struct Group {
 }
 
 /// The group of every tensor: the vision tower learns at `vision_lr` times the rate; vectors (norms, biases) do not decay.
-pub fn groups(layout: &Layout, vision_lr: f32, decay: f32) -> Vec<Group> {
+pub fn groups(layout: &Layout, optimizer: Optimizer, vision_lr: f32, decay: f32) -> Vec<Group> {
     let group = |tensor: &keye_model::TensorShape| {
         let is_matrix = tensor.shape.len() > 1 && !tensor.name.ends_with("bias");
+        let inside = is_matrix && (tensor.name.contains(".layers.") || tensor.name.starts_with("mlp_AR."));
         Group {
+            optimizer: if inside { optimizer } else { Optimizer::AdamW },
             lr_scale: if tensor.name.starts_with("visual.") { vision_lr } else { 1.0 },
             decay: if is_matrix { decay } else { 0.0 },
         }
@@ -53,12 +70,12 @@ pub fn groups(layout: &Layout, vision_lr: f32, decay: f32) -> Vec<Group> {
     layout.tensors().iter().map(group).collect()
 }
 
-/// AdamW, betas 0.9 and 0.95, epsilon 1e-8.
+/// What an optimiser remembers. AdamW: betas 0.9 and 0.95, epsilon 1e-8; Muon: momentum 0.95, of Nesterov's kind.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AdamW {
+pub struct Means {
     /// Running means of gradients.
     pub m: Vec<f32>,
-    /// Running means of their squares.
+    /// Running means of their squares; zero for what Muon trains.
     pub v: Vec<f32>,
     /// Steps taken.
     pub steps: u64,
@@ -69,7 +86,7 @@ const EPS: f32 = 1e-8;
 /// Elements of a task.
 const PART: usize = 1 << 13;
 
-impl AdamW {
+impl Means {
     /// No steps taken yet.
     pub fn new(layout: &Layout) -> Self {
         Self { m: vec![0.0; layout.len()], v: vec![0.0; layout.len()], steps: 0 }
@@ -100,6 +117,11 @@ impl AdamW {
         for (i, group) in groups.iter().enumerate().filter(|(i, _)| gradients.trained()[*i]) {
             let range = layout.range(i);
             let lr = (lr * f64::from(group.lr_scale)) as f32;
+            if group.optimizer == Optimizer::Muon {
+                let (p, g) = (&mut params.values[range.clone()], &gradients.values[range.clone()]);
+                muon::step(isa, layout.tensors()[i].shape[0], p, g, &mut self.m[range], factor, lr, group.decay);
+                continue;
+            }
             let p =
                 params.values[range.clone()].par_chunks_mut(PART).zip(gradients.values[range.clone()].par_chunks(PART));
             let mv = self.m[range.clone()].par_chunks_mut(PART).zip(self.v[range].par_chunks_mut(PART));

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint_dir::{gather, io};
-use crate::{Layout, Schedule, TrainError};
+use crate::{Layout, Optimizer, Precision, Schedule, TrainError};
 
 /// What is learnt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,12 @@ pub struct Recipe {
     /// Decay of matrices.
     #[serde(default = "weight_decay")]
     pub weight_decay: f32,
+    /// How gradients become steps.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// What the operands of products with weights are rounded to.
+    #[serde(default)]
+    pub precision: Precision,
     /// Largest global norm of the gradient.
     #[serde(default = "clip")]
     pub clip: f64,

@@ -10,11 +10,11 @@ use serde_json::Value;
 
 use crate::checkpoint_dir::{ExportDtype, export, io, load_params};
 use crate::metrics::{Metrics, StepMetrics};
-use crate::optimizer::{AdamW, groups};
+use crate::optimizer::{Means, groups};
 use crate::params::{Gradients, Params};
 use crate::recipe::{Objective, Recipe, Weighting};
 use crate::state::State;
-use crate::{Model, Pack, PackSource, TrainError, training_flops};
+use crate::{Model, Pack, PackSource, Precision, TrainError, training_flops};
 
 /// Steps in a row without a finite gradient after which a run gives up.
 const LOST: u32 = 10;
@@ -30,15 +30,19 @@ pub enum Outcome {
 
 /// The model that a recipe's files describe.
 pub fn load_model(recipe: &Recipe, isa: Isa) -> Result<Model, TrainError> {
-    let mut model = model_of(recipe.gather()?.path(), isa)?;
+    let mut model = model_in(recipe.gather()?.path(), isa, recipe.precision)?;
     model.recompute = recipe.recompute;
     Ok(model)
 }
 
 /// The model that the small files of a checkpoint directory describe.
 pub fn model_of(dir: &Path, isa: Isa) -> Result<Model, TrainError> {
+    model_in(dir, isa, Precision::F32)
+}
+
+fn model_in(dir: &Path, isa: Isa, precision: Precision) -> Result<Model, TrainError> {
     let processor = Processor::load(dir, &Overrides::default())?;
-    Model::new(&processor.config, &processor.media.processor, isa)
+    Model::new(&processor.config, &processor.media.processor, isa, precision)
 }
 
 /// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step, and as often as the recipe says of
@@ -65,7 +69,7 @@ pub fn run(
     let layout = model.layout();
     let trained = recipe.trained(layout)?;
     let mut state =
-        State { step: 0, params: model.init(recipe.seed), optimizer: AdamW::new(layout), loader: Value::Null };
+        State { step: 0, params: model.init(recipe.seed), optimizer: Means::new(layout), loader: Value::Null };
     let terms = recipe.terms();
     if state.resume(&folder, &trained, &terms)? {
         source.restore(&state.loader)?;
@@ -73,7 +77,7 @@ pub fn run(
         load_params(model, &start_dir(start, out), &mut state.params)?;
     }
     let mut metrics = Metrics::open(&folder, state.step)?;
-    let groups = groups(layout, recipe.vision_lr, recipe.weight_decay);
+    let groups = groups(layout, recipe.optimizer, recipe.vision_lr, recipe.weight_decay);
     let mut gradients = Gradients::zeros(layout, trained.clone());
     let schedule = recipe.schedule();
     let mut lost = 0;

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::TrainError;
 use crate::checkpoint_dir::{STATE_JSON, STATE_TENSORS, gather, io, partial};
-use crate::optimizer::AdamW;
+use crate::optimizer::Means;
 use crate::params::Params;
 
 /// Checkpoints that stay.
@@ -27,7 +27,7 @@ pub(crate) struct State {
     /// Steps done.
     pub(crate) step: u64,
     pub(crate) params: Params,
-    pub(crate) optimizer: AdamW,
+    pub(crate) optimizer: Means,
     /// The loader's, after the packs of the last step.
     pub(crate) loader: Value,
 }

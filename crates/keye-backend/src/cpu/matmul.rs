@@ -13,6 +13,8 @@ use rayon::prelude::*;
 use super::Isa;
 use super::isa::{Simd, dispatch};
 
+pub use super::matmul_bf16::{has_bf16, par_matmul_bf16};
+
 /// Elements of k whose products with a block of columns stay in the second-level cache.
 const K_BLOCK: usize = 384;
 /// Columns of a packed block.
@@ -22,17 +24,19 @@ const MR_WIDE: usize = 12;
 const MR: usize = 6;
 /// Most columns of a tile: two vectors.
 const NR: usize = 32;
+/// Rows of a task.
+const CHUNK: std::ops::Range<usize> = 8 * MR_WIDE..512;
 /// Multiply-adds below which other threads cost more than they save.
 const SMALL: usize = 1 << 17;
 
 /// A matrix in memory: element (r, c) is `data[r * row_stride + c * col_stride]`; one of the strides is 1.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) data: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
 }
 
 impl<'a> Matrix<'a> {
@@ -46,6 +50,11 @@ impl<'a> Matrix<'a> {
     #[must_use]
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    /// `count` rows from `first` on.
+    pub(super) fn below(self, first: usize, count: usize) -> Self {
+        Self { data: &self.data[first * self.row_stride..], rows: count, ..self }
     }
 }
 
@@ -72,15 +81,23 @@ pub fn par_matmul(isa: Isa, a: Matrix<'_>, b: Matrix<'_>, c: &mut [f32], old: Ol
     if c.is_empty() {
         return;
     }
-    let threads = rayon::current_num_threads();
-    if threads == 1 || a.rows * a.cols * b.cols < SMALL {
-        return rows(isa, a, 0, b, c, old);
-    }
-    let chunk = (a.rows.div_ceil(2 * threads)).clamp(8 * MR_WIDE, 512).next_multiple_of(MR_WIDE);
-    c.par_chunks_mut(chunk * b.cols).enumerate().for_each(|(i, c)| rows(isa, a, i * chunk, b, c, old));
+    in_chunks(a, b.cols, c, |first, c| rows(isa, a, first, b, c, old));
 }
 
-fn check(a: &Matrix<'_>, b: &Matrix<'_>, c: &[f32]) {
+/// Calls `part` with the first row and the result's rows of every task of a product.
+pub(super) fn in_chunks(a: Matrix<'_>, n: usize, c: &mut [f32], part: impl Fn(usize, &mut [f32]) + Sync) {
+    let threads = rayon::current_num_threads();
+    if threads == 1 || a.rows * a.cols * n < SMALL {
+        return part(0, c);
+    }
+    // Two tasks a thread, unless they are so small that packing columns for each would cost more than a thread that waits.
+    let wanted = a.rows.div_ceil(2 * threads);
+    let chunk = if wanted < CHUNK.start { a.rows.div_ceil(threads).max(4 * MR_WIDE) } else { wanted.min(CHUNK.end) };
+    let chunk = chunk.next_multiple_of(MR_WIDE);
+    c.par_chunks_mut(chunk * n).enumerate().for_each(|(i, c)| part(i * chunk, c));
+}
+
+pub(super) fn check(a: &Matrix<'_>, b: &Matrix<'_>, c: &[f32]) {
     assert_eq!(a.cols, b.rows, "inner dimensions");
     assert_eq!(c.len(), a.rows * b.cols, "elements of the result");
 }

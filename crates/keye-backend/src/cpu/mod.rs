@@ -8,6 +8,7 @@ mod gemm;
 pub(crate) mod isa;
 mod latent;
 pub mod matmul;
+mod matmul_bf16;
 mod pool;
 mod quantized;
 #[cfg(target_arch = "x86_64")]

@@ -17,6 +17,9 @@ pub enum Kind {
     Still,
     /// The world in words alone.
     Text,
+    /// The same captions without a question or roles: a picture, then text that is learnt as a whole (`segments`). They take
+    /// two thirds of the tokens that asking for a caption does.
+    Caption,
     /// Stills with captions, for contrastive training.
     Pair,
 }

@@ -2,7 +2,7 @@
 
 use keye_media::{MediaItem, MediaKind};
 use keye_world::{Clip, Media, Sample};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What is said.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,9 +55,18 @@ impl Example {
 
     /// A picture of the world and its caption.
     pub fn pair(sample: &Sample) -> Self {
-        let caption = sample.turns.first().map(|turn| turn.answer.clone()).unwrap_or_default();
-        Self { uuid: sample.uuid.clone(), body: Body::Caption(caption), media: visuals(sample) }
+        Self { uuid: sample.uuid.clone(), body: Body::Caption(answer(sample)), media: visuals(sample) }
     }
+
+    /// The same, as a document.
+    pub fn caption(sample: &Sample) -> Self {
+        let parts = vec![json!({"type": "image"}), json!({"type": "text", "text": answer(sample)})];
+        Self { uuid: sample.uuid.clone(), body: Body::Segments(parts), media: visuals(sample) }
+    }
+}
+
+fn answer(sample: &Sample) -> String {
+    sample.turns.first().map(|turn| turn.answer.clone()).unwrap_or_default()
 }
 
 fn visuals(sample: &Sample) -> Vec<Visual> {

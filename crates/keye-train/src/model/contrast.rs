@@ -9,7 +9,7 @@ use keye_processor::ModelConfig;
 use super::vision::{layer_norm, linear};
 use crate::TrainError;
 use crate::ops::attention::{Attended, Attention, Span};
-use crate::ops::linear::Linear;
+use crate::ops::linear::{Linear, Precision};
 use crate::ops::norm::{Norm, Stats};
 use crate::ops::{heads, kernels, rows};
 use crate::pack::Pack;
@@ -144,20 +144,20 @@ struct Pooled {
 }
 
 impl Contrast {
-    pub(crate) fn new(layout: &Layout, config: &ModelConfig) -> Result<Self, TrainError> {
+    pub(crate) fn new(layout: &Layout, config: &ModelConfig, precision: Precision) -> Result<Self, TrainError> {
         let d = config.vision.hidden_size;
         let weight = layout.slot(&format!("{HEAD}.attention.in_proj_weight"))?;
         let bias = layout.slot(&format!("{HEAD}.attention.in_proj_bias"))?;
-        let part = |i: usize| Linear { weight: weight.part(i * d, d), bias: Some(bias.columns(i * d, d)) };
+        let part = |i: usize| Linear { weight: weight.part(i * d, d), bias: Some(bias.columns(i * d, d)), precision };
         Ok(Self {
             heads: config.vision.num_attention_heads,
             probe: layout.slot(&format!("{HEAD}.probe"))?,
             in_proj: [part(0), part(1), part(2)],
-            out_proj: linear(layout, &format!("{HEAD}.attention.out_proj"))?,
+            out_proj: linear(layout, precision, &format!("{HEAD}.attention.out_proj"))?,
             layernorm: layer_norm(layout, &format!("{HEAD}.layernorm"), config.vision.layer_norm_eps)?,
-            fc1: linear(layout, &format!("{HEAD}.mlp.fc1"))?,
-            fc2: linear(layout, &format!("{HEAD}.mlp.fc2"))?,
-            text_projection: Linear { weight: layout.slot(TEXT_PROJECTION)?, bias: None },
+            fc1: linear(layout, precision, &format!("{HEAD}.mlp.fc1"))?,
+            fc2: linear(layout, precision, &format!("{HEAD}.mlp.fc2"))?,
+            text_projection: Linear { weight: layout.slot(TEXT_PROJECTION)?, bias: None, precision },
             logit_scale: layout.slot(LOGIT_SCALE)?,
             logit_bias: layout.slot(LOGIT_BIAS)?,
         })

@@ -7,7 +7,7 @@ use keye_processor::TextConfig;
 use crate::TrainError;
 use crate::ops::attention::{Attended, Attention, Span};
 use crate::ops::heads::{self, Angles, frequencies};
-use crate::ops::linear::Linear;
+use crate::ops::linear::{Linear, Precision};
 use crate::ops::norm::{Norm, Stats};
 use crate::ops::{kernels, rows};
 use crate::params::{Gradients, Layout, Params, Slot};
@@ -72,7 +72,7 @@ pub(crate) struct Trace {
 }
 
 impl Decoder {
-    pub(crate) fn new(layout: &Layout, config: &TextConfig) -> Result<Self, TrainError> {
+    pub(crate) fn new(layout: &Layout, config: &TextConfig, precision: Precision) -> Result<Self, TrainError> {
         if config.experts.is_some() || config.indexer.is_some() {
             return Err(TrainError::Model(
                 "experts and sparse attention are not trained; a dense 1.5 is expected".into(),
@@ -83,7 +83,7 @@ impl Decoder {
         };
         let linear = |name: String, bias: bool| -> Result<Linear, TrainError> {
             let bias = if bias { Some(layout.slot(&format!("{name}.bias"))?) } else { None };
-            Ok(Linear { weight: layout.slot(&format!("{name}.weight"))?, bias })
+            Ok(Linear { weight: layout.slot(&format!("{name}.weight"))?, bias, precision })
         };
         let layers = (0..config.num_hidden_layers)
             .map(|i| {

@@ -13,6 +13,7 @@ use keye_media::ProcessorConfig;
 use keye_processor::{ModelConfig, Variant};
 
 use crate::ops::attention::self_spans;
+use crate::ops::linear::Precision;
 use crate::params::{Gradients, Layout, Params};
 use crate::{Pack, TrainError};
 use contrast::Contrast;
@@ -35,7 +36,12 @@ pub struct Model {
 
 impl Model {
     /// The model of a config.json; `processor` says how bytes become pixel values. Errors: not a dense 1.5.
-    pub fn new(config: &ModelConfig, processor: &ProcessorConfig, isa: Isa) -> Result<Self, TrainError> {
+    pub fn new(
+        config: &ModelConfig,
+        processor: &ProcessorConfig,
+        isa: Isa,
+        precision: Precision,
+    ) -> Result<Self, TrainError> {
         if config.variant != Variant::V1_5 {
             return Err(TrainError::Model(format!(
                 "{} is not trained; a Keye-VL-1.5 is expected",
@@ -46,10 +52,10 @@ impl Model {
         tensors.extend(contrast::tensors(config));
         let layout = Arc::new(Layout::new(tensors));
         Ok(Self {
-            vision: Vision::new(&layout, &config.vision, processor)?,
-            projector: Projector::new(&layout)?,
-            decoder: Decoder::new(&layout, &config.text)?,
-            contrast: Contrast::new(&layout, config)?,
+            vision: Vision::new(&layout, &config.vision, processor, precision)?,
+            projector: Projector::new(&layout, precision)?,
+            decoder: Decoder::new(&layout, &config.text, precision)?,
+            contrast: Contrast::new(&layout, config, precision)?,
             config: config.clone(),
             layout,
             isa,

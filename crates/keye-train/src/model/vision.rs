@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::TrainError;
 use crate::ops::attention::{Attended, Attention, Span, self_spans};
 use crate::ops::heads::{self, Angles, frequencies};
-use crate::ops::linear::Linear;
+use crate::ops::linear::{Linear, Precision};
 use crate::ops::norm::{Norm, Stats};
 use crate::ops::{kernels, rows};
 use crate::pack::{PATCH_VALUES, Pack};
@@ -71,8 +71,9 @@ pub(crate) struct Trace {
     spans: Vec<Span>,
 }
 
-pub(crate) fn linear(layout: &Layout, name: &str) -> Result<Linear, TrainError> {
-    Ok(Linear { weight: layout.slot(&format!("{name}.weight"))?, bias: Some(layout.slot(&format!("{name}.bias"))?) })
+pub(crate) fn linear(layout: &Layout, precision: Precision, name: &str) -> Result<Linear, TrainError> {
+    let (weight, bias) = (layout.slot(&format!("{name}.weight"))?, Some(layout.slot(&format!("{name}.bias"))?));
+    Ok(Linear { weight, bias, precision })
 }
 
 pub(crate) fn layer_norm(layout: &Layout, name: &str, eps: f32) -> Result<Norm, TrainError> {
@@ -80,7 +81,12 @@ pub(crate) fn layer_norm(layout: &Layout, name: &str, eps: f32) -> Result<Norm, 
 }
 
 impl Vision {
-    pub(crate) fn new(layout: &Layout, config: &VisionConfig, processor: &ProcessorConfig) -> Result<Self, TrainError> {
+    pub(crate) fn new(
+        layout: &Layout,
+        config: &VisionConfig,
+        processor: &ProcessorConfig,
+        precision: Precision,
+    ) -> Result<Self, TrainError> {
         if config.num_channels * config.patch_size * config.patch_size != PATCH_VALUES || config.spatial_merge_size != 2
         {
             return Err(TrainError::Model(format!(
@@ -100,20 +106,20 @@ impl Vision {
                 let at = format!("{tower}.encoder.layers.{i}");
                 Ok(Layer {
                     layer_norm1: layer_norm(layout, &format!("{at}.layer_norm1"), eps)?,
-                    q_proj: linear(layout, &format!("{at}.self_attn.q_proj"))?,
-                    k_proj: linear(layout, &format!("{at}.self_attn.k_proj"))?,
-                    v_proj: linear(layout, &format!("{at}.self_attn.v_proj"))?,
-                    out_proj: linear(layout, &format!("{at}.self_attn.out_proj"))?,
+                    q_proj: linear(layout, precision, &format!("{at}.self_attn.q_proj"))?,
+                    k_proj: linear(layout, precision, &format!("{at}.self_attn.k_proj"))?,
+                    v_proj: linear(layout, precision, &format!("{at}.self_attn.v_proj"))?,
+                    out_proj: linear(layout, precision, &format!("{at}.self_attn.out_proj"))?,
                     layer_norm2: layer_norm(layout, &format!("{at}.layer_norm2"), eps)?,
-                    fc1: linear(layout, &format!("{at}.mlp.fc1"))?,
-                    fc2: linear(layout, &format!("{at}.mlp.fc2"))?,
+                    fc1: linear(layout, precision, &format!("{at}.mlp.fc1"))?,
+                    fc2: linear(layout, precision, &format!("{at}.mlp.fc2"))?,
                 })
             })
             .collect::<Result<_, TrainError>>()?;
         let half = frequencies(config.rope_theta, config.hidden_size / config.num_attention_heads / 2);
         Ok(Self {
             pixels: [channel(0), channel(1), channel(2)],
-            patch_embedding: linear(layout, &format!("{tower}.embeddings.patch_embedding"))?,
+            patch_embedding: linear(layout, precision, &format!("{tower}.embeddings.patch_embedding"))?,
             position_embedding: layout.slot(&format!("{tower}.embeddings.position_embedding.weight"))?,
             layers,
             post_layernorm: layer_norm(layout, &format!("{tower}.post_layernorm"), eps)?,
@@ -306,11 +312,11 @@ pub(crate) struct ProjectorTrace {
 }
 
 impl Projector {
-    pub(crate) fn new(layout: &Layout) -> Result<Self, TrainError> {
+    pub(crate) fn new(layout: &Layout, precision: Precision) -> Result<Self, TrainError> {
         Ok(Self {
             pre_norm: layer_norm(layout, "mlp_AR.pre_norm", PROJECTOR_EPS)?,
-            linear_1: linear(layout, "mlp_AR.linear_1")?,
-            linear_2: linear(layout, "mlp_AR.linear_2")?,
+            linear_1: linear(layout, precision, "mlp_AR.linear_1")?,
+            linear_2: linear(layout, precision, "mlp_AR.linear_2")?,
         })
     }
 

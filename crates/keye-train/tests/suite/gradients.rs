@@ -1,9 +1,9 @@
 //! The reverse pass against differences of the forward pass.
 
 use keye_backend::Isa;
-use keye_train::{Gradients, Model, Pack, Params, sigmoid_loss};
+use keye_train::{Gradients, Model, Pack, Params, Precision, sigmoid_loss};
 
-use crate::support::{Numbers, model, packed, sample, stored, weights};
+use crate::support::{Numbers, model, packed, processor, sample, stored, weights};
 
 /// Compares every tensor's gradient with the change of the loss along a random direction of that tensor.
 fn check(model: &Model, params: &Params, loss: &mut dyn FnMut(&Params, Option<&mut Gradients>) -> f64) {
@@ -64,6 +64,27 @@ fn next_token_gradients_equal_differences() {
     let pack = pack(&model);
     let weights = weights(&pack);
     check(&model, &params, &mut |params, gradients| model.next_token(params, gradients, &pack, &weights, 1.0).unwrap());
+}
+
+/// Operands of eight bits of mantissa change gradients by some thousandths, and the model stays the same one.
+#[test]
+fn gradients_in_mixed_precision_are_near_those_in_f32() {
+    let processor = processor();
+    let mixed = Model::new(&processor.config, &processor.media.processor, Isa::detect(), Precision::Bf16).unwrap();
+    let exact = model();
+    let params = exact.init(2);
+    let pack = pack(&exact);
+    let weights = weights(&pack);
+    let of = |model: &Model| {
+        let mut gradients = Gradients::zeros(model.layout(), vec![true; model.layout().tensors().len()]);
+        let loss = model.next_token(&params, Some(&mut gradients), &pack, &weights, 1.0).unwrap();
+        (loss, gradients.values)
+    };
+    let ((loss, want), (near, found)) = (of(&exact), of(&mixed));
+    assert!(loss != near && (loss - near).abs() < 1e-2 * loss, "{loss} {near}");
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+    let off = square(&mut want.iter().zip(&found).map(|(a, b)| a - b)) / square(&mut want.iter().copied());
+    assert!(off > 0.0 && off.sqrt() < 0.03, "{}", off.sqrt());
 }
 
 fn pairs(model: &Model) -> Pack {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use keye_backend::Isa;
 use keye_processor::{Overrides, Processor};
-use keye_train::{Model, PATCH_VALUES, Pack, Params, load_params};
+use keye_train::{Model, PATCH_VALUES, Pack, Params, Precision, load_params};
 
 pub fn fixture() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/keye-1_5-tiny/model"))
@@ -16,7 +16,7 @@ pub fn processor() -> Processor {
 
 pub fn model() -> Model {
     let processor = processor();
-    Model::new(&processor.config, &processor.media.processor, Isa::detect()).unwrap()
+    Model::new(&processor.config, &processor.media.processor, Isa::detect(), Precision::F32).unwrap()
 }
 
 /// The fixture's own weights.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use keye_backend::Isa;
 use keye_train::{
-    AdamW, ExportDtype, Gradients, Model, Outcome, Pack, PackSource, Recipe, Schedule, StepMetrics, TrainError,
-    Weighting, export, groups, load_model, load_params, loss_svg, model_of, run, weights,
+    ExportDtype, Gradients, Means, Model, Optimizer, Outcome, Pack, PackSource, Recipe, Schedule, StepMetrics,
+    TrainError, Weighting, export, groups, load_model, load_params, loss_svg, model_of, run, weights,
 };
 use serde_json::{Value, json};
 
@@ -32,10 +32,15 @@ fn schedules_follow_the_cosine_formula() {
 fn the_vision_tower_learns_at_a_tenth_and_vectors_do_not_decay() {
     let model = model();
     let layout = model.layout();
-    for (tensor, group) in layout.tensors().iter().zip(groups(layout, 0.1, 0.2)) {
+    for (tensor, group) in layout.tensors().iter().zip(groups(layout, Optimizer::Muon, 0.1, 0.2)) {
         assert_eq!(group.lr_scale, if tensor.name.starts_with("visual.") { 0.1 } else { 1.0 }, "{}", tensor.name);
         let vector = tensor.name.ends_with("bias") || tensor.name.contains("norm") || tensor.name.contains("logit_");
         assert_eq!(group.decay, if vector { 0.0 } else { 0.2 }, "{}", tensor.name);
+        let inside =
+            tensor.name.contains("_proj.weight") || tensor.name.contains("fc1.w") || tensor.name.contains(".fc2.w");
+        let inside = inside && tensor.name.contains("layers.") || tensor.name.contains("linear_") && !vector;
+        let muon = group.optimizer == Optimizer::Muon;
+        assert_eq!(muon, inside, "{}", tensor.name);
     }
 }
 
@@ -52,8 +57,9 @@ fn a_first_step_moves_by_the_learning_rate() {
     gradients.values[range.start + 1] = -4.0;
     let start = model.init(1);
     let mut params = start.clone();
-    let mut optimizer = AdamW::new(layout);
-    let norm = optimizer.step(Isa::detect(), &mut params, &gradients, &groups(layout, 0.1, 0.5), 1e-2, 1.0);
+    let mut optimizer = Means::new(layout);
+    let norm =
+        optimizer.step(Isa::detect(), &mut params, &gradients, &groups(layout, Optimizer::AdamW, 0.1, 0.5), 1e-2, 1.0);
     assert_eq!(norm, 5.0);
     for (at, sign) in [(0, 1.0), (1, -1.0), (2, 0.0)] {
         let p = start.values[range.start + at];
@@ -65,7 +71,8 @@ fn a_first_step_moves_by_the_learning_rate() {
     assert!(untouched.into_iter().all(|j| params.values[j] == start.values[j]));
     gradients.values[range.start] = f32::NAN;
     let before = params.clone();
-    let norm = optimizer.step(Isa::detect(), &mut params, &gradients, &groups(layout, 0.1, 0.5), 1e-2, 1.0);
+    let norm =
+        optimizer.step(Isa::detect(), &mut params, &gradients, &groups(layout, Optimizer::AdamW, 0.1, 0.5), 1e-2, 1.0);
     assert!(norm.is_nan() && params == before && optimizer.steps == 1);
 }
 
@@ -146,8 +153,18 @@ fn losses(
 
 #[test]
 fn a_killed_run_goes_on_bit_for_bit() {
+    killed_and_resumed("");
+}
+
+#[test]
+fn so_does_one_with_muon_in_mixed_precision() {
+    killed_and_resumed("\noptimizer = \"muon\"\nprecision = \"bf16\"");
+}
+
+fn killed_and_resumed(how: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let path = recipe(dir.path(), "short", "steps = 9\naccumulate = 2\ncheckpoint_every = 2\ntrained = [\"\"]");
+    let fields = format!("steps = 9\naccumulate = 2\ncheckpoint_every = 2\ntrained = [\"\"]{how}");
+    let path = recipe(dir.path(), "short", &fields);
     let recipe = Recipe::load(&path).unwrap();
     let whole = dir.path().join("whole");
     let (outcome, lines) = losses(&recipe, &whole, None, 0);
