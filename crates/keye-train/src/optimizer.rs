@@ -114,21 +114,25 @@ impl Means {
         let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(self.steps as f64))) as f32;
         let (m_scale, v_scale) = (correction(BETAS[0]), correction(BETAS[1]));
         let layout = params.layout.clone();
-        for (i, group) in groups.iter().enumerate().filter(|(i, _)| gradients.trained()[*i]) {
+        let [mut values, mut m, mut v] = [&mut params.values[..], &mut self.m, &mut self.v];
+        let mut jobs = Vec::new();
+        for (i, group) in groups.iter().enumerate() {
             let range = layout.range(i);
-            let lr = (lr * f64::from(group.lr_scale)) as f32;
-            if group.optimizer == Optimizer::Muon {
-                let (p, g) = (&mut params.values[range.clone()], &gradients.values[range.clone()]);
-                muon::step(isa, layout.tensors()[i].shape[0], p, g, &mut self.m[range], factor, lr, group.decay);
-                continue;
+            let [p, m, v] = [&mut values, &mut m, &mut v].map(|rest| rest.split_off_mut(..range.len()));
+            let (Some(p), Some(m), Some(v)) = (p, m, v) else { break };
+            if gradients.trained()[i] {
+                jobs.push((&layout.tensors()[i], group, p, &gradients.values[range], m, v));
             }
-            let p =
-                params.values[range.clone()].par_chunks_mut(PART).zip(gradients.values[range.clone()].par_chunks(PART));
-            let mv = self.m[range.clone()].par_chunks_mut(PART).zip(self.v[range].par_chunks_mut(PART));
-            p.zip(mv).for_each(|((p, g), (m, v))| {
-                kernels::adamw(isa, p, g, m, v, factor, BETAS, m_scale, v_scale, EPS, lr, group.decay);
-            });
         }
+        jobs.into_par_iter().for_each(|(tensor, group, p, g, m, v)| {
+            let lr = (lr * f64::from(group.lr_scale)) as f32;
+            match group.optimizer {
+                Optimizer::AdamW => {
+                    kernels::adamw(isa, p, g, m, v, factor, BETAS, m_scale, v_scale, EPS, lr, group.decay);
+                }
+                Optimizer::Muon => muon::step(isa, tensor.shape[0], p, g, m, factor, lr, group.decay),
+            }
+        });
         norm
     }
 }

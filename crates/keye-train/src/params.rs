@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use keye_model::TensorShape;
+use rayon::prelude::*;
 
 use crate::TrainError;
 
@@ -152,6 +153,11 @@ impl Gradients {
     /// Whether a tensor is trained.
     pub fn trained(&self) -> &[bool] {
         &self.trained
+    }
+
+    /// Adds those of the same tensors.
+    pub fn add(&mut self, other: &Self) {
+        self.values.par_iter_mut().zip(&other.values).for_each(|(to, from)| *to += from);
     }
 
     /// Forgets the sums.

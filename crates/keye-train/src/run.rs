@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use keye_backend::Isa;
 use keye_processor::{Overrides, Processor};
+use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::checkpoint_dir::{ExportDtype, export, io, load_params};
@@ -137,6 +138,9 @@ pub fn run(
 
 /// The loss of a step of these packs, as the recipe weights it; its gradients are added up where they are wanted.
 ///
+/// Packs are computed side by side, one on each thread, and their gradients added in order, so that threads wait for one another
+/// once a step and the sums do not depend on how many there are.
+///
 /// # Errors
 /// Packs that do not fit the model or have nothing to learn.
 pub fn loss_of(
@@ -146,23 +150,30 @@ pub fn loss_of(
     mut gradients: Option<&mut Gradients>,
     packs: &[Pack],
 ) -> Result<f64, TrainError> {
+    let weights: Vec<Vec<f32>> = packs.iter().map(|pack| weights(pack, recipe.weighting)).collect();
+    let total: f64 = match recipe.objective {
+        Objective::NextToken => weights.iter().flatten().map(|w| f64::from(*w)).sum(),
+        Objective::Contrastive => packs.len() as f64,
+    };
+    if total == 0.0 {
+        return Err(TrainError::Pack("no token of the step carries loss".into()));
+    }
+    let one = |pack: &Pack, weights: &[f32], gradients: Option<&mut Gradients>| match recipe.objective {
+        Objective::NextToken => model.next_token(params, gradients, pack, weights, (1.0 / total) as f32),
+        Objective::Contrastive => model.contrastive(params, gradients, pack, (1.0 / total) as f32),
+    };
     let mut loss = 0.0;
-    match recipe.objective {
-        Objective::NextToken => {
-            let weights: Vec<Vec<f32>> = packs.iter().map(|pack| weights(pack, recipe.weighting)).collect();
-            let total: f64 = weights.iter().flatten().map(|w| f64::from(*w)).sum();
-            if total == 0.0 {
-                return Err(TrainError::Pack("no token of the step carries loss".into()));
-            }
-            for (pack, weights) in packs.iter().zip(&weights) {
-                let gradients = gradients.as_deref_mut();
-                loss += model.next_token(params, gradients, pack, weights, (1.0 / total) as f32)? / total;
-            }
-        }
-        Objective::Contrastive => {
-            for pack in packs {
-                let share = 1.0 / packs.len() as f64;
-                loss += model.contrastive(params, gradients.as_deref_mut(), pack, share as f32)? * share;
+    let lanes = rayon::current_num_threads();
+    for (packs, weights) in packs.chunks(lanes).zip(weights.chunks(lanes)) {
+        let trained = gradients.as_ref().map(|gradients| gradients.trained().to_vec());
+        let parts = packs.par_iter().zip(weights).map(|(pack, weights)| {
+            let mut part = trained.clone().map(|trained| Gradients::zeros(model.layout(), trained));
+            Ok((one(pack, weights, part.as_mut())?, part))
+        });
+        for (sum, part) in parts.collect::<Result<Vec<_>, TrainError>>()? {
+            loss += sum / total;
+            if let (Some(gradients), Some(part)) = (gradients.as_deref_mut(), part) {
+                gradients.add(&part);
             }
         }
     }
