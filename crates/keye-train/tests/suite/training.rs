@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use keye_backend::Isa;
+use keye_train::data::DataConfig;
 use keye_train::{
     ExportDtype, Gradients, Means, Model, Optimizer, Outcome, Pack, PackSource, Recipe, Schedule, StepMetrics,
     TrainError, Weighting, export, groups, load_model, load_params, loss_svg, model_of, run, weights,
@@ -225,6 +226,24 @@ fn held_out_loss_is_told_and_changes_nothing() {
     let text = std::fs::read_to_string(dir.path().join("measured/metrics.jsonl")).unwrap();
     let read: Vec<StepMetrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(read, lines);
+}
+
+/// The recipe of keye-nano: every stage can be read, and starts from one before it.
+#[test]
+fn the_stages_of_keye_nano_follow_one_another() {
+    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../recipes/keye-nano"));
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|end| end == "toml"));
+    files.sort();
+    let mut before: Vec<String> = Vec::new();
+    for path in &files {
+        let recipe = Recipe::load(path).unwrap();
+        DataConfig::from_table(&recipe.data).unwrap();
+        recipe.trained(load_model(&recipe, Isa::detect()).unwrap().layout()).unwrap();
+        assert!(recipe.start.iter().all(|start| before.contains(start)), "{}: {:?}", path.display(), recipe.start);
+        before.push(recipe.name);
+    }
+    assert!(before.len() > 9, "{before:?}");
 }
 
 /// A run goes on only by the recipe that it was begun with; what does not change its results may change.

@@ -21,9 +21,9 @@ use super::ui::{self, Status};
 const AFTER_HELP: &str = "\
 Examples:
   keye train run recipes/keye-nano/*.toml --out runs/nano
-  keye train run recipes/keye-nano/7-multitask.toml --out runs/nano
+  keye train run recipes/keye-nano/07-multitask.toml --out runs/nano
   keye train average runs/mean runs/nano/anneal/model runs/other/anneal/model
-  keye train average runs/mean runs/*/anneal/model --measure recipes/keye-nano/8-anneal.toml
+  keye train average runs/mean runs/*/anneal/model --measure recipes/keye-nano/08-anneal.toml
   keye train export runs/nano/sft/model ./keye-nano
   keye train export runs/nano/multitask/step-00000400 ./half-way
   keye ask -m ./keye-nano clip.mp4 \"What happens?\"
