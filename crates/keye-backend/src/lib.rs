@@ -18,6 +18,7 @@
 //! No model names here: what a tensor means is `keye-model`'s business.
 
 mod backend;
+mod coded_rows;
 mod collective;
 mod column_copy;
 pub mod conformance;
@@ -32,12 +33,11 @@ mod host;
 mod input_major;
 mod int8_rows;
 pub mod packed;
-mod quantized_rows;
+mod packed_search;
 mod reference;
 mod select;
 mod spare;
 mod weight;
-mod wide_rows;
 mod wide_tiles;
 
 pub use backend::{

@@ -13,6 +13,8 @@ pub(crate) struct Spare<T>(Mutex<VecDeque<Vec<T>>>);
 
 /// Of activations.
 pub(crate) static FLOATS: Spare<f32> = Spare::new();
+/// Of codes in eight bits.
+pub(crate) static NARROW_CODES: Spare<i8> = Spare::new();
 /// Of codes in fourteen bits.
 pub(crate) static WIDE_CODES: Spare<i16> = Spare::new();
 

@@ -77,11 +77,6 @@ fn unpack_with<const HIGH_BITS: usize>(blocks: &[u8], stride: usize, out: &mut [
     }
 }
 
-/// The row scales of a tile.
-pub(crate) fn row_scales(tile: &[u8]) -> [f32; TILE_ROWS] {
-    std::array::from_fn(|r| f32_at(tile, 4 * r))
-}
-
 /// The values of row `r` of a tile.
 pub(crate) fn unpack_row(high: usize, tile: &[u8], r: usize, out: &mut [f32]) {
     let scale = f32_at(tile, 4 * r);

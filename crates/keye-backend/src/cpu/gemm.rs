@@ -12,9 +12,8 @@ use std::ops::Range;
 use super::isa::{Element, Simd, dispatch};
 use super::pool::{Pool, SyncPtr};
 use super::{Isa, quantized, rows, wide};
+use crate::coded_rows::{NarrowRows, WideRows};
 use crate::host::{Elements, HostTensor, HostWeight};
-use crate::quantized_rows::QuantizedRows;
-use crate::wide_rows::WideRows;
 use crate::{Activation, Dtype};
 
 /// Elements of k that are summed before lanes are added up: a tile of x of this depth stays in the first-level cache.
@@ -43,7 +42,7 @@ pub(crate) enum Finish<'a> {
 /// Activations as the weight is multiplied with.
 enum PackedRows {
     /// In eight bits.
-    Narrow(QuantizedRows),
+    Narrow(NarrowRows),
     /// In fourteen.
     Wide(WideRows),
     /// As they are.
@@ -86,8 +85,8 @@ pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], 
     assert!(jobs.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "disjoint rows");
     assert!(out.rows == x.rows && jobs.last().is_none_or(|job| job.rows.end <= x.rows), "rows");
     let activations = match packed {
-        Some(dtype) if dtype.high_bits().is_some() => PackedRows::Wide(wide::quantize(pool, isa, x)),
-        Some(_) => PackedRows::Narrow(quantized::quantize(pool, isa, x)),
+        Some(dtype) if dtype.high_bits().is_some() => PackedRows::Wide(quantized::rows(pool, isa, x)),
+        Some(_) => PackedRows::Narrow(quantized::rows(pool, isa, x)),
         None => PackedRows::None,
     };
     let width = if packed.is_some() { quantized::PANEL } else { PANEL };

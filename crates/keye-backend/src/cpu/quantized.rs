@@ -1,48 +1,47 @@
 //! Products with packed weights: eight-bit activations times int8 or int4 weights, from the memory map.
 //!
-//! A tile of sixteen outputs is one stream of bytes; a kernel multiplies it with up to [`MAX_ROWS`] rows of activations at
+//! A tile of sixteen outputs is one stream of bytes; a kernel multiplies it with up to eight rows of activations at
 //! once and keeps their sums in registers. With one row the stream comes from memory and the unpacking hides behind the
-//! loads; with many it comes from the cache. What is summed in which order is `quantized_rows`' definition.
+//! loads; with many it comes from the cache. What is summed in which order is `coded_rows`' definition.
 
 use super::Isa;
 use super::pool::{Pool, SyncPtr};
 use crate::Dtype;
+use crate::coded_rows::{Code, CodedRows, NarrowRows};
 use crate::host::HostTensor;
 use crate::packed::{
-    BLOCK_COLS, GROUP, INT4_BLOCK, INT4_CODES, INT4_HEAD, INT4_ZEROS, INT8_BLOCK, TILE_ROWS, scale_code_at, scale_of,
-    tile_bytes,
+    BLOCK_COLS, GROUP, INT4_BLOCK, INT4_CODES, INT4_HEAD, INT4_ZEROS, INT8_BLOCK, TILE_ROWS, row_scales, scale_code_at,
+    scale_of, tile_bytes,
 };
-use crate::quantized_rows::{QuantizedRows, quantize_row};
 use crate::weight::f16_to_f32;
 
 /// Outputs of a task.
 pub(crate) const PANEL: usize = 4 * TILE_ROWS;
 /// Rows of activations in a tile.
-const MAX_ROWS: usize = 8;
+const ROWS: [usize; 6] = [8, 6, 4, 3, 2, 1];
 /// Up to this many rows of activations stay in the first-level cache whole: weights are read as they lie in memory, at its
 /// speed. One kernel call takes them all.
 const FEW_ROWS: usize = 4;
 /// Blocks of columns that a tile runs along before the next one: its rows of activations stay in the first-level cache.
 const K_BLOCKS: usize = 16;
 
-/// The rows of `x` in eight bits.
-pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> QuantizedRows {
+/// The rows of `x` in codes.
+pub(crate) fn rows<C: Code>(pool: &Pool, isa: Isa, x: &HostTensor) -> CodedRows<C> {
     const ROWS: usize = 8;
-    let mut rows = QuantizedRows::new(x.rows, x.cols);
-    let (cols, groups) = (rows.cols, rows.groups());
-    let targets =
-        (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()), SyncPtr(rows.offsets.as_mut_ptr()));
+    let mut rows = CodedRows::<C>::new(x.rows, x.cols);
+    let (cols, groups, offsets) = (rows.cols, rows.groups(), rows.row_offsets());
+    let to = (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()), SyncPtr(rows.offsets.as_mut_ptr()));
     pool.run(x.rows.div_ceil(ROWS), 2 * x.rows * x.cols, |task, _| {
         for row in task * ROWS..x.rows.min((task + 1) * ROWS) {
             // SAFETY: each row belongs to one task.
             let (codes, scales, offsets) = unsafe {
                 (
-                    std::slice::from_raw_parts_mut(targets.0.get().add(row * cols), cols),
-                    std::slice::from_raw_parts_mut(targets.1.get().add(row * groups), groups),
-                    std::slice::from_raw_parts_mut(targets.2.get().add(row * groups), groups),
+                    std::slice::from_raw_parts_mut(to.0.get().add(row * cols), cols),
+                    std::slice::from_raw_parts_mut(to.1.get().add(row * groups), groups),
+                    std::slice::from_raw_parts_mut(to.2.get().add(row * offsets), offsets),
                 )
             };
-            quantize_row(isa, x.row(row), codes, scales, offsets);
+            C::of_row(isa, x.row(row), codes, scales, offsets);
         }
     });
     rows
@@ -53,7 +52,7 @@ pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> QuantizedRows {
 #[allow(clippy::too_many_arguments, reason = "operands of one tile loop")]
 pub(crate) fn panel(
     isa: Isa,
-    x: &QuantizedRows,
+    x: &NarrowRows,
     m0: usize,
     m: usize,
     dtype: Dtype,
@@ -74,8 +73,8 @@ pub(crate) fn panel(
             Dtype::Int4 => &tile[INT4_HEAD + first * INT4_BLOCK..][..count * INT4_BLOCK],
             _ => &tile[first * INT8_BLOCK..][..count * INT8_BLOCK],
         };
-        let piece = Piece { dtype, blocks, x, row: m0 + row, first_group: first * BLOCK_COLS / GROUP };
-        kernel(&piece, rows, sums);
+        let x = Activations { all: x, row: m0 + row, group: first * BLOCK_COLS / GROUP };
+        kernel(&Piece { dtype, blocks, x }, rows, sums);
     };
     if m <= FEW_ROWS {
         for (t, tile) in bytes.chunks_exact(tile).enumerate() {
@@ -87,7 +86,7 @@ pub(crate) fn panel(
         for first in (0..blocks).step_by(K_BLOCKS) {
             let mut row = 0;
             while row < m {
-                let rows = at_once(m - row);
+                let rows = at_once(&ROWS, m - row);
                 for (t, tile) in bytes.chunks_exact(tile).enumerate() {
                     multiply(tile, first, row, rows, &mut sums[row * PANEL + t * TILE_ROWS..]);
                 }
@@ -96,41 +95,40 @@ pub(crate) fn panel(
         }
     }
     if dtype == Dtype::Int4 {
-        for (t, tile) in bytes.chunks_exact(tile).enumerate() {
-            let mut row_scales = [0.0f32; TILE_ROWS];
-            for (scale, bytes) in row_scales.iter_mut().zip(tile.chunks_exact(4)) {
-                *scale = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) / 8.0;
-            }
-            for row in 0..m {
-                for (sum, scale) in sums[row * PANEL + t * TILE_ROWS..].iter_mut().zip(&row_scales) {
-                    *sum *= scale;
-                }
+        times_row_scales(bytes.chunks_exact(tile), 1.0 / 8.0, &mut sums[..m * PANEL]);
+    }
+}
+
+/// Outputs of `tiles` times the row scales at the tiles' heads and `factor`.
+pub(super) fn times_row_scales<'a>(tiles: impl Iterator<Item = &'a [u8]>, factor: f32, sums: &mut [f32]) {
+    for (t, tile) in tiles.enumerate() {
+        let scales = row_scales(tile).map(|scale| scale * factor);
+        for row in sums.chunks_exact_mut(PANEL) {
+            for (sum, scale) in row[t * TILE_ROWS..].iter_mut().zip(&scales) {
+                *sum *= scale;
             }
         }
     }
 }
 
-/// How many of `left` rows the next tile takes: a number that there is a kernel for.
-fn at_once(left: usize) -> usize {
-    [MAX_ROWS, 6, 4, 3, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
+/// How many of `left` rows the next tile takes: of the numbers that there is a kernel for, from the largest to 1.
+pub(super) fn at_once(numbers: &[usize], left: usize) -> usize {
+    numbers.iter().copied().find(|rows| *rows <= left).unwrap_or(1)
 }
 
-/// Some blocks of a tile and the activations to multiply them with.
-pub(super) struct Piece<'a> {
-    pub dtype: Dtype,
-    /// Whole blocks of the type.
-    pub blocks: &'a [u8],
-    pub x: &'a QuantizedRows,
-    /// First row of the activations.
+/// The activations that a piece of a weight is multiplied with.
+pub(super) struct Activations<'a, C: Code> {
+    pub all: &'a CodedRows<C>,
+    /// First of their rows.
     pub row: usize,
-    /// Group of the columns of the first block.
-    pub first_group: usize,
+    /// Group of the piece's first column.
+    pub group: usize,
 }
 
-/// Pointers to a piece's rows of activations.
+/// Pointers to some rows of activations, from the first group on.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct Rows {
-    pub codes: *const i8,
+pub(super) struct Rows<C> {
+    pub codes: *const C,
     /// From one row's codes to the next one's.
     pub ld: usize,
     pub scales: *const f32,
@@ -139,30 +137,57 @@ pub(super) struct Rows {
     pub groups: usize,
 }
 
+impl<C: Code> Activations<'_, C> {
+    /// Codes of row number `row`, from the first group on, and the number of its first scale.
+    pub(super) fn row(&self, row: usize) -> (&[C], usize) {
+        let (x, row) = (self.all, self.row + row);
+        let codes = &x.codes[row * x.cols..][..x.cols];
+        (&codes[self.group * C::GROUP..], row * x.groups() + self.group)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<C: Code> Activations<'_, C> {
+    /// Panics unless `rows` rows have `groups` groups from the first on.
+    pub(super) fn check(&self, rows: usize, groups: usize) {
+        let (x, end) = (self.all, self.row + rows);
+        assert!(self.group + groups <= x.groups());
+        assert!(x.codes.len() >= end * x.cols && x.scales.len() >= end * x.groups());
+        assert!(x.offsets.len() >= end * x.row_offsets());
+    }
+
+    /// The rows from number `row` on.
+    #[inline(always)]
+    pub(super) fn rows(&self, row: usize) -> Rows<C> {
+        let x = self.all;
+        let (row, groups) = (self.row + row, x.groups());
+        let group = row * groups + self.group;
+        let offset = if x.row_offsets() == 0 { 0 } else { group };
+        Rows {
+            codes: x.codes[row * x.cols + self.group * C::GROUP..].as_ptr(),
+            ld: x.cols,
+            scales: x.scales[group..].as_ptr(),
+            offsets: x.offsets[offset..].as_ptr(),
+            groups,
+        }
+    }
+}
+
+/// Some blocks of a tile and the activations to multiply them with.
+pub(super) struct Piece<'a> {
+    pub dtype: Dtype,
+    /// Whole blocks of the type.
+    pub blocks: &'a [u8],
+    pub x: Activations<'a, i8>,
+}
+
 #[cfg(target_arch = "x86_64")]
 impl Piece<'_> {
     /// Panics unless `rows` rows of activations and of sums are there for all blocks.
     pub(super) fn check(&self, rows: usize, sums: &[f32]) {
-        let x = self.x;
-        let groups = self.blocks.len() / if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK } * 2;
-        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS && self.first_group + groups <= x.groups());
-        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.groups());
-        assert!(x.offsets.len() == x.scales.len());
-    }
-
-    /// The activations from the piece's row number `row` on.
-    #[inline(always)]
-    pub(super) fn rows(&self, row: usize) -> Rows {
-        let x = self.x;
-        let (row, groups) = (self.row + row, x.groups());
-        let group = row * groups + self.first_group;
-        Rows {
-            codes: x.codes[row * x.cols + self.first_group * GROUP..].as_ptr(),
-            ld: x.cols,
-            scales: x.scales[group..].as_ptr(),
-            offsets: x.offsets[group..].as_ptr(),
-            groups,
-        }
+        let block = if self.dtype == Dtype::Int4 { INT4_BLOCK } else { INT8_BLOCK };
+        assert!(sums.len() >= (rows - 1) * PANEL + TILE_ROWS);
+        self.x.check(rows, self.blocks.len() / block * (BLOCK_COLS / GROUP));
     }
 }
 
@@ -185,15 +210,15 @@ fn kernel(isa: Isa) -> Kernel {
 
 /// The definition, one output at a time.
 fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
-    let x = piece.x;
+    let x = piece.x.all;
     let int4 = piece.dtype == Dtype::Int4;
     let block_bytes = if int4 { INT4_BLOCK } else { INT8_BLOCK };
     for row in 0..rows {
-        let codes = &x.codes[(piece.row + row) * x.cols..][..x.cols];
+        let (codes, first) = piece.x.row(row);
         for (b, block) in piece.blocks.chunks_exact(block_bytes).enumerate() {
             for half in 0..BLOCK_COLS / GROUP {
-                let group = piece.first_group + 2 * b + half;
-                let at = (piece.row + row) * x.groups() + group;
+                let group = 2 * b + half;
+                let at = first + group;
                 let codes = &codes[group * GROUP..][..GROUP];
                 for r in 0..TILE_ROWS {
                     let (mut t, scale) = (x.offsets[at], scale_at(piece.dtype, block, half, r));
@@ -245,7 +270,7 @@ mod tests {
                 pack_rows(dtype, n, k, &noise(n * k, 1), &mut bytes).unwrap();
                 let x = HostTensor::from_f32(m, k, &noise(m * k, 2));
                 let run = |isa: Isa| -> Vec<u32> {
-                    let rows = quantize(&pool, isa, &x);
+                    let rows = rows(&pool, isa, &x);
                     let mut all = Vec::new();
                     for n0 in (0..n).step_by(PANEL) {
                         let mut sums = vec![f32::NAN; m * PANEL];

@@ -57,7 +57,13 @@ unsafe fn int4_scales(block: *const u8, half_tile: usize) -> [__m256; 2] {
 /// The sums `t` of a group of an int4 block.
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[inline(always)]
-unsafe fn int4<const M: usize>(block: *const u8, half: usize, half_tile: usize, x: &Rows, b: usize) -> [__m256i; M] {
+unsafe fn int4<const M: usize>(
+    block: *const u8,
+    half: usize,
+    half_tile: usize,
+    x: &Rows<i8>,
+    b: usize,
+) -> [__m256i; M] {
     // SAFETY: the block is whole; the callers' features and bounds.
     unsafe {
         let (low, ones) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
@@ -89,7 +95,13 @@ unsafe fn int4<const M: usize>(block: *const u8, half: usize, half_tile: usize, 
 /// The sums `t` of a group of an int8 block.
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[inline(always)]
-unsafe fn int8<const M: usize>(block: *const u8, half: usize, half_tile: usize, x: &Rows, b: usize) -> [__m256i; M] {
+unsafe fn int8<const M: usize>(
+    block: *const u8,
+    half: usize,
+    half_tile: usize,
+    x: &Rows<i8>,
+    b: usize,
+) -> [__m256i; M] {
     // SAFETY: the block is whole; the callers' features and bounds.
     unsafe {
         let (offset, ones) = (_mm256_set1_epi8(i8::MIN), _mm256_set1_epi16(1));
@@ -114,7 +126,7 @@ unsafe fn int8<const M: usize>(block: *const u8, half: usize, half_tile: usize, 
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
-    let x = piece.rows(row);
+    let x = piece.x.rows(row);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
         for (b, block) in piece.blocks.chunks_exact(if INT4 { INT4_BLOCK } else { INT8_BLOCK }).enumerate() {

@@ -119,7 +119,7 @@ impl Block for Int8 {
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn tile<B: Block, const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
-    let x = piece.rows(0);
+    let x = piece.x.rows(0);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
         let mut sum = [_mm512_setzero_ps(); M];

@@ -1,44 +1,21 @@
 //! Products with int10 and int12 weights: nearly exact, at half the speed of eight bits and twice that of f32.
 //!
 //! A task unpacks the weights of [`PANEL`] outputs and some columns into 16-bit integers that stay in the first-level cache
-//! while all its rows of activations are multiplied with them. What is summed in which order is `wide_rows`' definition.
+//! while all its rows of activations are multiplied with them. What is summed in which order is `coded_rows`' definition.
 
 use super::Isa;
-use super::pool::{Pool, SyncPtr};
-use super::quantized::PANEL;
+use super::quantized::{Activations, PANEL, at_once, times_row_scales};
 use crate::Dtype;
-use crate::host::HostTensor;
+use crate::coded_rows::WideRows;
 use crate::packed::{BLOCK_COLS, TILE_ROWS, tile_bytes};
-use crate::wide_rows::{WideRows, quantize_wide_row};
-use crate::wide_tiles::{VECTORS, WIDE_HEAD, block_bytes, row_scales, unpack_blocks};
+use crate::wide_tiles::{VECTORS, WIDE_HEAD, block_bytes, unpack_blocks};
 
 /// Blocks of columns that are unpacked at once.
 const K_BLOCKS: usize = 2;
 /// Unpacked weights of a vector: pairs of columns of all outputs of a panel.
 const LANES: usize = 2 * PANEL;
 /// Rows of activations in a tile.
-const MAX_ROWS: usize = 6;
-
-/// The rows of `x` in fourteen bits.
-pub(crate) fn quantize(pool: &Pool, isa: Isa, x: &HostTensor) -> WideRows {
-    const ROWS: usize = 8;
-    let mut rows = WideRows::new(x.rows, x.cols);
-    let (cols, blocks) = (rows.cols, rows.blocks());
-    let targets = (SyncPtr(rows.codes.as_mut_ptr()), SyncPtr(rows.scales.as_mut_ptr()));
-    pool.run(x.rows.div_ceil(ROWS), 2 * x.rows * x.cols, |task, _| {
-        for row in task * ROWS..x.rows.min((task + 1) * ROWS) {
-            // SAFETY: each row belongs to one task.
-            let (codes, scales) = unsafe {
-                (
-                    std::slice::from_raw_parts_mut(targets.0.get().add(row * cols), cols),
-                    std::slice::from_raw_parts_mut(targets.1.get().add(row * blocks), blocks),
-                )
-            };
-            quantize_wide_row(isa, x.row(row), codes, scales);
-        }
-    });
-    rows
-}
+const ROWS: [usize; 4] = [6, 4, 2, 1];
 
 /// `sums [m, PANEL]` = rows `m0..m0+m` of `x` times outputs `n0..n0+n` of an int10 or int12 weight; `n0` is a multiple of
 /// [`PANEL`], of the columns of sums the first `n` count. `scratch` holds the unpacked weights.
@@ -64,8 +41,8 @@ pub(crate) fn panel(
     let (_, weights, _) = unsafe { scratch.align_to_mut::<i16>() };
     // Outputs behind the last tile get whatever is there; it is some numbers.
     sums[..m * PANEL].fill(0.0);
-    for first in (0..x.blocks()).step_by(K_BLOCKS) {
-        let count = K_BLOCKS.min(x.blocks() - first);
+    for first in (0..x.groups()).step_by(K_BLOCKS) {
+        let count = K_BLOCKS.min(x.groups() - first);
         let weights = &mut weights[..count * VECTORS * LANES];
         for (t, tile) in tiles.clone().enumerate() {
             let blocks = &tile[WIDE_HEAD + first * block..][..count * block];
@@ -73,35 +50,20 @@ pub(crate) fn panel(
         }
         let mut row = 0;
         while row < m {
-            let rows = at_once(m - row);
-            kernel(&Piece { weights, x, row: m0 + row, first }, rows, &mut sums[row * PANEL..]);
+            let rows = at_once(&ROWS, m - row);
+            let x = Activations { all: x, row: m0 + row, group: first };
+            kernel(&Piece { weights, x }, rows, &mut sums[row * PANEL..]);
             row += rows;
         }
     }
-    for (t, tile) in tiles.enumerate() {
-        let scales = row_scales(tile);
-        for row in sums[..m * PANEL].chunks_exact_mut(PANEL) {
-            for (sum, scale) in row[t * TILE_ROWS..].iter_mut().zip(&scales) {
-                *sum *= scale;
-            }
-        }
-    }
-}
-
-/// How many of `left` rows the next tile takes: a number that there is a kernel for.
-fn at_once(left: usize) -> usize {
-    [MAX_ROWS, 4, 2].into_iter().find(|rows| *rows <= left).unwrap_or(1)
+    times_row_scales(tiles, 1.0, &mut sums[..m * PANEL]);
 }
 
 /// Unpacked weights of some blocks and the activations to multiply them with.
 pub(super) struct Piece<'a> {
     /// `[blocks][VECTORS][PANEL][2]`
     pub weights: &'a [i16],
-    pub x: &'a WideRows,
-    /// First row of the activations.
-    pub row: usize,
-    /// Number of the first block.
-    pub first: usize,
+    pub x: Activations<'a, i16>,
 }
 
 impl Piece<'_> {
@@ -109,22 +71,12 @@ impl Piece<'_> {
     pub(super) fn blocks(&self) -> usize {
         self.weights.len() / (VECTORS * LANES)
     }
-}
 
-#[cfg(target_arch = "x86_64")]
-impl Piece<'_> {
     /// Panics unless `rows` rows of activations and of sums are there for all blocks.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn check(&self, rows: usize, sums: &[f32]) {
-        let x = self.x;
-        assert!(sums.len() >= rows * PANEL && self.first + self.blocks() <= x.blocks());
-        assert!(x.codes.len() >= (self.row + rows) * x.cols && x.scales.len() >= (self.row + rows) * x.blocks());
-    }
-
-    /// Codes and scales from the piece's row number `row` on.
-    pub(super) fn rows(&self, row: usize) -> (*const i16, *const f32) {
-        let (x, row) = (self.x, self.row + row);
-        let codes = x.codes[row * x.cols + self.first * BLOCK_COLS..].as_ptr();
-        (codes, x.scales[row * x.blocks() + self.first..].as_ptr())
+        assert!(sums.len() >= rows * PANEL);
+        self.x.check(rows, self.blocks());
     }
 }
 
@@ -147,11 +99,10 @@ fn kernel(isa: Isa) -> Kernel {
 
 /// The definition.
 fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
-    let x = piece.x;
     for row in 0..rows {
-        let codes = &x.codes[(piece.row + row) * x.cols..][..x.cols];
+        let (codes, first) = piece.x.row(row);
         for b in 0..piece.blocks() {
-            let codes = &codes[(piece.first + b) * BLOCK_COLS..][..BLOCK_COLS];
+            let codes = &codes[b * BLOCK_COLS..][..BLOCK_COLS];
             let mut t = [0i32; PANEL];
             for (v, pair) in codes.chunks_exact(2).enumerate() {
                 let weights = &piece.weights[(b * VECTORS + v) * LANES..][..LANES];
@@ -160,7 +111,7 @@ fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
                     *t = t.wrapping_add(products);
                 }
             }
-            let scale = x.scales[(piece.row + row) * x.blocks() + piece.first + b];
+            let scale = piece.x.all.scales[first + b];
             for (sum, t) in sums[row * PANEL..][..PANEL].iter_mut().zip(t) {
                 *sum = (t as f32).mul_add(scale, *sum);
             }
@@ -171,6 +122,9 @@ fn portable(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::pool::Pool;
+    use crate::cpu::quantized;
+    use crate::host::HostTensor;
     use crate::packed::pack_rows;
 
     /// Every instruction set, number of rows and shape gives the portable kernel's bits, also where all codes are largest.
@@ -188,7 +142,7 @@ mod tests {
                 let w = crate::packed::unpack(dtype, n, k, &bytes).unwrap();
                 let x = HostTensor::from_f32(m, k, values);
                 let run = |isa: Isa| -> Vec<f32> {
-                    let rows = quantize(&pool, isa, &x);
+                    let rows = quantized::rows(&pool, isa, &x);
                     let mut all = vec![0.0; m * n];
                     for n0 in (0..n).step_by(PANEL) {
                         let (mut sums, width) = (vec![f32::NAN; m * PANEL], PANEL.min(n - n0));

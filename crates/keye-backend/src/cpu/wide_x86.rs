@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::quantized::PANEL;
+use super::quantized::{PANEL, Rows};
 use super::wide::Piece;
 use crate::packed::{BLOCK_COLS, TILE_ROWS};
 use crate::wide_tiles::VECTORS;
@@ -61,7 +61,7 @@ unsafe fn dpwssd(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn panel_512<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
-    let ((codes, scales), ld, blocks) = (piece.rows(0), piece.x.cols, piece.x.blocks());
+    let Rows { codes, ld, scales, groups, .. } = piece.x.rows(0);
     let weights = piece.weights.as_ptr();
     // SAFETY: `check` has seen to all bounds; blocks are whole.
     unsafe {
@@ -81,7 +81,7 @@ unsafe fn panel_512<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
                 }
             }
             for m in 0..M {
-                let a = _mm512_set1_ps(*scales.add(m * blocks + b));
+                let a = _mm512_set1_ps(*scales.add(m * groups + b));
                 for n in 0..TILES {
                     let sum = sums.add(m * PANEL + n * TILE_ROWS);
                     _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(t[m][n]), a, _mm512_loadu_ps(sum)));
@@ -94,7 +94,7 @@ unsafe fn panel_512<const M: usize>(piece: &Piece<'_>, sums: *mut f32) {
 #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_256<const M: usize>(piece: &Piece<'_>, row: usize, tile: usize, sums: *mut f32) {
-    let ((codes, scales), ld, blocks) = (piece.rows(row), piece.x.cols, piece.x.blocks());
+    let Rows { codes, ld, scales, groups, .. } = piece.x.rows(row);
     let weights = piece.weights.as_ptr();
     // SAFETY: `check` has seen to all bounds; blocks are whole.
     unsafe {
@@ -113,7 +113,7 @@ unsafe fn tile_256<const M: usize>(piece: &Piece<'_>, row: usize, tile: usize, s
                 }
             }
             for m in 0..M {
-                let a = _mm256_set1_ps(*scales.add(m * blocks + b));
+                let a = _mm256_set1_ps(*scales.add(m * groups + b));
                 for half in 0..2 {
                     let sum = sums.add(m * PANEL + 8 * half);
                     _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(t[m][half]), a, _mm256_loadu_ps(sum)));

@@ -5,9 +5,8 @@ mod math;
 
 use std::ops::Range;
 
+use crate::coded_rows::{NarrowRows, WideRows};
 use crate::host::{HostTensor, HostWeight};
-use crate::quantized_rows::fake_quantized;
-use crate::wide_rows::fake_wide;
 use crate::{
     Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, Expert, GroupedRouting, IndexShape,
     LatentShape, QkNorm, SequenceRows, Span, WeightSource, fp8_rows, grouped_routing, select,
@@ -163,8 +162,9 @@ impl Backend for Reference {
         activation: Activation,
     ) -> Result<HostTensor, BackendError> {
         assert_eq!(x.cols, weight.cols, "input features");
-        let quantized =
-            weight.packed.map(|dtype| if dtype.high_bits().is_some() { fake_wide(x) } else { fake_quantized(x) });
+        let quantized = weight
+            .packed
+            .map(|dtype| if dtype.high_bits().is_some() { WideRows::rounded(x) } else { NarrowRows::rounded(x) });
         let x = quantized.as_ref().unwrap_or(x);
         let mut out = HostTensor::zeros(x.rows, weight.rows);
         for row in 0..x.rows {
