@@ -30,6 +30,9 @@ pub enum Weighting {
     Sample,
     /// Between both: `1/sqrt(n)`.
     SquareRoot,
+    /// The same for every answer of a conversation: otherwise a dense caption of 100 tokens outweighs all short answers about
+    /// its clip.
+    Answer,
 }
 
 /// When the loss on held-out data is measured, and on which.

@@ -186,12 +186,15 @@ pub fn weights(pack: &Pack, weighting: Weighting) -> Vec<f32> {
     for rows in pack.cu_seqlens.windows(2) {
         let sample = &mut weights[rows[0] as usize..rows[1] as usize];
         let n = sample.iter().sum::<f32>().max(1.0);
-        let factor = match weighting {
-            Weighting::Token => 1.0,
-            Weighting::Sample => 1.0 / n,
-            Weighting::SquareRoot => n.powf(-0.5),
-        };
-        sample.iter_mut().for_each(|w| *w *= factor);
+        let scale = |targets: &mut [f32], factor: f32| targets.iter_mut().for_each(|w| *w *= factor);
+        match weighting {
+            Weighting::Token => {}
+            Weighting::Sample => scale(sample, 1.0 / n),
+            Weighting::SquareRoot => scale(sample, n.powf(-0.5)),
+            Weighting::Answer => {
+                sample.chunk_by_mut(|a, b| a == b).for_each(|run| scale(run, (run.len() as f32).powf(-0.5)))
+            }
+        }
     }
     weights
 }
