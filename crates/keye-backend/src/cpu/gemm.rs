@@ -112,7 +112,7 @@ pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], 
         let multiply =
             |weight: &HostWeight, sums: &mut [f32], widened: &mut Vec<f32>| match (&activations, weight.elements()) {
                 (PackedRows::Narrow(x), Elements::Packed(dtype, bytes)) => {
-                    quantized::panel(isa, x, m0, m, dtype, bytes, n0, n, sums)
+                    quantized::panel(quantized::kernel(isa), x, m0, m, dtype, bytes, n0, n, sums)
                 }
                 (PackedRows::Wide(x), Elements::Packed(dtype, bytes)) => {
                     wide::panel(isa, x, m0, m, dtype, bytes, n0, n, sums, widened)

@@ -15,6 +15,8 @@ mod quantized;
 mod quantized_avx2;
 #[cfg(target_arch = "x86_64")]
 mod quantized_avx512;
+#[cfg(target_arch = "x86_64")]
+mod quantized_vnni256;
 mod rows;
 #[cfg(target_arch = "x86_64")]
 mod rows_avx512;

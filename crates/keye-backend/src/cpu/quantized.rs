@@ -50,8 +50,8 @@ pub(crate) fn rows<C: Code>(pool: &Pool, isa: Isa, x: &HostTensor) -> CodedRows<
 /// `sums [m, PANEL]` = rows `m0..m0+m` of `x` times outputs `n0..n0+n` of a packed weight; `n0` is a multiple of
 /// [`PANEL`], of the columns of sums the first `n` rounded up to whole tiles are written.
 #[allow(clippy::too_many_arguments, reason = "operands of one tile loop")]
-pub(crate) fn panel(
-    isa: Isa,
+pub(super) fn panel(
+    kernel: Kernel,
     x: &NarrowRows,
     m0: usize,
     m: usize,
@@ -66,7 +66,6 @@ pub(crate) fn panel(
     sums[..m * PANEL].fill(0.0);
     let tiles = n.div_ceil(TILE_ROWS);
     let bytes = &bytes[n0 / TILE_ROWS * tile..][..tiles * tile];
-    let kernel = kernel(isa);
     let multiply = |tile: &[u8], first: usize, row: usize, rows: usize, sums: &mut [f32]| {
         let count = K_BLOCKS.min(blocks - first);
         let blocks = match dtype {
@@ -192,13 +191,17 @@ impl Piece<'_> {
 }
 
 /// Adds the products of `rows` rows of the piece to `sums`, whose rows are [`PANEL`] apart.
-type Kernel = fn(&Piece<'_>, rows: usize, sums: &mut [f32]);
+pub(super) type Kernel = fn(&Piece<'_>, rows: usize, sums: &mut [f32]);
 
-fn kernel(isa: Isa) -> Kernel {
+/// The fastest kernel that the machine has, of those that `isa` allows.
+pub(super) fn kernel(isa: Isa) -> Kernel {
     #[cfg(target_arch = "x86_64")]
     {
         if isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") {
             return super::quantized_avx512::piece;
+        }
+        if isa >= Isa::Avx2 && is_x86_feature_detected!("avxvnni") {
+            return super::quantized_vnni256::piece;
         }
         if isa >= Isa::Avx2 {
             return super::quantized_avx2::piece;
@@ -257,6 +260,17 @@ mod tests {
     use super::*;
     use crate::packed::pack_rows;
 
+    /// Those that `kernel` would not choose here too.
+    #[cfg(target_arch = "x86_64")]
+    fn x86_kernels() -> Vec<(&'static str, Kernel)> {
+        if !Isa::available().contains(&Isa::Avx2) {
+            return Vec::new();
+        }
+        let mut kernels = vec![("avx2", super::super::quantized_avx2::piece as Kernel)];
+        kernels.extend(super::super::quantized_vnni256::other_encoding().map(|kernel| ("vnni256", kernel)));
+        kernels
+    }
+
     /// Every instruction set, number of rows and shape gives the portable kernel's bits.
     #[test]
     fn all_kernels_agree_bit_for_bit() {
@@ -269,21 +283,25 @@ mod tests {
                 let mut bytes = vec![0; dtype.stored_bytes(n, k).unwrap()];
                 pack_rows(dtype, n, k, &noise(n * k, 1), &mut bytes).unwrap();
                 let x = HostTensor::from_f32(m, k, &noise(m * k, 2));
-                let run = |isa: Isa| -> Vec<u32> {
+                let run = |isa: Isa, kernel: Kernel| -> Vec<u32> {
                     let rows = rows(&pool, isa, &x);
                     let mut all = Vec::new();
                     for n0 in (0..n).step_by(PANEL) {
                         let mut sums = vec![f32::NAN; m * PANEL];
-                        panel(isa, &rows, 0, m, dtype, &bytes, n0, PANEL.min(n - n0), &mut sums);
+                        panel(kernel, &rows, 0, m, dtype, &bytes, n0, PANEL.min(n - n0), &mut sums);
                         for row in sums.chunks_exact(PANEL) {
                             all.extend(row[..PANEL.min(n - n0)].iter().map(|v| v.to_bits()));
                         }
                     }
                     all
                 };
-                let expected = run(Isa::Portable);
+                let expected = run(Isa::Portable, portable);
                 for isa in Isa::available() {
-                    assert!(run(isa) == expected, "{isa:?} {dtype:?} {m}x{k}x{n}");
+                    assert!(run(isa, kernel(isa)) == expected, "{isa:?} {dtype:?} {m}x{k}x{n}");
+                }
+                #[cfg(target_arch = "x86_64")]
+                for (name, kernel) in x86_kernels() {
+                    assert!(run(Isa::Avx2, kernel) == expected, "{name} {dtype:?} {m}x{k}x{n}");
                 }
             }
         }

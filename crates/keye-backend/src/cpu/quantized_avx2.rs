@@ -28,13 +28,33 @@ pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
     }
 }
 
+/// Bytes of a block.
+pub(super) const fn block_bytes(int4: bool) -> usize {
+    if int4 { INT4_BLOCK } else { INT8_BLOCK }
+}
+
+/// Four codes, eight times.
 #[inline(always)]
-unsafe fn four(codes: *const i8) -> __m256i {
+pub(super) unsafe fn four(codes: *const i8) -> __m256i {
     // SAFETY: the callers' bounds.
     unsafe { _mm256_set1_epi32(codes.cast::<i32>().read_unaligned()) }
 }
 
-/// Scales of both groups of eight rows of an int4 block.
+/// Scales of both groups of eight rows of a block.
+#[inline(always)]
+pub(super) unsafe fn scales<const INT4: bool>(block: *const u8, half_tile: usize) -> [__m256; 2] {
+    // SAFETY: the block is whole; the callers' features.
+    unsafe {
+        if INT4 {
+            return int4_scales(block, half_tile);
+        }
+        let halves = block.add(16 * half_tile);
+        let (first, second) = (_mm_loadu_si128(halves.cast()), _mm_loadu_si128(halves.add(32).cast()));
+        [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)]
+    }
+}
+
+/// Those of an int4 block.
 #[inline(always)]
 unsafe fn int4_scales(block: *const u8, half_tile: usize) -> [__m256; 2] {
     // SAFETY: the block is whole; the callers' features.
@@ -129,17 +149,14 @@ unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, 
     let x = piece.x.rows(row);
     // SAFETY: `piece` has checked all bounds; blocks are whole.
     unsafe {
-        for (b, block) in piece.blocks.chunks_exact(if INT4 { INT4_BLOCK } else { INT8_BLOCK }).enumerate() {
+        for (b, block) in piece.blocks.chunks_exact(block_bytes(INT4)).enumerate() {
             let block = block.as_ptr();
-            let (scales, t0, t1): (_, [__m256i; M], [__m256i; M]);
+            let scales = scales::<INT4>(block, half_tile);
+            let (t0, t1): ([__m256i; M], [__m256i; M]);
             if INT4 {
-                scales = int4_scales(block, half_tile);
                 t0 = int4(block, 0, half_tile, &x, b);
                 t1 = int4(block, 1, half_tile, &x, b);
             } else {
-                let halves = block.add(16 * half_tile);
-                let (first, second) = (_mm_loadu_si128(halves.cast()), _mm_loadu_si128(halves.add(32).cast()));
-                scales = [_mm256_cvtph_ps(first), _mm256_cvtph_ps(second)];
                 t0 = int8(block, 0, half_tile, &x, b);
                 t1 = int8(block, 1, half_tile, &x, b);
             }

@@ -1,6 +1,6 @@
 // Products with packed weights: int8 rows times int4 or int8 weights on the matrix cores.
 //
-// A group (32 columns) is one instruction, whose sums are exact integers (packed.rs, quantized_rows.rs); per output and slot
+// A group (32 columns) is one instruction, whose sums are exact integers (packed.rs, coded_rows.rs); per output and slot
 // `sum = fma(t_g, S_g * a_g, sum)` over the groups of a slice.
 //
 // On the device a matrix is three parts, one after the other, with tiles of 16 outputs and blocks of 64 columns:
