@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::Isa;
 use super::isa::{Simd, dispatch};
 
-pub use super::matmul_bf16::{has_bf16, par_matmul_bf16};
+pub use super::matmul_bf16::par_matmul_bf16;
 
 /// Elements of k whose products with a block of columns stay in the second-level cache.
 const K_BLOCK: usize = 384;
@@ -300,39 +300,62 @@ mod tests {
         (0..n).map(next).collect()
     }
 
-    #[test]
-    fn products_equal_their_definition_and_do_not_depend_on_threads() {
+    type Product = fn(Isa, Matrix<'_>, Matrix<'_>, &mut [f32], Old);
+
+    /// `first` and `others` are to give what `operand` of both matrices gives in f64, and the same to the bit wherever an operand
+    /// lies and on any number of threads.
+    fn check_products(first: Product, others: &[Product], operand: fn(&[f32]) -> Vec<f32>) {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        for (m, k, n) in [(1, 1, 1), (5, 3, 7), (12, 32, 32), (13, 400, 33), (130, 800, 290), (3, 0, 4), (25, 9, 257)] {
+        let sizes = [
+            (1, 1, 1),
+            (5, 3, 7),
+            (12, 32, 32),
+            (13, 400, 33),
+            (130, 801, 290),
+            (3, 0, 4),
+            (25, 9, 257),
+            (700, 65, 48),
+        ];
+        for (m, k, n) in sizes {
             let (a, b, start) = (values(m * k, 1), values(k * n, 2), values(m * n, 3));
             let (at, bt): (Vec<f32>, Vec<f32>) = (
                 (0..k * m).map(|i| a[i % m * k + i / m]).collect(),
                 (0..n * k).map(|i| b[i % k * n + i / k]).collect(),
             );
+            let (exact_a, exact_b) = (operand(&a), operand(&b));
             let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
             let (at, bt) = (Matrix::new(&at, k, m).t(), Matrix::new(&bt, n, k).t());
             for isa in Isa::available() {
                 for old in [Old::Replace, Old::Keep] {
                     let mut plain = start.clone();
-                    matmul(isa, a, b, &mut plain, old);
+                    first(isa, a, b, &mut plain, old);
                     for r in 0..m {
                         for c in 0..n {
                             let sum: f64 =
-                                (0..k).map(|i| f64::from(a.data[r * k + i]) * f64::from(b.data[i * n + c])).sum();
+                                (0..k).map(|i| f64::from(exact_a[r * k + i]) * f64::from(exact_b[i * n + c])).sum();
                             let want = sum + if old == Old::Keep { f64::from(start[r * n + c]) } else { 0.0 };
                             assert!((f64::from(plain[r * n + c]) - want).abs() < 1e-4, "{isa:?} {m} {k} {n} {r} {c}");
                         }
                     }
-                    for (a, b) in [(a, bt), (at, b), (at, bt)] {
-                        let mut c = start.clone();
-                        matmul(isa, a, b, &mut c, old);
-                        assert_eq!(c, plain, "{isa:?}: where an operand lies changed a sum");
-                        let mut c = start.clone();
-                        pool.install(|| par_matmul(isa, a, b, &mut c, old));
-                        assert_eq!(c, plain, "{isa:?}: threads changed a sum");
+                    for (a, b) in [(a, b), (a, bt), (at, b), (at, bt)] {
+                        for other in others {
+                            let mut c = start.clone();
+                            pool.install(|| other(isa, a, b, &mut c, old));
+                            assert_eq!(c, plain, "{isa:?}: threads, or where an operand lies, changed a sum");
+                        }
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn products_equal_their_definition_and_do_not_depend_on_threads() {
+        check_products(matmul, &[matmul, par_matmul], <[f32]>::to_vec);
+    }
+
+    #[test]
+    fn so_do_those_of_values_rounded_to_bf16() {
+        check_products(par_matmul_bf16, &[par_matmul_bf16], super::super::matmul_bf16::rounded);
     }
 }

@@ -25,7 +25,7 @@ pub fn par_matmul_bf16(isa: Isa, a: Matrix<'_>, b: Matrix<'_>, c: &mut [f32], ol
 }
 
 /// Whether the machine multiplies bf16 in pairs.
-pub fn has_bf16(isa: Isa) -> bool {
+fn has_bf16(isa: Isa) -> bool {
     #[cfg(target_arch = "x86_64")]
     return isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
     #[cfg(not(target_arch = "x86_64"))]
@@ -33,7 +33,7 @@ pub fn has_bf16(isa: Isa) -> bool {
 }
 
 /// To the nearest bf16, halves to even.
-fn rounded(values: &[f32]) -> Vec<f32> {
+pub(super) fn rounded(values: &[f32]) -> Vec<f32> {
     values.iter().map(|value| bf16_to_f32(f32_to_bf16(*value))).collect()
 }
 
@@ -260,55 +260,6 @@ mod avx512 {
                     let at = c.add(r * ldc + half * LANES);
                     let sum = if add { _mm512_add_ps(_mm512_loadu_ps(at), acc[r][half]) } else { acc[r][half] };
                     _mm512_storeu_ps(at, sum);
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        let next = |_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-        };
-        (0..n).map(next).collect()
-    }
-
-    #[test]
-    fn products_of_rounded_values_wherever_they_lie_and_on_any_number_of_threads() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        for (m, k, n) in
-            [(1, 1, 1), (5, 3, 7), (12, 32, 32), (13, 400, 33), (130, 801, 290), (25, 9, 257), (700, 65, 48)]
-        {
-            let (a, b, start) = (values(m * k, 1), values(k * n, 2), values(m * n, 3));
-            let (at, bt): (Vec<f32>, Vec<f32>) = (
-                (0..k * m).map(|i| a[i % m * k + i / m]).collect(),
-                (0..n * k).map(|i| b[i % k * n + i / k]).collect(),
-            );
-            let (ra, rb) = (rounded(&a), rounded(&b));
-            let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, k, n));
-            let (at, bt) = (Matrix::new(&at, k, m).t(), Matrix::new(&bt, n, k).t());
-            for isa in Isa::available() {
-                for old in [Old::Replace, Old::Keep] {
-                    let mut first = start.clone();
-                    par_matmul_bf16(isa, a, b, &mut first, old);
-                    for r in 0..m {
-                        for c in 0..n {
-                            let sum: f64 = (0..k).map(|i| f64::from(ra[r * k + i]) * f64::from(rb[i * n + c])).sum();
-                            let want = sum + if old == Old::Keep { f64::from(start[r * n + c]) } else { 0.0 };
-                            assert!((f64::from(first[r * n + c]) - want).abs() < 1e-4, "{isa:?} {m} {k} {n} {r} {c}");
-                        }
-                    }
-                    for (a, b) in [(a, b), (a, bt), (at, b), (at, bt)] {
-                        let mut c = start.clone();
-                        pool.install(|| par_matmul_bf16(isa, a, b, &mut c, old));
-                        assert_eq!(c, first, "{isa:?}: threads, or where an operand lies, changed a sum");
-                    }
                 }
             }
         }
