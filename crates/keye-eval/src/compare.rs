@@ -84,8 +84,9 @@ fn of_task(report: &Report, task: Task) -> Option<&Row> {
     report.rows.iter().find(|row| row.task == task)
 }
 
-/// Mean over the kinds of questions of `other` less `first`, and its standard error.
-fn difference(first: &Report, other: &Report) -> (f64, f64) {
+/// Mean over the kinds of questions of `other` less `first`, and its standard error, question by question. Both are reports of
+/// the same questions.
+pub fn difference(first: &Report, other: &Report) -> (f64, f64) {
     let errors = first.rows.iter().zip(&other.rows).map(|(a, b)| {
         let differences: Vec<f64> = a.scores.iter().zip(&b.scores).map(|(a, b)| b - a).collect();
         standard_error(&differences).powi(2)

@@ -20,7 +20,7 @@ mod run;
 mod score;
 
 pub use answerer::{AnswerError, Answerer, EngineAnswerer};
-pub use compare::{Column, CompareError, markdown};
+pub use compare::{Column, CompareError, difference, markdown};
 pub use picture::accuracy_svg;
 pub use report::{Report, Row};
 pub use run::{EvalError, Outcome, Plan, Step, run};

@@ -104,6 +104,9 @@ pub struct Recipe {
     pub validation: Option<Validation>,
     /// What the loader is told.
     pub data: toml::Table,
+    /// Where the file lies.
+    #[serde(skip)]
+    pub folder: PathBuf,
 }
 
 fn vision_lr() -> f32 {
@@ -133,6 +136,7 @@ impl Recipe {
         let wrong = |reason: String| TrainError::Recipe { path: path.to_owned(), reason };
         let mut recipe: Self = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         let folder = path.parent().unwrap_or(Path::new(""));
+        recipe.folder = folder.to_owned();
         recipe.files.iter_mut().for_each(|file| *file = folder.join(&*file));
         if let Some(start) = recipe.start.as_mut().filter(|start| start.contains('/')) {
             *start = folder.join(&*start).to_string_lossy().into_owned();

@@ -66,6 +66,14 @@ pub fn run(
     if exported.exists() {
         return Ok(Outcome::Done(exported));
     }
+    if let Some(start) = recipe.start.as_ref().filter(|_| !folder.exists()) {
+        let from = start_dir(start, out);
+        if !from.is_dir() {
+            let (name, from) = (&recipe.name, from.display());
+            let reason = "is not there: train that stage first, under the same folder";
+            return Err(TrainError::Model(format!("{name} starts from {start}, but {from} {reason}")));
+        }
+    }
     fs::create_dir_all(&folder).map_err(io(&folder))?;
     let layout = model.layout();
     let trained = recipe.trained(layout)?;

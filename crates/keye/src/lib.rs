@@ -32,6 +32,7 @@ mod disk;
 mod gpu_memory;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod machine_memory;
 mod media_argument;
 mod memory;
 #[cfg(feature = "nano")]

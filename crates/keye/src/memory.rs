@@ -3,6 +3,8 @@
 use keye_backend::{BLOCK_TOKENS, CacheSpec, KvDtype};
 use keye_processor::{Checkpoint, ModelConfig};
 
+use crate::machine_memory::MachineMemory;
+
 /// Fewest tokens that a cache is made for when little memory is free.
 const LEAST: usize = 1024;
 
@@ -61,7 +63,7 @@ pub struct MemoryPlan {
     pub index_keys: u64,
     /// Rows of a step, a bound.
     pub activations: u64,
-    /// The machine's memory, where the system tells.
+    /// The machine's memory, or what a container or control group leaves of it, where the system tells.
     pub machine: Option<u64>,
 }
 
@@ -76,7 +78,7 @@ impl MemoryPlan {
         let kv = cache(CacheSpec { index_dim: 0, ..spec });
         let index_keys = cache(spec).saturating_sub(kv);
         let activations = activations(config).saturating_mul(ranks as u64);
-        Self { weights, experts, kv, index_keys, activations, machine: Memory::read().total }
+        Self { weights, experts, kv, index_keys, activations, machine: MachineMemory::read().total }
     }
 
     /// The same cache in a GPU's memory of `total` bytes, where experts do not wait on the disk.
@@ -159,7 +161,7 @@ pub fn fit_cache(
 ) -> Result<CacheFit, String> {
     let bytes_per_token = cache_spec_of_ranks(config, dtype, ranks).block_bytes() / BLOCK_TOKENS;
     let plan = |tokens: usize| MemoryPlan::new(config, checkpoint, dtype, tokens, ranks);
-    let tokens = fit(config.text.max_position_embeddings, bytes_per_token, wanted, &plan, &Memory::read())?;
+    let tokens = fit(config.text.max_position_embeddings, bytes_per_token, wanted, &plan, &MachineMemory::read())?;
     Ok(CacheFit::of(config, dtype, tokens, checkpoint, ranks))
 }
 
@@ -168,7 +170,7 @@ fn fit(
     bytes_per_token: usize,
     wanted: Option<usize>,
     plan: &dyn Fn(usize) -> MemoryPlan,
-    memory: &Memory,
+    memory: &MachineMemory,
 ) -> Result<usize, String> {
     let Some(wanted) = wanted else {
         let least = plan(LEAST.min(longest));
@@ -199,24 +201,6 @@ fn fit(
     ))
 }
 
-/// The machine's memory in bytes, where the system tells.
-#[derive(Debug, Default)]
-struct Memory {
-    total: Option<u64>,
-    available: Option<u64>,
-}
-
-impl Memory {
-    fn read() -> Self {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let field = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes.saturating_mul(1024))
-        };
-        Self { total: field("MemTotal:"), available: field("MemAvailable:") }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,21 +221,21 @@ mod tests {
 
     #[test]
     fn the_default_leaves_half_of_the_free_memory_and_the_weights() {
-        let memory = Memory { total: Some(24 * GB), available: Some(8 * GB) };
+        let memory = MachineMemory { total: Some(24 * GB), available: Some(8 * GB) };
         let plan = plans(17 * GB, 0, 294_912, memory.total);
         assert_eq!(fit(131_072, 294_912, None, &plan, &memory), Ok((4 * GB) as usize / 294_912));
         assert_eq!(fit(4096, 294_912, None, &plan, &memory), Ok(4096));
         // Mapped weights that have been read count as free memory; the cache must not take their place.
-        let cached = Memory { available: Some(22 * GB), ..memory };
+        let cached = MachineMemory { available: Some(22 * GB), ..memory };
         assert_eq!(fit(131_072, 294_912, None, &plan, &cached), Ok((7 * GB) as usize / 294_912));
-        let none = Memory { available: Some(0), total: None };
+        let none = MachineMemory { available: Some(0), total: None };
         assert_eq!(fit(131_072, 294_912, None, &plans(0, 0, 294_912, None), &none), Ok(LEAST));
-        assert_eq!(fit(131_072, 294_912, None, &plans(0, 0, 1, None), &Memory::default()), Ok(131_072));
+        assert_eq!(fit(131_072, 294_912, None, &plans(0, 0, 1, None), &MachineMemory::default()), Ok(131_072));
     }
 
     #[test]
     fn a_length_that_was_asked_for_is_kept_or_refused_with_figures() {
-        let memory = Memory { total: Some(24 * GB), available: Some(0) };
+        let memory = MachineMemory { total: Some(24 * GB), available: Some(0) };
         let plan = plans(17 * GB, 0, 294_912, memory.total);
         assert_eq!(fit(131_072, 294_912, Some(8192), &plan, &memory), Ok(8192));
         let error = fit(131_072, 294_912, Some(131_072), &plan, &memory).unwrap_err();
@@ -265,7 +249,7 @@ mod tests {
 
     #[test]
     fn experts_may_wait_on_the_disk() {
-        let memory = Memory { total: Some(24 * GB), available: Some(20 * GB) };
+        let memory = MachineMemory { total: Some(24 * GB), available: Some(20 * GB) };
         let plan = plans(62 * GB, 58 * GB, 100_000, memory.total);
         assert_eq!(fit(262_144, 100_000, Some(65_536), &plan, &memory), Ok(65_536));
         assert!(plan(65_536).reads_experts_from_disk() && !plan(65_536).exceeds());
@@ -275,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_model_that_cannot_fit_is_refused_with_figures() {
-        let memory = Memory { total: Some(24 * GB), available: Some(20 * GB) };
+        let memory = MachineMemory { total: Some(24 * GB), available: Some(20 * GB) };
         let refused = |weights, experts| {
             let plan = plans(weights * GB, experts * GB, 70_272, memory.total);
             fit(163_840, 70_272, None, &plan, &memory)

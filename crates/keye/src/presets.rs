@@ -1,12 +1,17 @@
 //! Checkpoint layouts without their weights: the files and tensors of the published models, and of tiny ones.
 
+mod dims;
 mod keye_671b;
+mod text;
 
 use std::path::Path;
 
 use keye_model::TensorShape;
 use keye_processor::{Dtype, ModelConfig, NewTensor, ProcessorError, Variant};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
+
+use self::dims::{Dims, REAL, REAL_2, REAL_671B, TINY, TINY_2, TINY_671B};
+use self::text::tokenizer_config;
 
 /// A checkpoint that can be written with random weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,170 +34,8 @@ pub enum Preset {
     Keye671bTiny,
 }
 
-/// The dimensions in which the presets differ (spec §2, §3).
-struct Dims {
-    hidden: usize,
-    intermediate: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    vocab: usize,
-    mrope_section: [usize; 3],
-    vision_hidden: usize,
-    vision_intermediate: usize,
-    vision_layers: usize,
-    vision_heads: usize,
-    /// Rows of the table that inference does not use.
-    packing_positions: usize,
-    image_max_pixels: u64,
-    /// Experts, of them for a token, width of each.
-    experts: Option<[usize; 3]>,
-    /// Heads of the indexer, width of each, keys that are selected.
-    indexer: Option<[usize; 3]>,
-    /// The id of `<|endoftext|>`, the first added token; others keep their distance from it.
-    first_added: usize,
-}
-
 const PATCH: usize = 14;
 const MERGE: usize = 2;
-
-const REAL: Dims = Dims {
-    hidden: 4096,
-    intermediate: 12288,
-    layers: 36,
-    heads: 32,
-    kv_heads: 8,
-    head_dim: 128,
-    vocab: 151_936,
-    mrope_section: [16, 24, 24],
-    vision_hidden: 1152,
-    vision_intermediate: 4304,
-    vision_layers: 27,
-    vision_heads: 16,
-    packing_positions: 32_768,
-    image_max_pixels: 1_003_520,
-    experts: None,
-    indexer: None,
-    first_added: 151_643,
-};
-
-/// Spec of 2.0, §2.
-const REAL_2: Dims = Dims {
-    hidden: 2048,
-    intermediate: 6144,
-    layers: 48,
-    kv_heads: 4,
-    image_max_pixels: 20_480 * 784,
-    experts: Some([128, 8, 768]),
-    indexer: Some([16, 64, 2048]),
-    ..REAL
-};
-
-const TINY: Dims = Dims {
-    hidden: 64,
-    intermediate: 144,
-    layers: 4,
-    heads: 4,
-    kv_heads: 2,
-    head_dim: 32,
-    vocab: 960,
-    mrope_section: [4, 6, 6],
-    vision_hidden: 64,
-    vision_intermediate: 120,
-    vision_layers: 3,
-    vision_heads: 4,
-    packing_positions: 96,
-    image_max_pixels: 37_632,
-    experts: None,
-    indexer: None,
-    first_added: 672,
-};
-
-const TINY_2: Dims = Dims {
-    layers: 3,
-    head_dim: 64,
-    mrope_section: [8, 12, 12],
-    experts: Some([8, 3, 40]),
-    indexer: Some([4, 32, 16]),
-    ..TINY
-};
-
-const REAL_671B: Dims = Dims {
-    hidden: 7168,
-    intermediate: 18_432,
-    layers: 61,
-    heads: 128,
-    kv_heads: 128,
-    vocab: 129_280,
-    first_added: 128_815,
-    ..REAL
-};
-
-const TINY_671B: Dims = Dims { kv_heads: 4, ..TINY };
-
-/// Added tokens of Preview in the order of their ids (spec §7).
-const ADDED: [&str; 32] = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-    "<|point_start|>",
-    "<|point_end|>",
-    "<|ocr_text_start|>",
-    "<|ocr_text_end|>",
-    "<|clip_time_start|>",
-    "<|clip_time_end|>",
-];
-/// Further added tokens of 1.5.
-const ADDED_1_5: [&str; 4] = ["<|frame|>", "<|fast_video_pad|>", "<|fast_start|>", "<|fast_end|>"];
-
-/// Decoding skips the tokens of turns and of vision, counted from `<|endoftext|>`.
-fn is_special(index: usize) -> bool {
-    matches!(index, 0..=2 | 9..=13 | 32..)
-}
-
-/// Split regex of the family's tokenizers (spec §7).
-const SPLIT: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// The chat template (spec §8.1) in the pieces between which 1.5 inserts its default system prompt (§8.2).
-const TEMPLATE: [&str; 3] = [
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}",
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
-    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n\
-     {% else %}{% for content in message['content'] %}\
-     {% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
-     {% set image_count.value = image_count.value + 1 %}\
-     {% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
-     {% elif content['type'] == 'video' or 'video' in content %}\
-     {% set video_count.value = video_count.value + 1 %}\
-     {% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
-     {% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}\
-     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-];
 
 impl Preset {
     /// Every preset.
@@ -266,19 +109,11 @@ impl Preset {
 
     /// Names and contents of the checkpoint's json files, for weights of type `dtype`.
     pub fn files(self, dtype: Dtype) -> [(&'static str, Value); 6] {
-        let template: String = match self.variant() {
-            Variant::V1_5 | Variant::V671b => TEMPLATE.concat(),
-            // The base model's prompts end inside thinking.
-            Variant::V2 => {
-                [TEMPLATE[0], TEMPLATE[2]].concat().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-            }
-            _ => [TEMPLATE[0], TEMPLATE[2]].concat(),
-        };
         [
             ("config.json", self.config(dtype)),
             ("generation_config.json", self.generation_config()),
             ("preprocessor_config.json", self.preprocessor_config()),
-            ("chat_template.json", json!({"chat_template": template})),
+            ("chat_template.json", json!({"chat_template": self.template()})),
             ("tokenizer.json", self.tokenizer()),
             ("tokenizer_config.json", tokenizer_config()),
         ]
@@ -401,61 +236,6 @@ impl Preset {
         })
     }
 
-    /// Added tokens with their ids and whether decoding skips them.
-    fn added_tokens(self) -> impl Iterator<Item = (usize, &'static str, bool)> {
-        let first = self.dims().first_added;
-        // 151675 and 151676 of 1.5 are unknown (spec §7).
-        let gap = if self.is_tiny() { 0 } else { 2 };
-        let of_1_5 = ADDED_1_5.into_iter().enumerate().filter(move |_| self.variant() != Variant::Preview);
-        let of_1_5 = of_1_5.map(move |(i, token)| (ADDED.len() + gap + i, token));
-        ADDED.into_iter().enumerate().chain(of_1_5).map(move |(i, token)| (first + i, token, is_special(i)))
-    }
-
-    fn id(self, token: &str) -> Option<usize> {
-        self.added_tokens().find(|(_, text, _)| *text == token).map(|(id, ..)| id)
-    }
-
-    /// A byte-level tokenizer without the published vocabulary: bytes, a few pairs for the tiny presets, the added tokens at
-    /// their real ids. Added tokens are in the model's vocabulary too, since ids given beside it are not kept.
-    fn tokenizer(self) -> Value {
-        let mut vocab: Map<String, Value> = byte_symbols().map(String::from).zip((0..).map(Value::from)).collect();
-        let mut merges = Vec::new();
-        if self.is_tiny() {
-            let starts = std::iter::once('Ġ').chain("bcdfghklmnprstw".chars());
-            for (start, end) in starts.flat_map(|start| ('a'..='z').map(move |end| (start, end))) {
-                merges.push(json!([start, end]));
-                vocab.insert(format!("{start}{end}"), vocab.len().into());
-            }
-        }
-        let mut added = Vec::new();
-        for (id, content, special) in self.added_tokens() {
-            vocab.insert(content.into(), id.into());
-            added.push(json!({
-                "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false, "special": special,
-            }));
-        }
-        let byte_level = |trim: bool, space: bool| json!({"type": "ByteLevel", "add_prefix_space": space, "trim_offsets": trim, "use_regex": space});
-        json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": added,
-            "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": false},
-                byte_level(true, false),
-            ]},
-            "post_processor": byte_level(false, false),
-            "decoder": byte_level(true, true),
-            "model": {
-                "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
-                "vocab": vocab, "merges": merges,
-            },
-        })
-    }
-
     /// The tensors that inference uses, in the order of a forward pass.
     pub fn used_tensors(self, dtype: Dtype) -> Result<Vec<NewTensor>, ProcessorError> {
         Sizes::from(self).used_tensors(dtype)
@@ -556,29 +336,4 @@ impl Sizes {
 
 fn new_tensors(layout: Vec<TensorShape>, dtype: Dtype) -> Vec<NewTensor> {
     layout.into_iter().map(|tensor| NewTensor { name: tensor.name, dtype, shape: tensor.shape }).collect()
-}
-
-fn tokenizer_config() -> Value {
-    json!({
-        "add_bos_token": false,
-        "add_prefix_space": false,
-        "bos_token": null,
-        "clean_up_tokenization_spaces": false,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 131_072,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": false,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": null,
-    })
-}
-
-/// The characters that stand for bytes in a byte-level vocabulary, in the order of their ids: bytes that print stand for
-/// themselves and come first, the others are counted up from U+0100.
-fn byte_symbols() -> impl Iterator<Item = char> {
-    let prints = |byte: &u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    let others = (0..=255u8).filter(|byte| !prints(byte)).count() as u32;
-    let counted = (0x100..0x100 + others).filter_map(char::from_u32);
-    (0..=255u8).filter(move |byte| prints(byte)).map(char::from).chain(counted)
 }

@@ -6,6 +6,8 @@ mod ask;
 mod chat;
 #[path = "cli/engine.rs"]
 mod engine;
+#[path = "cli/eval.rs"]
+mod eval;
 #[path = "cli/failures.rs"]
 mod failures;
 #[path = "cli/inspect.rs"]
@@ -21,3 +23,6 @@ mod quantize;
 mod support;
 #[path = "cli/trace.rs"]
 mod trace;
+#[cfg(feature = "train")]
+#[path = "cli/train.rs"]
+mod train;

@@ -1,7 +1,8 @@
 //! What is trained on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use keye_media::ItemOptions;
 use keye_world::{Split, Task};
 use serde::Deserialize;
 
@@ -54,9 +55,16 @@ pub struct SourceConfig {
     /// Number of the first sample, so that a stage sees others than those before it.
     #[serde(default)]
     pub first: u64,
-    /// Files of records (§3.4); excludes `world`.
+    /// Files of records (§3.4), or `.json` files that list such files; excludes `world`. Relative to the recipe, lists' entries to
+    /// the list.
     #[serde(default)]
     pub parquet: Vec<PathBuf>,
+    /// How pictures are read, where it is not as the model's preprocessor config says: `{ max_pixels = 50176 }`.
+    #[serde(default)]
+    pub images: ItemOptions,
+    /// How clips are read: `{ fps = 1.0, max_frames = 64 }`.
+    #[serde(default)]
+    pub videos: ItemOptions,
     /// How often it is drawn, beside the weights of the others.
     #[serde(default = "one")]
     pub weight: u32,
@@ -115,7 +123,8 @@ impl SourceConfig {
     /// Samples of the world's training split.
     pub fn of_world(kind: Kind, weight: u32) -> Self {
         let (split, questions, tasks) = (train(), questions(), all_tasks());
-        Self { world: Some(kind), split, questions, tasks, first: 0, parquet: Vec::new(), weight }
+        let (images, videos) = (ItemOptions::default(), ItemOptions::default());
+        Self { world: Some(kind), split, questions, tasks, first: 0, parquet: Vec::new(), images, videos, weight }
     }
 
     /// The part of the world.
@@ -142,6 +151,13 @@ impl DataConfig {
         let config: Self = table.clone().try_into().map_err(|error| TrainError::Data(format!("{error}")))?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Its files of records, relative to a folder: the recipe's.
+    pub fn beside(mut self, folder: &Path) -> Self {
+        let files = self.sources.iter_mut().flat_map(|source| &mut source.parquet);
+        files.for_each(|file| *file = folder.join(&*file));
+        self
     }
 
     /// The same samples of the world, of the split that is held out.

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use keye_media::{ItemOptions, Loader, Media, MediaConfig, MediaKind, Pixels, RgbClip};
-use keye_processor::{Processor, TemplateOptions};
+use keye_media::{ItemOptions, Loader, Media, MediaConfig, MediaItem, MediaKind, Pixels, RgbClip};
+use keye_processor::{Processor, ProcessorError, TemplateOptions};
 
 use super::config::Targets;
 use super::example::{Body, Example, Visual};
@@ -53,7 +53,7 @@ impl Encoder {
     /// # Errors
     /// Media that cannot be read; messages that the template refuses.
     pub fn encode(&self, example: &Example, max_tokens: usize) -> Result<Option<Encoded>, TrainError> {
-        let mut encoded = self.encode_with(example, &self.loader)?;
+        let mut encoded = self.encode_with(example, &self.loader, 1.0)?;
         let mut shrunk: f64 = 1.0;
         for _ in 0..SHRINKS {
             if encoded.pack.len() <= max_tokens || example.media.is_empty() {
@@ -61,15 +61,17 @@ impl Encoder {
             }
             shrunk *= SHRINK;
             let loader = Loader { config: smaller(&self.loader.config, shrunk), ..self.loader.clone() };
-            encoded = self.encode_with(example, &loader)?;
+            encoded = self.encode_with(example, &loader, shrunk)?;
         }
         let useful = matches!(example.body, Body::Caption(_)) || encoded.pack.targets() > 0;
         Ok((encoded.pack.len() <= max_tokens && useful).then_some(encoded))
     }
 
-    fn encode_with(&self, example: &Example, loader: &Loader) -> Result<Encoded, TrainError> {
+    /// With options whose limits are `factor` times as large as those of the example.
+    fn encode_with(&self, example: &Example, loader: &Loader, factor: f64) -> Result<Encoded, TrainError> {
         let of_sample = |reason: String| TrainError::Data(format!("{}: {reason}", example.uuid));
-        let media = example.media.iter().map(|visual| load(loader, &example.uuid, visual));
+        let of_rules = |error: ProcessorError| of_sample(error.to_string());
+        let media = example.media.iter().map(|visual| load(loader, &example.uuid, visual, factor));
         let media = media.collect::<Result<Vec<Media>, _>>().map_err(|error| of_sample(error.to_string()))?;
         let borrowed: Vec<&Media> = media.iter().collect();
         let tokenizer = &self.processor.tokenizer;
@@ -85,8 +87,8 @@ impl Encoder {
                 (ids, positions, mask, Vec::new())
             }
             Body::Messages(messages) => {
-                let text = self.processor.template.render(messages, &whole)?;
-                let prompt = self.processor.raw_prompt(text + END, &borrowed)?;
+                let text = self.processor.template.render(messages, &whole).map_err(of_rules)?;
+                let prompt = self.processor.raw_prompt(text + END, &borrowed).map_err(of_rules)?;
                 let mask = match self.targets {
                     Targets::Answers => conversation_mask(&prompt.input_ids, tokenizer)?,
                     Targets::Text => completion_mask(&prompt.input_ids, tokenizer)?,
@@ -102,7 +104,7 @@ impl Encoder {
                         _ => part["text"].as_str().unwrap_or_default(),
                     })
                     .collect();
-                let prompt = self.processor.raw_prompt(text + END, &borrowed)?;
+                let prompt = self.processor.raw_prompt(text + END, &borrowed).map_err(of_rules)?;
                 let mask = completion_mask(&prompt.input_ids, tokenizer)?;
                 (prompt.input_ids, prompt.positions, mask, prompt.features)
             }
@@ -156,18 +158,33 @@ fn smaller(config: &MediaConfig, factor: f64) -> MediaConfig {
     config
 }
 
-fn load(loader: &Loader, name: &str, visual: &Visual) -> Result<Media, keye_media::MediaError> {
-    let options = ItemOptions::default();
+/// The same for what an item asks for itself.
+fn smaller_item(options: &ItemOptions, factor: f64) -> ItemOptions {
+    let least = options.min_pixels.unwrap_or(0);
+    let scaled = |pixels: Option<u64>| pixels.map(|pixels| ((pixels as f64 * factor) as u64).max(least));
+    ItemOptions {
+        max_pixels: scaled(options.max_pixels),
+        total_pixels: scaled(options.total_pixels),
+        video_total_pixels: scaled(options.video_total_pixels),
+        ..options.clone()
+    }
+}
+
+fn load(loader: &Loader, name: &str, visual: &Visual, factor: f64) -> Result<Media, keye_media::MediaError> {
     match visual {
-        Visual::World(MediaKind::Image, clip) => {
-            loader.load_rgb(name, (clip.height(), clip.width()), clip.frame(0), &options)
+        Visual::World(MediaKind::Image, clip, options) => {
+            let size = (clip.height(), clip.width());
+            loader.load_rgb(name, size, clip.frame(0), &smaller_item(options, factor))
         }
-        Visual::World(MediaKind::Video, clip) => {
+        Visual::World(MediaKind::Video, clip, options) => {
             let mut frame = |index: u64| clip.frame(index as u32);
             let (height, width, frames) = (clip.height(), clip.width(), u64::from(clip.len()));
-            loader
-                .load_frames(&mut RgbClip { name, height, width, fps: clip.fps(), frames, frame: &mut frame }, &options)
+            let mut clip = RgbClip { name, height, width, fps: clip.fps(), frames, frame: &mut frame };
+            loader.load_frames(&mut clip, &smaller_item(options, factor))
         }
-        Visual::Item(item) => loader.load(item, &mut |_| true),
+        Visual::Item(item) => {
+            let options = smaller_item(&item.options, factor);
+            loader.load(&MediaItem { options, ..(**item).clone() }, &mut |_| true)
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! One sample before it becomes tokens, wherever it comes from.
 
-use keye_media::{MediaItem, MediaKind};
+use keye_media::{ItemOptions, MediaItem, MediaKind};
 use keye_world::{Clip, Media, Sample};
 use serde_json::{Value, json};
 
@@ -18,8 +18,8 @@ pub enum Body {
 /// A picture or clip.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Visual {
-    /// Of the world, rendered in this process.
-    World(MediaKind, Clip),
+    /// Of the world, rendered in this process, and how it is read.
+    World(MediaKind, Clip, ItemOptions),
     /// Bytes or a file.
     Item(Box<MediaItem>),
 }
@@ -39,13 +39,25 @@ impl Visual {
     /// Picture or clip.
     pub fn kind(&self) -> MediaKind {
         match self {
-            Self::World(kind, _) => *kind,
+            Self::World(kind, ..) => *kind,
             Self::Item(item) => item.kind,
         }
     }
 }
 
 impl Example {
+    /// With pictures and clips that are read by these options (§3.4: limits of a source).
+    pub fn read_by(mut self, images: &ItemOptions, videos: &ItemOptions) -> Self {
+        for visual in &mut self.media {
+            let wanted = if visual.kind() == MediaKind::Image { images } else { videos };
+            match visual {
+                Visual::World(_, _, options) => *options = wanted.clone(),
+                Visual::Item(item) => item.options = wanted.clone(),
+            }
+        }
+        self
+    }
+
     /// A conversation of the world.
     pub fn conversation(sample: &Sample) -> Self {
         let messages = sample.messages();
@@ -71,8 +83,8 @@ fn answer(sample: &Sample) -> String {
 
 fn visuals(sample: &Sample) -> Vec<Visual> {
     let visual = |media: &Media| match media {
-        Media::Image(clip) => Visual::World(MediaKind::Image, clip.clone()),
-        Media::Video(clip) => Visual::World(MediaKind::Video, clip.clone()),
+        Media::Image(clip) => Visual::World(MediaKind::Image, clip.clone(), ItemOptions::default()),
+        Media::Video(clip) => Visual::World(MediaKind::Video, clip.clone(), ItemOptions::default()),
     };
     sample.media.iter().map(|(_, media)| visual(media)).collect()
 }

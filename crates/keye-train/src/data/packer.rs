@@ -6,7 +6,7 @@ use keye_processor::Processor;
 use keye_world::{Rng, World};
 use serde::{Deserialize, Serialize};
 
-use super::config::{DataConfig, Kind};
+use super::config::{DataConfig, Kind, SourceConfig};
 use super::encode::Encoder;
 use super::example::Example;
 use crate::{Pack, TrainError};
@@ -130,7 +130,8 @@ impl Packer {
     }
 
     fn example(&mut self, (source, number): (usize, u64)) -> Result<Example, TrainError> {
-        Ok(match &mut self.sources[source] {
+        let SourceConfig { images, videos, .. } = &self.config.sources[source];
+        let example = match &mut self.sources[source] {
             #[cfg(feature = "parquet")]
             Source::Rows(rows) => rows.example(number)?,
             Source::World(world, Kind::Clip) => Example::conversation(&world.clip(number)),
@@ -138,6 +139,7 @@ impl Packer {
             Source::World(world, Kind::Text) => Example::conversation(&world.text(number)),
             Source::World(world, Kind::Caption) => Example::caption(&world.pair(number)),
             Source::World(world, Kind::Pair) => Example::pair(&world.pair(number)),
-        })
+        };
+        Ok(example.read_by(images, videos))
     }
 }

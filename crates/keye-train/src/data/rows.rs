@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::example::{Body, Example, Visual};
 use crate::TrainError;
+use crate::checkpoint_dir::io;
 
 /// Files whose row groups are mixed with one another (§3.6).
 const WINDOW: usize = 5;
@@ -34,8 +35,10 @@ struct Group {
 
 impl Rows {
     pub(crate) fn open(paths: &[PathBuf], seed: u64) -> Result<Self, TrainError> {
-        let files: Result<Vec<RowFile>, _> = paths.iter().map(|path| RowFile::open(path)).collect();
-        let files = files.map_err(|error| TrainError::Data(error.to_string()))?;
+        let mut files = Vec::with_capacity(paths.len());
+        for path in listed(paths)? {
+            files.push(RowFile::open(&path).map_err(|error| TrainError::Data(error.to_string()))?);
+        }
         let total = files.iter().flat_map(RowFile::groups).map(|rows| rows as u64).sum();
         Ok(Self { files, total, seed, order: None, cached: None })
     }
@@ -86,6 +89,24 @@ impl Rows {
     }
 }
 
+/// The files, those of lists in the place of the list.
+fn listed(paths: &[PathBuf]) -> Result<Vec<PathBuf>, TrainError> {
+    let mut files = Vec::with_capacity(paths.len());
+    for path in paths {
+        if path.extension().is_none_or(|end| end != "json") {
+            files.push(path.clone());
+            continue;
+        }
+        let text = std::fs::read(path).map_err(io(path))?;
+        let names: Vec<PathBuf> = serde_json::from_slice(&text).map_err(|error| {
+            TrainError::Data(format!("{}: expected a list of files of records: {error}", path.display()))
+        })?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        files.extend(names.iter().map(|name| folder.join(name)));
+    }
+    Ok(files)
+}
+
 /// A row with its media found; their paths are relative to `dir`.
 fn example(row: &Row, dir: &Path) -> Result<Example, TrainError> {
     let wrong = |what: String| TrainError::Data(format!("{}: {what}", row.uuid));
@@ -127,7 +148,8 @@ fn example(row: &Row, dir: &Path) -> Result<Example, TrainError> {
                 }
                 None => (MediaKind::Video, source(&block["video"], &videos)?),
             },
-            _ => continue,
+            Some("text") => continue,
+            _ => return Err(wrong(format!("expected a block of type text, image or video, found {block}"))),
         };
         media.push(Visual::Item(Box::new(MediaItem { kind, source, options: ItemOptions::default() })));
     }

@@ -15,7 +15,7 @@ use crate::{Pack, Recipe, TrainError};
 pub fn held_out(recipe: &Recipe, processor: &Arc<Processor>) -> Result<Vec<Pack>, TrainError> {
     let Some(validation) = &recipe.validation else { return Ok(Vec::new()) };
     let config = match &validation.data {
-        Some(table) => DataConfig::from_table(table)?,
+        Some(table) => DataConfig::from_table(table)?.beside(&recipe.folder),
         None => DataConfig::from_table(&recipe.data)?.held_out()?,
     };
     let mut packer = Packer::new(config, Arc::clone(processor))?;

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use keye_media::{ItemOptions, Loader, MediaItem, MediaKind, Source};
+use keye_media::{FrameKind, ItemOptions, Loader, MediaConfig, MediaItem, MediaKind, RgbClip, Source};
 use keye_processor::{Overrides, Processor};
 use keye_train::data::{
     Body, DataConfig, Encoder, Example, Kind, Stream, Targets, Visual, completion_mask, conversation_mask, held_out,
 };
 use keye_train::{Pack, PackSource, Recipe, TrainError};
 use keye_world::{Split, World};
+
+use crate::support::Numbers;
 
 /// A directory of keye-nano's tokenizer with the fixture's config and limits of small frames.
 fn nano() -> (tempfile::TempDir, Arc<Processor>) {
@@ -259,6 +261,57 @@ fn held_out_packs_are_not_those_of_training() {
     assert!(recipe("[validation]\nevery = 0\npacks = 1", world).unwrap_err().to_string().contains("validation"));
 }
 
+/// Acceptance test 11 of the spec: a clip at rest has one slow frame, noise has only slow ones, and neither takes more tokens
+/// than it may.
+#[test]
+fn rest_is_fast_and_noise_is_slow() {
+    let loader = Loader::new(MediaConfig::slow_fast());
+    let (height, width, fps) = (420, 560, 2.0);
+    for (frames, tokens) in [(8, 1000), (24, 2000)] {
+        for at_rest in [true, false] {
+            // Coarse noise: frames are compared by tiles, over which fine noise is always the same.
+            let mut frame = |index: u64| {
+                let mut numbers = Numbers(if at_rest { 1 } else { index + 1 });
+                let blocks: Vec<u8> = (0..12).map(|_| numbers.below(2) as u8 * 255).collect();
+                let block = |i: u32| blocks[(i / width / 140 * 4 + i % width / 140) as usize];
+                (0..height * width).flat_map(|i| [block(i), 0, 0]).collect()
+            };
+            let options = ItemOptions { video_total_pixels: Some(tokens * 784), ..ItemOptions::default() };
+            let mut clip = RgbClip { name: "clip", height, width, fps, frames, frame: &mut frame };
+            let media = loader.load_frames(&mut clip, &options).unwrap();
+            assert_eq!(media.frames.len() as u64, frames);
+            let slow = media.frames.iter().filter(|frame| frame.kind == FrameKind::Slow).count() as u64;
+            assert_eq!(slow, if at_rest { 1 } else { frames });
+            let taken = media.patches.len() as u64 / 4;
+            assert!(taken <= tokens && taken * 2 > tokens, "{taken} of {tokens}, at rest: {at_rest}");
+        }
+    }
+}
+
+/// Limits of a source: those of its pictures alone, and they shrink like all others when a sample is too long.
+#[test]
+fn a_source_has_its_own_limits() {
+    let (_dir, processor) = nano();
+    let config = |more: &str| {
+        let text = format!("max_tokens = 400\nsources = [{{ world = \"still\"{more} }}]");
+        DataConfig::from_table(&toml::from_str(&text).unwrap()).unwrap()
+    };
+    let first = |config| Stream::new(config, Arc::clone(&processor)).unwrap().next_pack().unwrap();
+    let (plain, small) = (first(config("")), first(config(", images = { max_pixels = 6272 }")));
+    assert!(small.grids.iter().all(|[h, w]| h * w <= 32) && plain.grids.iter().any(|[h, w]| h * w > 32));
+    assert!(first(config(", videos = { max_pixels = 6272 }")) == plain, "stills are no clips");
+    let wrong = toml::from_str("max_tokens = 4\nsources = [{ world = \"still\", images = { pixels = 3 } }]").unwrap();
+    assert!(DataConfig::from_table(&wrong).unwrap_err().to_string().contains("pixels"));
+
+    let sample = World::new(Split::Train).still(0);
+    let options = ItemOptions { min_pixels: Some(3136), max_pixels: Some(12544), ..ItemOptions::default() };
+    let example = Example::conversation(&sample).read_by(&options, &ItemOptions::default());
+    let encoder = Encoder::new(processor);
+    let whole = encoder.encode(&example, 400).unwrap().unwrap().pack;
+    let less = encoder.encode(&example, whole.len() - 4).unwrap().unwrap().pack;
+    assert!(less.patches.len() < whole.patches.len() && less.len() <= whole.len() - 4);
+}
+
 /// What `keye world` writes is trained on like what is drawn in this process: the same tokens and targets.
 #[cfg(feature = "parquet")]
 #[test]
@@ -273,9 +326,11 @@ fn files_of_records_come_round_and_go_on_from_a_state() {
     let files = ["a.parquet", "b.parquet"].map(|name| dir.path().join(name));
     write_rows(&files[0], &rows[..5]).unwrap();
     write_rows(&files[1], &rows[5..]).unwrap();
-    let source = SourceConfig { world: None, parquet: files.to_vec(), ..SourceConfig::of_world(Kind::Clip, 1) };
+    std::fs::write(dir.path().join("all.json"), r#"["a.parquet", "b.parquet"]"#).unwrap();
+    let parquet = vec!["all.json".into()];
+    let source = SourceConfig { world: None, parquet, ..SourceConfig::of_world(Kind::Clip, 1) };
     let base = DataConfig::of_world(&[(Kind::Still, 1)], 400, 3);
-    let config = DataConfig { sources: vec![source], ..base };
+    let config = DataConfig { sources: vec![source], ..base }.beside(dir.path());
 
     let encoder = Encoder::new(Arc::clone(&processor));
     let encode = |sample| encoder.encode(&Example::conversation(sample), 400).unwrap();
@@ -293,7 +348,12 @@ fn files_of_records_come_round_and_go_on_from_a_state() {
     found.sort();
     expected.sort();
     assert!(found == expected);
-    let mut other = Stream::new(config, processor).unwrap();
+    let mut other = Stream::new(config.clone(), Arc::clone(&processor)).unwrap();
     other.restore(&states[0].0).unwrap();
     assert!(other.next_pack().unwrap() == states[1].1);
+    for (list, words) in [("{}", "expected a list"), ("[\"c.parquet\"]", "c.parquet"), ("[\"all.json\"]", "all.json")] {
+        std::fs::write(dir.path().join("all.json"), list).unwrap();
+        let error = Stream::new(config.clone(), Arc::clone(&processor)).err().unwrap().to_string();
+        assert!(error.contains(words), "{error}");
+    }
 }

@@ -315,6 +315,30 @@ fn the_projector_stage_changes_the_projector_alone() {
     }
 }
 
+/// What ships: recipes that load, each from a stage before it, with data of which a part is held out.
+#[test]
+fn the_recipes_of_keye_nano_fit_together() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/keye-nano");
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|end| end == "toml"));
+    let number = |path: &PathBuf| -> u32 {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.split_once('-').and_then(|(number, _)| number.parse().ok()).unwrap_or_else(|| panic!("{name}: no number"))
+    };
+    paths.sort_by_key(number);
+    let mut before: Vec<String> = Vec::new();
+    for path in paths {
+        let recipe = Recipe::load(&path).unwrap();
+        assert!(recipe.start.as_ref().map_or(before.is_empty(), |start| before.contains(start)), "{}", path.display());
+        recipe.trained(load_model(&recipe, Isa::detect()).unwrap().layout()).unwrap();
+        let data = DataConfig::from_table(&recipe.data).unwrap();
+        let unused = recipe.validation.as_ref().is_some_and(|validation| validation.every > recipe.steps);
+        assert!(!unused && data.held_out().is_ok(), "{}", path.display());
+        before.push(recipe.name);
+    }
+    assert!(before.len() >= 9, "{before:?}");
+}
+
 #[test]
 fn wrong_recipes_are_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();

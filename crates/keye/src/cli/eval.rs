@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
 use keye::Keye;
-use keye_eval::{Column, EngineAnswerer, EvalError, Plan, Report, Row, accuracy_svg, markdown};
+use keye_eval::{Column, EngineAnswerer, EvalError, Plan, Report, Row, accuracy_svg, difference, markdown};
 use keye_media::{Loader, VideoRule};
 use keye_world::{Split, Task};
 use serde_json::json;
@@ -51,6 +51,9 @@ struct CompareArgs {
     /// Draw the scores as a picture as well
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+    /// Print the comparison as json in place of the table
+    #[arg(long)]
+    json: bool,
 }
 
 /// Ask about short synthetic clips with exact truth, which training never shows
@@ -128,6 +131,7 @@ fn world(args: &WorldArgs) -> Result<()> {
             }
         },
     )?;
+    super::args::warn_of_disk(&keye, &mut status);
     status.clear();
     let media = &keye.processor().media;
     if uniform && media.video.rule != VideoRule::SlowFast {
@@ -200,5 +204,22 @@ fn compare(args: &CompareArgs) -> Result<()> {
     if let Some(path) = &args.svg {
         std::fs::write(path, accuracy_svg(&columns)).with_context(|| path.display().to_string())?;
     }
-    ui::out(&table)
+    match args.json {
+        true => ui::out(&format!("{}\n", compared(&columns))),
+        false => ui::out(&table),
+    }
+}
+
+/// Every report's scores, and how much more they are than the first one's.
+fn compared(columns: &[Column]) -> serde_json::Value {
+    let reports = columns.iter().map(|Column { name, report }| {
+        let (more, error) = columns.first().map_or((0.0, 0.0), |first| difference(&first.report, report));
+        let row = |row: &Row| json!({"task": row.task, "score": rounded(row.score()), "error": rounded(row.error())});
+        json!({
+            "name": name, "mean": rounded(report.mean()), "error": rounded(report.error()),
+            "difference": {"mean": rounded(more), "error": rounded(error)},
+            "tasks": report.rows.iter().map(row).collect::<Vec<_>>(),
+        })
+    });
+    json!({"reports": reports.collect::<Vec<_>>()})
 }

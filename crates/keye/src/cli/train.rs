@@ -13,6 +13,7 @@ use keye_train::{
     ExportDtype, Model, Outcome, Params, Recipe, StepMetrics, average, export, load_model, load_params, loss_of,
     model_of, run,
 };
+use serde_json::json;
 
 use super::failure::{Interrupted, Usage};
 use super::signals;
@@ -53,6 +54,9 @@ enum Command {
         /// Measure the loss of each on this recipe's held-out data; write the mean only if its own is the lowest
         #[arg(long, value_name = "RECIPE.toml")]
         measure: Option<PathBuf>,
+        /// Print what was measured as json
+        #[arg(long)]
+        json: bool,
     },
     /// A model in 16-bit floats without what only training uses
     Export {
@@ -84,17 +88,36 @@ struct RunArgs {
 pub fn run_command(args: Args) -> Result<()> {
     match args.command {
         Command::Run(args) => run_stages(&args),
-        Command::Average { out, models, measure } => {
+        Command::Average { out, models, measure, json } => {
+            absent(&out)?;
             let isa = Isa::from_env()?;
             let model = model_of(&models[0], isa)?;
             let mean = average(&model, &models, &model.init(0))?;
-            if let Some(recipe) = measure {
-                compare(&recipe, &model, &models, &mean)?;
+            let losses = measure.map(|recipe| held_out_losses(&recipe, &model, &models, &mean)).transpose()?;
+            let lowest = losses.iter().flat_map(|losses| &losses.models).copied().fold(f64::INFINITY, f64::min);
+            let better = losses.as_ref().is_none_or(|losses| losses.mean < lowest);
+            if better {
+                export(&model, &mean, &models[..1], &out, ExportDtype::F32)?;
             }
-            export(&model, &mean, &models[..1], &out, ExportDtype::F32)?;
-            ui::out(&format!("{}\n", out.display()))
+            if json {
+                let of = |losses: &Losses| losses.models.iter().map(|loss| Some(*loss)).collect();
+                let of_models = losses.as_ref().map_or_else(|| vec![None; models.len()], of);
+                let measured = models.iter().zip(of_models);
+                let measured: Vec<_> = measured.map(|(dir, loss)| json!({"model": dir, "held_out": loss})).collect();
+                let mean = losses.as_ref().map(|losses| losses.mean);
+                let report = json!({"model": out, "written": better, "held_out": mean, "models": measured});
+                ui::out(&format!("{report}\n"))?;
+            }
+            match losses {
+                Some(Losses { mean, .. }) if !better => bail!(
+                    "the mean's held-out loss, {mean:.4}, is not below the best model's, {lowest:.4}: nothing is written"
+                ),
+                _ if json => Ok(()),
+                _ => ui::out(&format!("{}\n", out.display())),
+            }
         }
         Command::Export { model: dir, out } => {
+            absent(&out)?;
             let model = model_of(&dir, Isa::from_env()?)?;
             let mut params = model.init(0);
             load_params(&model, &dir, &mut params)?;
@@ -104,9 +127,22 @@ pub fn run_command(args: Args) -> Result<()> {
     }
 }
 
-/// Whether the mean of models is better than each; an error tells the losses when it is not.
-fn compare(recipe: &Path, model: &Model, models: &[PathBuf], mean: &Params) -> Result<()> {
-    let path = recipe;
+/// A directory that is to be made: told before the work that fills it.
+fn absent(out: &Path) -> Result<()> {
+    let is_empty = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    match out.exists() && !is_empty {
+        true => Err(Usage(format!("{} is there already; choose another name or remove it", out.display())).into()),
+        false => Ok(()),
+    }
+}
+
+/// Of models and their mean, on the same packs.
+struct Losses {
+    models: Vec<f64>,
+    mean: f64,
+}
+
+fn held_out_losses(path: &Path, model: &Model, models: &[PathBuf], mean: &Params) -> Result<Losses> {
     let recipe = Recipe::load(path)?;
     let processor = Arc::new(Processor::load(&models[0], &Overrides::default())?);
     let packs = held_out(&recipe, &processor)?;
@@ -114,22 +150,17 @@ fn compare(recipe: &Path, model: &Model, models: &[PathBuf], mean: &Params) -> R
         return Err(Usage(format!("--measure {}: the recipe has no [validation]", path.display())).into());
     }
     let status = &mut Status::new(false);
-    let mut lowest = f64::INFINITY;
+    let mut losses = Vec::with_capacity(models.len());
     for dir in models {
         let mut params = model.init(0);
         load_params(model, dir, &mut params)?;
         let loss = loss_of(&recipe, model, &params, None, &packs)?;
         status.line(&format!("{}: held-out loss {loss:.4}", dir.display()));
-        lowest = lowest.min(loss);
+        losses.push(loss);
     }
-    let loss = loss_of(&recipe, model, mean, None, &packs)?;
-    status.line(&format!("mean: held-out loss {loss:.4}"));
-    match loss < lowest {
-        true => Ok(()),
-        false => {
-            bail!("the mean's held-out loss, {loss:.4}, is not below the best model's, {lowest:.4}: nothing is written")
-        }
-    }
+    let mean = loss_of(&recipe, model, mean, None, &packs)?;
+    status.line(&format!("mean: held-out loss {mean:.4}"));
+    Ok(Losses { models: losses, mean })
 }
 
 fn run_stages(args: &RunArgs) -> Result<()> {
@@ -172,7 +203,7 @@ fn keep_freed_memory() {
 fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outcome> {
     keep_freed_memory();
     let isa = Isa::from_env()?;
-    let data = DataConfig::from_table(&recipe.data).with_context(|| format!("{}: data", recipe.name))?;
+    let data = DataConfig::from_table(&recipe.data).with_context(|| recipe.name.clone())?.beside(&recipe.folder);
     let files = recipe.gather()?;
     let processor = Arc::new(Processor::load(files.path(), &Overrides::default())?);
     let model = load_model(recipe, isa)?;
