@@ -92,11 +92,16 @@ struct Suite<'a, B: Backend> {
     random: Random,
     tolerance: f32,
     checks: Vec<Check>,
+    /// Each kernel once or twice, for devices under a tool that slows them down.
+    small: bool,
+    /// The comparison under way, for errors.
+    now: String,
 }
 
 /// Runs `$body` once with the backend under test and once with the reference, and compares what it yields.
 macro_rules! compare {
     ($suite:ident, $name:expr, |$b:ident| $body:block) => {{
+        $suite.now = $name;
         let found: Vec<f32> = {
             let $b = $suite.backend;
             $body
@@ -105,7 +110,7 @@ macro_rules! compare {
             let $b = &Reference;
             $body
         };
-        $suite.record($name, &found, &expected);
+        $suite.record($suite.now.clone(), &found, &expected);
     }};
 }
 
@@ -126,14 +131,24 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn products(&mut self, dtypes: &[Dtype]) -> Result<(), BackendError> {
-        for &dtype in dtypes {
-            for (m, k, n) in [(1, 64, 960), (3, 72, 7), (5, 588, 64), (37, 4304, 25), (530, 150, 31), (1, 4096, 100)] {
+        let (shapes, activations): (&[_], &[_]) = match self.small {
+            false => (
+                &[(1, 64, 960), (3, 72, 7), (5, 588, 64), (37, 4304, 25), (530, 150, 31), (1, 4096, 100)],
+                &[Activation::None, Activation::GeluTanh, Activation::GeluErf],
+            ),
+            true => (&[(1, 64, 20), (5, 150, 33), (37, 72, 7), (130, 200, 70)], &[Activation::GeluErf]),
+        };
+        // Stored as another of the list once they are loaded.
+        let twin = |dtype: &&Dtype| self.small && matches!(dtype, Dtype::F16 | Dtype::Int10);
+        let dtypes: Vec<Dtype> = dtypes.iter().filter(|dtype| !twin(dtype)).copied().collect();
+        for dtype in dtypes {
+            for &(m, k, n) in shapes {
                 let x = self.random.values(m * k, 1.0);
                 let w = source(n, k, &self.random.values(n * k, 1.0), dtype);
                 let up = source(n, k, &self.random.values(n * k, 0.05), dtype);
                 let bias = source(1, n, &self.random.values(n, 1.0), Dtype::F32);
                 let y = self.random.values(m * n, 1.0);
-                for activation in [Activation::None, Activation::GeluTanh, Activation::GeluErf] {
+                for &activation in activations {
                     compare!(self, format!("linear {m}x{k}x{n} {dtype:?} {activation:?}"), |b| {
                         let (w, bias) = (b.load(&w)?, b.load(&bias)?);
                         b.download(&b.linear(&b.upload(m, k, &x)?, &w, Some(&bias), activation)?)?
@@ -147,6 +162,9 @@ impl<B: Backend> Suite<'_, B> {
                 compare!(self, format!("gated {m}x{k}x{n} {dtype:?}"), |b| {
                     b.download(&b.gated(&b.upload(m, k, &x)?, &b.load(&w)?, &b.load(&up)?)?)?
                 });
+                if self.small {
+                    continue;
+                }
                 let b = self.backend;
                 let (w, bias) = (b.load(&w)?, b.load(&bias)?);
                 let all = b.download(&b.linear(&b.upload(m, k, &x)?, &w, Some(&bias), Activation::GeluTanh)?)?;
@@ -213,6 +231,9 @@ impl<B: Backend> Suite<'_, B> {
             (1, 72, vec![(0..700, 0..700)]),
         ] {
             let rows = spans.iter().map(|(_, keys): &(_, std::ops::Range<usize>)| keys.end).max().unwrap_or(0);
+            if self.small && rows > 200 {
+                continue;
+            }
             let width = heads * hd;
             let [q, k, v] = [2.0, 2.0, 1.0].map(|scale| self.random.values(rows * width, scale));
             let shape = AttentionShape { heads, kv_heads: heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };
@@ -366,33 +387,59 @@ impl Case {
     }
 }
 
+impl<'a, B: Backend> Suite<'a, B> {
+    fn new(backend: &'a B, tolerance: f32, seed: u64, small: bool) -> Self {
+        Self { backend, random: Random(seed), tolerance, checks: Vec::new(), small, now: "the first".into() }
+    }
+
+    /// Its checks after `body`; an error of the device says how far it came.
+    fn finish(mut self, body: impl FnOnce(&mut Self) -> Result<(), BackendError>) -> Result<Vec<Check>, BackendError> {
+        match body(&mut self) {
+            Ok(()) => Ok(self.checks),
+            Err(BackendError::Device { what, reason }) => {
+                let reason = format!("{reason} (after {} checks; the last begun: {})", self.checks.len(), self.now);
+                Err(BackendError::Device { what, reason })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn everything(&mut self) -> Result<(), BackendError> {
+        self.products(&[Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::Int8, Dtype::Int4])?;
+        self.rows()?;
+        self.vision_attention()?;
+        self.paged_attention()?;
+        self.experts()?;
+        self.sparse_attention()?;
+        // Last, so that the checks above keep their numbers: a key on the edge between two bf16 values may fall either way.
+        self.products(&[Dtype::Int10, Dtype::Int12])?;
+        self.highest()?;
+        self.fp8_rows()
+    }
+}
+
 /// Runs the whole suite; `tolerance` is relative to the root mean square of what is expected.
 pub fn run<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
-    let mut suite = Suite { backend, random: Random(1), tolerance, checks: Vec::new() };
-    suite.products(&[Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::Int8, Dtype::Int4])?;
-    suite.rows()?;
-    suite.vision_attention()?;
-    suite.paged_attention()?;
-    suite.experts()?;
-    suite.sparse_attention()?;
-    // Last, so that the checks above keep their numbers: a key on the edge between two bf16 values may fall either way.
-    suite.products(&[Dtype::Int10, Dtype::Int12])?;
-    suite.highest()?;
-    suite.fp8_rows()?;
-    Ok(suite.checks)
+    Suite::new(backend, tolerance, 1, false).finish(Suite::everything)
+}
+
+/// As [`run`] and [`run_fp8`] with few and small products: every operation, for devices that a tool slows down.
+pub fn run_small<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
+    Suite::new(backend, tolerance, 1, true).finish(|suite| {
+        suite.everything()?;
+        suite.products(&[Dtype::F8E4M3])
+    })
 }
 
 /// As [`run`], for products with weights of 8-bit floats alone.
 pub fn run_fp8<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
-    let mut suite = Suite { backend, random: Random(2), tolerance, checks: Vec::new() };
-    suite.products(&[Dtype::F8E4M3])?;
-    Ok(suite.checks)
+    Suite::new(backend, tolerance, 2, false).finish(|suite| suite.products(&[Dtype::F8E4M3]))
 }
 
 /// As [`run`], for the operations of latent attention and for weights of 8-bit floats.
 pub fn run_latent<B: Backend>(backend: &B, tolerance: f32) -> Result<Vec<Check>, BackendError> {
-    let mut suite = Suite { backend, random: Random(2), tolerance, checks: Vec::new() };
-    suite.products(&[Dtype::F8E4M3])?;
-    suite.latent()?;
-    Ok(suite.checks)
+    Suite::new(backend, tolerance, 2, false).finish(|suite| {
+        suite.products(&[Dtype::F8E4M3])?;
+        suite.latent()
+    })
 }

@@ -64,3 +64,16 @@ fn cuda_kernels_agree_with_the_reference() {
         assert!(failed.is_empty(), "{}: {failed:#?}", cuda.describe());
     }
 }
+
+/// Every kernel once or twice, each load and store looked at. Values are the other test's business.
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn cuda_kernels_do_not_race() {
+    use keye_backend::{Cuda, Products};
+    for (products, tolerance) in [(Products::F32, 1e-4), (Products::Bf16, 0.15)] {
+        let Some(cuda) = Cuda::watched(products) else { return };
+        let checks = conformance::run_small(&cuda, tolerance).unwrap();
+        let failed: Vec<_> = checks.iter().filter(|check| !check.passed()).collect();
+        assert!(failed.is_empty(), "{}: {failed:#?}", cuda.describe());
+    }
+}

@@ -101,6 +101,9 @@ impl<B: Backend> Suite<'_, B> {
             self.equal(format!("route {dtype:?}: experts"), &chosen, &expected_chosen);
             self.record(format!("route {dtype:?}: weights"), &weights, &expected_weights);
             self.record(format!("add_experts {dtype:?}"), &out, &expected);
+            if self.small {
+                continue;
+            }
             let mut one_by_one = [const { Vec::new() }; 3];
             for (x, y) in x.chunks_exact(cols).zip(y.chunks_exact(cols)) {
                 for (all, row) in one_by_one.iter_mut().zip(mixture.run(self.backend, cols, x, y)?) {
@@ -142,7 +145,8 @@ impl<B: Backend> Suite<'_, B> {
         for (heads, kv_heads, hd, dtype) in
             [(4, 2, 32, KvDtype::F32), (3, 1, 16, KvDtype::F32), (4, 2, 32, KvDtype::Bf16), (4, 2, 40, KvDtype::Int8)]
         {
-            for top_k in [16, 70, tokens] {
+            let all: &[usize] = if self.small { &[70] } else { &[16, 70, tokens] };
+            for &top_k in all {
                 let (index_heads, index_dim) = (3, 24);
                 let widths =
                     [heads * hd, kv_heads * hd, kv_heads * hd, index_heads * index_dim, index_dim, index_heads];

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::device::{Arg, AttentionArg, Device, Grid, Memory};
+use super::device::{Arg, AttentionArg, Device, Grid, MOST_BLOCKS, Memory};
 use super::tensor::{Index, Tensor};
 use super::{Cuda, Products};
 use crate::{AttentionShape, BLOCK_TOKENS, BackendError, CacheSpec, IndexShape, KvDtype, SequenceRows, Span};
@@ -78,6 +78,12 @@ fn list(device: &Arc<Device>, entries: &[u32], width: usize) -> Result<List, Bac
 
 impl Cache {
     pub(super) fn new(device: &Arc<Device>, spec: &CacheSpec, blocks: usize) -> Result<Self, BackendError> {
+        if spec.dtype == KvDtype::Int8 && !spec.head_dim.is_multiple_of(8) {
+            return Err(BackendError::Setting(format!(
+                "a cache in eight bits needs heads of a multiple of 8 columns on a GPU, these have {}; use bf16 or f32",
+                spec.head_dim
+            )));
+        }
         let (head, other) = match spec.dtype {
             KvDtype::F32 => (4, 4),
             KvDtype::Bf16 => (2, 2),
@@ -398,7 +404,7 @@ impl Cuda {
             return Ok(selected);
         }
         let stride = plan.longest;
-        let at_once = (SCORES / stride).clamp(1, plan.rows);
+        let at_once = (SCORES / stride).clamp(1, plan.rows.min(MOST_BLOCKS as usize));
         let scores = device.allocate("scores of index keys", at_once * stride * 4)?;
         let kernel = if cache.spec.dtype == KvDtype::F32 { "score_f32" } else { "score_bf16" };
         for first in (0..plan.rows).step_by(at_once) {

@@ -87,7 +87,21 @@ impl Arg {
             Self::Attention(value) => std::ptr::from_ref(value).cast_mut().cast(),
         }
     }
+
+    #[cfg(feature = "cuda-emulator")]
+    fn size(&self) -> usize {
+        match self {
+            Self::Address(value) | Self::U64(value) => size_of_val(value),
+            Self::U32(value) => size_of_val(value),
+            Self::F32(value) => size_of_val(value),
+            Self::Product(value) => size_of_val(value),
+            Self::Attention(value) => size_of_val(value),
+        }
+    }
 }
+
+/// Blocks of the second and third dimension of a grid.
+pub(super) const MOST_BLOCKS: u32 = 65_535;
 
 /// Blocks, threads of a block, bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]
@@ -122,11 +136,11 @@ impl Device {
         // No address is zero, also where nothing is stored.
         let bytes = bytes.max(16).next_multiple_of(16);
         let address = match &**self {
-            Self::Gpu(gpu) => gpu.allocate(bytes),
+            Self::Gpu(gpu) => gpu.allocate(bytes)?,
             #[cfg(feature = "cuda-emulator")]
-            Self::Emulator(emulator) => emulator.allocate(bytes),
+            Self::Emulator(emulator) => Some(emulator.allocate(bytes)),
         };
-        let address = address.map_err(|_| BackendError::Memory {
+        let address = address.ok_or_else(|| BackendError::Memory {
             what: what.into(),
             bytes: bytes as u64,
             remedy: "use a smaller model, a quantised one, or fewer tokens at a time",
@@ -179,11 +193,20 @@ impl Device {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
+        // Whatever the device: a GPU refuses more.
+        if grid.blocks[1].max(grid.blocks[2]) > MOST_BLOCKS {
+            let [_, y, z] = grid.blocks;
+            let reason = format!("{y} by {z} blocks, {MOST_BLOCKS} at most; use fewer tokens at a time");
+            return Err(BackendError::Device { what: kernel.into(), reason });
+        }
         let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
         match self {
             Self::Gpu(gpu) => gpu.launch(kernel, grid, &mut pointers),
             #[cfg(feature = "cuda-emulator")]
-            Self::Emulator(emulator) => emulator.launch(kernel, grid, &mut pointers),
+            Self::Emulator(emulator) => {
+                let sizes: Vec<u32> = args.iter().map(|arg| arg.size() as u32).collect();
+                emulator.launch(kernel, grid, &mut pointers, &sizes)
+            }
         }
     }
 }

@@ -10,10 +10,10 @@ use cudarc::driver::sys;
 use super::blas::{Blas, Operands, Shape, WORKSPACE};
 use super::device::Grid;
 use super::kernels::MODULES;
-use super::{libraries, nvrtc};
+use super::{CudaOptions, libraries, nvrtc};
 use crate::BackendError;
 
-/// Bytes of each of the two pinned buffers through which large uploads go.
+/// Bytes of each of the two pinned buffers through which uploads go.
 const STAGING: usize = 32 << 20;
 
 pub(super) struct Gpu {
@@ -24,12 +24,17 @@ pub(super) struct Gpu {
     name: String,
     /// cuBLASLt and its workspace, when wanted.
     blas: Option<(Blas, u64)>,
+    /// Each launch is waited for, so that an error names its kernel.
+    waiting: bool,
 }
 
-/// Pinned buffers and the events after which each may be filled again.
+/// Pinned buffers that are filled in turn: all of `current` up to `used` is on its way to the GPU, as is all of the other,
+/// until its event has passed.
 struct Staging {
     buffers: [*mut u8; 2],
     free: [sys::CUevent; 2],
+    current: usize,
+    used: usize,
 }
 
 // SAFETY: handles of the driver may be used by any thread that has made the context current, which every call here does;
@@ -48,7 +53,7 @@ fn device_error(what: &str, reason: String) -> BackendError {
 
 impl Gpu {
     /// Opens device `ordinal` and loads all kernels for its architecture.
-    pub fn open(ordinal: usize, library: bool) -> Result<Self, BackendError> {
+    pub fn open(CudaOptions { device: ordinal, library, waiting, .. }: CudaOptions) -> Result<Self, BackendError> {
         libraries::driver()
             .map_err(|reason| device_error("CUDA", format!("{reason}; is NVIDIA's driver installed?")))?;
         result::init().map_err(failed("starting CUDA"))?;
@@ -104,7 +109,7 @@ impl Gpu {
             let loaded = loaded.map_err(|reason| device_error("kernels", reason))?;
             // SAFETY: the module is loaded, the names end with zero.
             unsafe {
-                for kernel in module.kernels() {
+                for (kernel, _) in module.kernels() {
                     let name = CString::new(kernel).map_err(|e| device_error(kernel, e.to_string()))?;
                     let function = result::module::get_function(loaded, name).map_err(failed(kernel))?;
                     kernels.insert(kernel, function);
@@ -122,7 +127,7 @@ impl Gpu {
         };
         let name =
             format!("{name}, compute capability {major}.{minor}, driver {}.{}", driver / 1000, driver % 1000 / 10);
-        Ok(Self { context, stream, kernels, staging: Mutex::new(None), name, blas })
+        Ok(Self { context, stream, kernels, staging: Mutex::new(None), name, blas, waiting })
     }
 
     pub fn name(&self) -> &str {
@@ -154,10 +159,16 @@ impl Gpu {
         unsafe { result::ctx::set_current(self.context) }
     }
 
-    pub fn allocate(&self, bytes: usize) -> Result<u64, DriverError> {
-        self.enter()?;
+    /// `None` where there is not enough memory.
+    pub fn allocate(&self, bytes: usize) -> Result<Option<u64>, BackendError> {
         // SAFETY: the size is not zero.
-        unsafe { result::malloc_async(self.stream, bytes) }
+        let address = self.enter().and_then(|()| unsafe { result::malloc_async(self.stream, bytes) });
+        match address {
+            Ok(address) => Ok(Some(address)),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+            // What went wrong in a kernel before is often noticed here.
+            Err(error) => Err(failed("taking memory, or what was launched before")(error)),
+        }
     }
 
     pub fn free(&self, address: u64) {
@@ -183,37 +194,31 @@ impl Gpu {
             .map_err(failed("copying on the GPU"))
     }
 
-    /// Small pieces are copied by the driver before it returns; large ones go through pinned buffers, one filled while the
-    /// other is on its way.
+    /// Through pinned buffers, one filled while the other is on its way: whether the driver has read pageable memory when it
+    /// returns depends on the machine.
     pub fn upload(&self, address: u64, bytes: &[u8]) -> Result<(), BackendError> {
         if bytes.is_empty() {
             return Ok(());
         }
         let upload = || {
             self.enter()?;
-            if bytes.len() < 1 << 20 {
-                // SAFETY: the range is inside an allocation; pageable memory is read before the call returns.
-                return unsafe { result::memcpy_htod_async(address, bytes, self.stream) };
-            }
             let mut staging = self.staging.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let staging = match &mut *staging {
                 Some(staging) => staging,
                 none => none.insert(Staging::new()?),
             };
             for (i, piece) in bytes.chunks(STAGING).enumerate() {
-                let (buffer, event) = (staging.buffers[i % 2], staging.free[i % 2]);
-                // SAFETY: the buffer has STAGING bytes and is not read by the device any more once its event has passed.
+                let place = staging.room(piece.len(), self.stream)?;
+                // SAFETY: the place has that many bytes, which the device does not read any more.
                 unsafe {
-                    result::event::synchronize(event)?;
-                    std::ptr::copy_nonoverlapping(piece.as_ptr(), buffer, piece.len());
-                    let staged = std::slice::from_raw_parts(buffer, piece.len());
+                    std::ptr::copy_nonoverlapping(piece.as_ptr(), place, piece.len());
+                    let staged = std::slice::from_raw_parts(place, piece.len());
                     result::memcpy_htod_async(address + (i * STAGING) as u64, staged, self.stream)?;
-                    result::event::record(event, self.stream)?;
                 }
             }
             Ok(())
         };
-        upload().map_err(failed("copying to the GPU"))
+        upload().map_err(failed("copying to the GPU, or what was launched before"))
     }
 
     pub fn download(&self, address: u64, out: &mut [u8]) -> Result<(), BackendError> {
@@ -227,7 +232,7 @@ impl Gpu {
                 result::stream::synchronize(self.stream)
             }
         };
-        download().map_err(failed("copying from the GPU"))
+        download().map_err(failed("copying from the GPU, or what was launched before"))
     }
 
     pub fn launch(&self, kernel: &'static str, grid: Grid, args: &mut [*mut c_void]) -> Result<(), BackendError> {
@@ -241,7 +246,8 @@ impl Gpu {
                     use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
                     result::function::set_function_attribute(function, LIMIT, grid.shared as i32)?;
                 }
-                result::launch_kernel(function, blocks, (grid.threads, 1, 1), grid.shared, self.stream, args)
+                result::launch_kernel(function, blocks, (grid.threads, 1, 1), grid.shared, self.stream, args)?;
+                if self.waiting { result::stream::synchronize(self.stream) } else { Ok(()) }
             }
         };
         launch().map_err(failed(kernel))
@@ -254,7 +260,24 @@ impl Staging {
         unsafe {
             let buffer = || result::malloc_host(STAGING, 0).map(<*mut c_void>::cast::<u8>);
             let event = || result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING);
-            Ok(Self { buffers: [buffer()?, buffer()?], free: [event()?, event()?] })
+            Ok(Self { buffers: [buffer()?, buffer()?], free: [event()?, event()?], current: 0, used: 0 })
         }
+    }
+
+    /// A place of `bytes` (up to [`STAGING`]) that the device does not read any more.
+    fn room(&mut self, bytes: usize, stream: sys::CUstream) -> Result<*mut u8, DriverError> {
+        if self.used + bytes > STAGING {
+            // SAFETY: events and stream are of this context. One that was never recorded has passed.
+            unsafe {
+                result::event::record(self.free[self.current], stream)?;
+                self.current = 1 - self.current;
+                result::event::synchronize(self.free[self.current])?;
+            }
+            self.used = 0;
+        }
+        // SAFETY: inside the buffer.
+        let place = unsafe { self.buffers[self.current].add(self.used) };
+        self.used = (self.used + bytes).next_multiple_of(256).min(STAGING);
+        Ok(place)
     }
 }

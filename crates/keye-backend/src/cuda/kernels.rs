@@ -26,11 +26,12 @@ impl Module {
         format!("{}\n#line 1 \"{}.cu\"\n{}", self.parts[0], self.name, self.parts[1])
     }
 
-    /// Names of its kernels: what follows `KERNEL(threads)`.
-    pub fn kernels(&self) -> Vec<&'static str> {
+    /// Names of its kernels and the threads of their blocks: what stands in and behind `KERNEL(threads)`.
+    pub fn kernels(&self) -> Vec<(&'static str, u32)> {
         let name = |text: &'static str| {
-            let text = text.split_once(')')?.1.trim_start();
-            Some(&text[..text.find('(')?])
+            let (threads, text) = text.split_once(')')?;
+            let text = text.trim_start();
+            Some((&text[..text.find('(')?], threads.parse().ok()?))
         };
         self.parts[1].split("KERNEL(").skip(1).filter_map(name).collect()
     }
@@ -42,7 +43,7 @@ mod tests {
 
     #[test]
     fn kernels_have_one_name_each() {
-        let mut names: Vec<_> = MODULES.iter().flat_map(Module::kernels).collect();
+        let mut names: Vec<_> = MODULES.iter().flat_map(Module::kernels).map(|(name, _)| name).collect();
         assert!(names.len() > 40 && names.contains(&"product_bf16_few") && names.contains(&"attend_rows_80_bf16"));
         assert!(names.iter().all(|name| name.bytes().all(|b| b == b'_' || b.is_ascii_alphanumeric())));
         names.sort_unstable();

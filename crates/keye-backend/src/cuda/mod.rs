@@ -53,6 +53,8 @@ pub struct CudaOptions {
     /// Large bf16 products are left to cuBLASLt, which has to be there. Faster, but a row's result then depends on the
     /// number of rows.
     pub library: bool,
+    /// Every launch is waited for, so that an error names its kernel. Slow: for checks.
+    pub waiting: bool,
 }
 
 /// Room for the highest elements of a row.
@@ -71,7 +73,7 @@ impl Cuda {
     /// # Errors
     /// When driver, GPU or (for the first start) NVRTC is missing; the message says which.
     pub fn new(options: CudaOptions) -> Result<Self, BackendError> {
-        let device = Arc::new(Device::Gpu(gpu::Gpu::open(options.device, options.library)?));
+        let device = Arc::new(Device::Gpu(gpu::Gpu::open(options)?));
         Ok(Self { device, products: options.products })
     }
 
@@ -80,9 +82,25 @@ impl Cuda {
     #[cfg(feature = "cuda-emulator")]
     pub fn emulated(products: Products) -> Option<Self> {
         static DEVICE: std::sync::OnceLock<Option<Arc<Device>>> = std::sync::OnceLock::new();
-        let device =
-            DEVICE.get_or_init(|| emulator::Emulator::build().map(|emulator| Arc::new(Device::Emulator(emulator))));
-        device.clone().map(|device| Self { device, products })
+        Self::on_emulator(&DEVICE, emulator::Kind::Fast, products)
+    }
+
+    /// As [`Cuda::emulated`], slower still: a launch panics when threads race for memory, or load from shared memory what
+    /// their block has not stored.
+    #[cfg(feature = "cuda-emulator")]
+    pub fn watched(products: Products) -> Option<Self> {
+        static DEVICE: std::sync::OnceLock<Option<Arc<Device>>> = std::sync::OnceLock::new();
+        Self::on_emulator(&DEVICE, emulator::Kind::Watched, products)
+    }
+
+    #[cfg(feature = "cuda-emulator")]
+    fn on_emulator(
+        device: &std::sync::OnceLock<Option<Arc<Device>>>,
+        kind: emulator::Kind,
+        products: Products,
+    ) -> Option<Self> {
+        let build = || emulator::Emulator::build(kind).map(|emulator| Arc::new(Device::Emulator(emulator)));
+        device.get_or_init(build).clone().map(|device| Self { device, products })
     }
 
     /// Waits until everything launched so far has been done.
@@ -102,7 +120,8 @@ impl Cuda {
     fn highest_of_rows(&self, x: &Tensor, count: usize) -> Result<Vec<Vec<(u32, f32)>>, BackendError> {
         assert!((1..=128).contains(&count), "half as many as a block has threads: of more the bound is too low");
         let words = 1 + 2 * HIGHEST;
-        let found = self.device.allocate("the highest logits", x.rows * words * 4)?;
+        // Cleared, since the list is fetched whole, its unused end included.
+        let found = self.device.zeros("the highest logits", x.rows * words * 4)?;
         let args =
             [x.memory.arg(), found.arg(), Arg::U32(x.cols as u32), Arg::U32(count as u32), Arg::U32(HIGHEST as u32)];
         self.device.launch("find_highest", Grid::of(x.rows, 1, 256), &args)?;

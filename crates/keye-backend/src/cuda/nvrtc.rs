@@ -15,6 +15,9 @@ use super::libraries;
 /// Sums are fused only where the source says so; no host code, no headers.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "-default-device"];
 
+/// Bytes of a module at most: several times the largest.
+const LARGEST: usize = 64 << 20;
+
 /// A module compiled for one architecture.
 #[derive(Debug, Clone)]
 pub struct Compiled {
@@ -126,12 +129,17 @@ pub fn file_name(module: &Module, architecture: &str) -> String {
     format!("{}-{:016x}-{architecture}.cubin", module.name, hash(module))
 }
 
-/// Machine code that was compiled into the program, by file name.
+/// Machine code that was compiled into the program, deflated, by file name.
 static EMBEDDED: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
 
-/// Names of the modules' files that the program carries.
+/// Names of the modules' files that the program carries, whole.
 pub fn embedded() -> impl Iterator<Item = &'static str> {
-    EMBEDDED.iter().map(|(name, _)| *name)
+    EMBEDDED.iter().filter(|(_, deflated)| is_whole(&inflate(deflated))).map(|(name, _)| *name)
+}
+
+/// Nothing where it cannot be inflated, which is machine code that cannot be opened.
+fn inflate(deflated: &[u8]) -> Vec<u8> {
+    miniz_oxide::inflate::decompress_to_vec_with_limit(deflated, LARGEST).unwrap_or_default()
 }
 
 /// Loads a module with `open`: the one that the program carries, the one in the cache, or one compiled now. Machine code that
@@ -142,10 +150,14 @@ pub(super) fn load<T>(
     driver: i32,
     open: impl Fn(&[u8]) -> Result<T, String>,
 ) -> Result<T, String> {
+    let carried = |architecture: &str| {
+        let name = file_name(module, architecture);
+        let (_, deflated) = EMBEDDED.iter().find(|(embedded, _)| *embedded == name)?;
+        Some(inflate(deflated))
+    };
     let name = file_name(module, architecture);
-    let carried = EMBEDDED.iter().find(|(embedded, _)| *embedded == name).map(|(_, cubin)| *cubin);
     let cached = cache_folder().map(|folder| folder.join(format!("driver-{driver}")).join(&name));
-    find(carried, cached.as_deref(), open, || {
+    let found = find(carried(architecture).as_deref(), cached.as_deref(), &open, || {
         let nvrtc = Nvrtc::open().map_err(|reason| {
             format!(
                 "kernels for {architecture} have to be compiled once, for which {reason}; install CUDA's NVRTC, or take a \
@@ -153,7 +165,14 @@ pub(super) fn load<T>(
             )
         })?;
         Ok(nvrtc.compile(module, architecture)?.cubin)
-    })
+    });
+    // Machine code of 8.0 runs on all of 8.x.
+    match (found, architecture.starts_with("sm_8").then(|| carried("sm_80")).flatten()) {
+        (Err(reason), Some(cubin)) => {
+            open(&cubin).map_err(|of_first| format!("{reason}; the code for sm_80: {of_first}"))
+        }
+        (found, _) => found,
+    }
 }
 
 fn cache_folder() -> Option<PathBuf> {
@@ -173,14 +192,16 @@ fn find<T>(
     open: impl Fn(&[u8]) -> Result<T, String>,
     compile: impl FnOnce() -> Result<Vec<u8>, String>,
 ) -> Result<T, String> {
-    if let Some(opened) = carried.and_then(|cubin| open(cubin).ok()) {
-        return Ok(opened);
-    }
+    let refused = match carried.map(&open) {
+        Some(Ok(opened)) => return Ok(opened),
+        Some(Err(reason)) => format!("; the code that the program carries: {reason}"),
+        None => String::new(),
+    };
     let stored = cached.and_then(|file| std::fs::read(file).ok());
     if let Some(opened) = stored.and_then(|cubin| open(&cubin).ok()) {
         return Ok(opened);
     }
-    let cubin = compile()?;
+    let cubin = compile().map_err(|reason| format!("{reason}{refused}"))?;
     let opened = open(&cubin)?;
     if let Some(file) = cached {
         // Written beside and renamed, so that no other process reads half a file.
@@ -283,6 +304,8 @@ mod tests {
         assert_eq!(find(None, Some(&file), open, never).unwrap(), "good 1");
         assert_eq!(find(Some(b"good carried"), Some(&file), open, never).unwrap(), "good carried");
         assert_eq!(find(Some(b"of a newer driver"), Some(&file), open, never).unwrap(), "good 1");
+        let refused = find(Some(b"of a newer driver"), None, open, never).unwrap_err();
+        assert!(refused.contains("nothing compiles") && refused.contains("the program carries: not machine code"));
         std::fs::write(&file, "goo").unwrap();
         assert_eq!(find(None, Some(&file), open, || Ok(b"good 2".to_vec())).unwrap(), "good 2");
         assert_eq!(std::fs::read(&file).unwrap(), b"good 2");

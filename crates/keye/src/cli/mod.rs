@@ -13,6 +13,11 @@ mod eval;
 mod failure;
 mod generate;
 mod golden;
+#[cfg(feature = "cuda")]
+mod gpu_check;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_gpu_check.rs"]
+mod gpu_check;
 mod inspect;
 mod quantize;
 #[cfg(feature = "serve")]
@@ -70,6 +75,8 @@ enum Command {
     Eval(eval::Args),
     #[cfg(feature = "parquet")]
     World(world::Args),
+    #[cfg_attr(not(feature = "cuda"), command(hide = true))]
+    GpuCheck(gpu_check::Args),
     Completions(completions::Args),
 }
 
@@ -90,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(args),
         #[cfg(feature = "parquet")]
         Command::World(args) => world::run(args),
+        Command::GpuCheck(args) => gpu_check::run(&args),
         Command::Completions(args) => completions::run(args),
     };
     match result {

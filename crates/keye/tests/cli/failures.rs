@@ -33,6 +33,15 @@ fn usage_is_2() {
     assert_eq!(keye(&["ask", "-m", &model(), "--max-tokens", "0", "What?"]).code, Some(2));
 }
 
+/// Whichever way this was built: what is missing is said. With a GPU the check takes minutes, and is another's.
+#[test]
+fn a_gpu_check_without_a_gpu_is_1() {
+    let run = keye(&["gpu-check", "--device", "4096", "--json"]);
+    assert_eq!(run.code, Some(1), "{run:#?}");
+    let words = ["build with --features cuda", "is NVIDIA's driver installed?", "GPU 4096 was asked for"];
+    assert!(words.iter().any(|words| run.stderr.contains(words)), "{run:#?}");
+}
+
 #[test]
 fn a_model_that_cannot_be_loaded_is_3() {
     let run = keye(&["ask", "-m", "no/such-model", "What?"]);

@@ -152,11 +152,11 @@ DEVICE void fetch(
         u32 key = i / (HD / 4), column = i % (HD / 4) * 4;
         words2 out = {0, 0};
         if (first + key < keys && column < p.head_dim) {
-            words4 x = *(const words4*)(from + key_at(p, row, base, first + key, kv_head) + column);
+            words4 x = vector_at<words4>(from + key_at(p, row, base, first + key, kv_head) + column);
             out.x = narrow2(__uint_as_float(x.x), __uint_as_float(x.y));
             out.y = narrow2(__uint_as_float(x.z), __uint_as_float(x.w));
         }
-        *(words2*)(tile + key * (HD + 8) + column) = out;
+        vector_at<words2>(tile + key * (HD + 8) + column) = out;
     }
 }
 
@@ -171,13 +171,13 @@ DEVICE void fetch(
         if (first + key < keys && column < p.head_dim) {
             u64 place = key_at(p, row, base, first + key, kv_head);
             float scale = row_scale(from, scales, place, p.head_dim);
-            words2 codes = *(const words2*)(from + place + column);
+            words2 codes = vector_at<words2>(from + place + column);
             out.x = narrow2((float)(i8)codes.x * scale, (float)(i8)(codes.x >> 8) * scale);
             out.y = narrow2((float)(i8)(codes.x >> 16) * scale, (float)(i8)(codes.x >> 24) * scale);
             out.z = narrow2((float)(i8)codes.y * scale, (float)(i8)(codes.y >> 8) * scale);
             out.w = narrow2((float)(i8)(codes.y >> 16) * scale, (float)(i8)(codes.y >> 24) * scale);
         }
-        *(words4*)(tile + key * (HD + 8) + column) = out;
+        vector_at<words4>(tile + key * (HD + 8) + column) = out;
     }
 }
 
@@ -344,7 +344,7 @@ DEVICE void load_query(
                 u32 d = 16 * c + 8 * h + 2 * t;
                 floats2 pair = {0.0f, 0.0f};
                 if (known && d < p.head_dim) {
-                    pair = *(const floats2*)(q + d);
+                    pair = vector_at<floats2>(q + d);
                 }
                 query[c][2 * h + r] = narrow2(pair.x, pair.y);
             }

@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define SHARED __shared__
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+#define ALIGNED(at, size)
 #endif
 
 #define FULL 0xffffffffu
@@ -42,6 +43,19 @@ struct alignas(8) floats2 {
 struct alignas(8) ints2 {
     int x, y;
 };
+
+/// What lies at an address that is a multiple of its size: on a GPU nothing else can be loaded or stored at once.
+template <class T>
+DEVICE T& vector_at(void* at) {
+    ALIGNED(at, sizeof(T));
+    return *(T*)at;
+}
+
+template <class T>
+DEVICE const T& vector_at(const void* at) {
+    ALIGNED(at, sizeof(T));
+    return *(const T*)at;
+}
 
 DEVICE float min_of(float a, float b) {
     return a < b ? a : b;
@@ -307,7 +321,7 @@ DEVICE words4 load_once(const void* from) {
 #else
 
 DEVICE words4 load_once(const void* from) {
-    return *(const words4*)from;
+    return vector_at<words4>(from);
 }
 
 #endif

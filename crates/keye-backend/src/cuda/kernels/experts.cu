@@ -89,7 +89,7 @@ sort_slots(
             place += count;
         }
         for (; tile < most; tile++) {
-            tiles[3 * tile + 2] = 0;
+            tiles[3 * tile] = tiles[3 * tile + 1] = tiles[3 * tile + 2] = 0;
         }
     }
     __syncthreads();

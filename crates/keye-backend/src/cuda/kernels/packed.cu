@@ -211,18 +211,18 @@ DEVICE void packed_sliced(const Product& p) {
         for (u32 j = 0; j < NT; j++) {
             words4 b = {0, 0, 0, 0};
             if (known[j]) {
-                b = *(const words4*)(x[j] + block * 64);
+                b = vector_at<words4>(x[j] + block * 64);
             }
             float a[2][2];
             int negated[2][2] = {};
 #pragma unroll
             for (u32 e = 0; e < 2; e++) {
                 u32 at = scale_row[j][e] + 2 * block;
-                floats2 pair = *(const floats2*)(p.x_scales + at);
+                floats2 pair = vector_at<floats2>(p.x_scales + at);
                 a[e][0] = pair.x;
                 a[e][1] = pair.y;
                 if (INT4) {
-                    ints2 both = *(const ints2*)(p.x_sums + at);
+                    ints2 both = vector_at<ints2>(p.x_sums + at);
                     negated[e][0] = both.x;
                     negated[e][1] = both.y;
                 }
@@ -313,8 +313,8 @@ DEVICE void fetch(const Product& p, const Packed& w, const Tile& tile, u8* stage
     if (thread < SLOTS) {
         bool known = thread < tile.count;
         u64 at = (u64)x_row(p, tile.first + (known ? thread : 0)) * 2 * blocks + 2 * block;
-        *(floats2*)(stage + At::x_scales + thread * 8) = *(const floats2*)(p.x_scales + at);
-        *(ints2*)(stage + At::x_sums + thread * 8) = *(const ints2*)(p.x_sums + at);
+        vector_at<floats2>(stage + At::x_scales + thread * 8) = vector_at<floats2>(p.x_scales + at);
+        vector_at<ints2>(stage + At::x_sums + thread * 8) = vector_at<ints2>(p.x_sums + at);
     }
 }
 
@@ -360,13 +360,13 @@ DEVICE void packed_many(const Product& p) {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             const u8* codes = stage + (tile_base + i) * (INT4 ? 512 : 1024) + lane * 16;
-            words4 first = *(const words4*)codes;
+            words4 first = vector_at<words4>(codes);
             words[i][0] = first.x;
             words[i][1] = first.y;
             words[i][2] = first.z;
             words[i][3] = first.w;
             if (!INT4) {
-                words4 second = *(const words4*)(codes + 512);
+                words4 second = vector_at<words4>(codes + 512);
                 words[i][4] = second.x;
                 words[i][5] = second.y;
                 words[i][6] = second.z;
@@ -378,17 +378,17 @@ DEVICE void packed_many(const Product& p) {
         }
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
-            words4 b = *(const words4*)(stage + At::x + (slot_base + 8 * j + g) * 64 + 16 * t);
+            words4 b = vector_at<words4>(stage + At::x + (slot_base + 8 * j + g) * 64 + 16 * t);
             float a[2][2];
             int negated[2][2] = {};
 #pragma unroll
             for (u32 e = 0; e < 2; e++) {
                 u32 slot = slot_base + 8 * j + 2 * t + e;
-                floats2 pair = *(const floats2*)(stage + At::x_scales + slot * 8);
+                floats2 pair = vector_at<floats2>(stage + At::x_scales + slot * 8);
                 a[e][0] = pair.x;
                 a[e][1] = pair.y;
                 if (INT4) {
-                    ints2 both = *(const ints2*)(stage + At::x_sums + slot * 8);
+                    ints2 both = vector_at<ints2>(stage + At::x_sums + slot * 8);
                     negated[e][0] = both.x;
                     negated[e][1] = both.y;
                 }

@@ -101,7 +101,7 @@ DEVICE void product_sliced(const Product& p, const Tile& tile, const u32 (&rows)
         for (u32 j = 0; j < NT; j++) {
             words4 b = {0, 0, 0, 0};
             if (known[j]) {
-                b = *(const words4*)(x[j] + step * 32);
+                b = vector_at<words4>(x[j] + step * 32);
             }
 #pragma unroll
             for (u32 i = 0; i < MT; i++) {
@@ -218,12 +218,12 @@ KERNEL(256) product_bf16_many(Product p) {
         words4 b[4];
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
-            b[j] = *(const words4*)(stage + STAGE_BYTES / 2 + (slot_base + 8 * j + g) * 64);
+            b[j] = vector_at<words4>(stage + STAGE_BYTES / 2 + (slot_base + 8 * j + g) * 64);
         }
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            words4 low = *(const words4*)(stage + (out_base + 16 * i + g) * 64);
-            words4 high = *(const words4*)(stage + (out_base + 16 * i + 8 + g) * 64);
+            words4 low = vector_at<words4>(stage + (out_base + 16 * i + g) * 64);
+            words4 high = vector_at<words4>(stage + (out_base + 16 * i + 8 + g) * 64);
 #pragma unroll
             for (u32 j = 0; j < 4; j++) {
                 step_bf16(sum[i][j], low, high, b[j]);
@@ -277,7 +277,7 @@ DEVICE void product_fp8(const Product& p) {
     u32 across = (p.k + p.w_block - 1) / p.w_block;
     product_sliced<MT, NT>(
         p, tile, rows,
-        [&](u32 row, u32 step) { return widen_step(*(const words2*)(weight + (u64)row * p.w_stride + step * 32)); },
+        [&](u32 row, u32 step) { return widen_step(vector_at<words2>(weight + (u64)row * p.w_stride + step * 32)); },
         [&](float (&sum)[4], u32 first, u32 second, u32 step, const words4& low, const words4& high, const words4& b) {
             float part[4] = {};
             step_bf16(part, low, high, b);
@@ -363,13 +363,13 @@ KERNEL(256) product_fp8_many(Product p) {
         words4 b[4];
 #pragma unroll
         for (u32 j = 0; j < 4; j++) {
-            b[j] = *(const words4*)(stage + FP8_OUTPUTS * 32 + (slot_base + 8 * j + g) * 64 + t * 16);
+            b[j] = vector_at<words4>(stage + FP8_OUTPUTS * 32 + (slot_base + 8 * j + g) * 64 + t * 16);
         }
         u32 block = step * 32 / p.w_block;
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
-            words4 low = widen_step(*(const words2*)(stage + (out_base + 16 * i + g) * 32 + t * 8));
-            words4 high = widen_step(*(const words2*)(stage + (out_base + 16 * i + 8 + g) * 32 + t * 8));
+            words4 low = widen_step(vector_at<words2>(stage + (out_base + 16 * i + g) * 32 + t * 8));
+            words4 high = widen_step(vector_at<words2>(stage + (out_base + 16 * i + 8 + g) * 32 + t * 8));
             float scale[2] = {scales[scale_rows[2 * i] + block], scales[scale_rows[2 * i + 1] + block]};
 #pragma unroll
             for (u32 j = 0; j < 4; j++) {
