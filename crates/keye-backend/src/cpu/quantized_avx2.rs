@@ -6,8 +6,21 @@ use super::quantized::{PANEL, Piece, Rows};
 use crate::Dtype;
 use crate::packed::{GROUP, INT4_BLOCK, INT4_CODES, INT4_ZEROS, INT8_BLOCK, TILE_ROWS};
 
+/// What a set of instructions makes of half a tile.
+pub(super) trait HalfTile {
+    /// Adds the products of `M` rows from `row` on with the eight outputs of a half to `sums`, rows `PANEL` apart.
+    unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32);
+}
+
+struct Avx2;
+
 /// See [`super::quantized`]; only where AVX2 and FMA are.
 pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
+    run::<Avx2>(piece, rows, sums);
+}
+
+/// All rows and both halves; only where the instructions are.
+pub(super) fn run<H: HalfTile>(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
     piece.check(rows, sums);
     let mut row = 0;
     while row < rows {
@@ -17,10 +30,10 @@ pub(super) fn piece(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
             // SAFETY: the features are there (the caller's word), and all sizes were checked above.
             unsafe {
                 match (piece.dtype, at_once) {
-                    (Dtype::Int4, 4) => tile::<true, 4>(piece, row, half_tile, sums),
-                    (Dtype::Int4, _) => tile::<true, 1>(piece, row, half_tile, sums),
-                    (_, 4) => tile::<false, 4>(piece, row, half_tile, sums),
-                    _ => tile::<false, 1>(piece, row, half_tile, sums),
+                    (Dtype::Int4, 4) => H::tile::<true, 4>(piece, row, half_tile, sums),
+                    (Dtype::Int4, _) => H::tile::<true, 1>(piece, row, half_tile, sums),
+                    (_, 4) => H::tile::<false, 4>(piece, row, half_tile, sums),
+                    _ => H::tile::<false, 1>(piece, row, half_tile, sums),
                 }
             }
         }
@@ -142,30 +155,32 @@ unsafe fn int8<const M: usize>(
     }
 }
 
-/// `sum = fma(t, S * a, sum)` for all rows and groups.
-#[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
-    let x = piece.x.rows(row);
-    // SAFETY: `piece` has checked all bounds; blocks are whole.
-    unsafe {
-        for (b, block) in piece.blocks.chunks_exact(block_bytes(INT4)).enumerate() {
-            let block = block.as_ptr();
-            let scales = scales::<INT4>(block, half_tile);
-            let (t0, t1): ([__m256i; M], [__m256i; M]);
-            if INT4 {
-                t0 = int4(block, 0, half_tile, &x, b);
-                t1 = int4(block, 1, half_tile, &x, b);
-            } else {
-                t0 = int8(block, 0, half_tile, &x, b);
-                t1 = int8(block, 1, half_tile, &x, b);
-            }
-            for m in 0..M {
-                let (a, to) = (x.scales.add(m * x.groups + 2 * b), sums.add(m * PANEL));
-                let a0 = _mm256_mul_ps(scales[0], _mm256_set1_ps(*a));
-                let a1 = _mm256_mul_ps(scales[1], _mm256_set1_ps(*a.add(1)));
-                let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t0[m]), a0, _mm256_loadu_ps(to));
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(t1[m]), a1, sum));
+impl HalfTile for Avx2 {
+    /// `sum = fma(t, S * a, sum)` for all rows and groups.
+    #[allow(clippy::needless_range_loop, reason = "several arrays are indexed by the same row")]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32) {
+        let x = piece.x.rows(row);
+        // SAFETY: `piece` has checked all bounds; blocks are whole.
+        unsafe {
+            for (b, block) in piece.blocks.chunks_exact(block_bytes(INT4)).enumerate() {
+                let block = block.as_ptr();
+                let scales = scales::<INT4>(block, half_tile);
+                let (t0, t1): ([__m256i; M], [__m256i; M]);
+                if INT4 {
+                    t0 = int4(block, 0, half_tile, &x, b);
+                    t1 = int4(block, 1, half_tile, &x, b);
+                } else {
+                    t0 = int8(block, 0, half_tile, &x, b);
+                    t1 = int8(block, 1, half_tile, &x, b);
+                }
+                for m in 0..M {
+                    let (a, to) = (x.scales.add(m * x.groups + 2 * b), sums.add(m * PANEL));
+                    let a0 = _mm256_mul_ps(scales[0], _mm256_set1_ps(*a));
+                    let a1 = _mm256_mul_ps(scales[1], _mm256_set1_ps(*a.add(1)));
+                    let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(t0[m]), a0, _mm256_loadu_ps(to));
+                    _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(t1[m]), a1, sum));
+                }
             }
         }
     }

@@ -7,17 +7,13 @@
 use std::arch::x86_64::*;
 
 use super::quantized::{PANEL, Piece};
-use super::quantized_avx2::{block_bytes, four, scales};
-use crate::Dtype;
+use super::quantized_avx2::{HalfTile, block_bytes, four, run, scales};
 use crate::packed::{GROUP, INT4_CODES, INT4_ZEROS};
 
 /// An encoding of the dot product.
 trait Encoding {
     /// `t` plus the products of four unsigned weights and four codes.
     unsafe fn dot(t: __m256i, weights: __m256i, codes: __m256i) -> __m256i;
-
-    /// [`tile_in`], compiled for what the encoding needs.
-    unsafe fn tile<const INT4: bool, const M: usize>(piece: &Piece<'_>, row: usize, half_tile: usize, sums: *mut f32);
 }
 
 macro_rules! encoding {
@@ -30,7 +26,10 @@ macro_rules! encoding {
                 // SAFETY: registers only; the callers' features.
                 unsafe { $dot(t, weights, codes) }
             }
+        }
 
+        /// [`tile_in`], compiled for what the encoding needs.
+        impl HalfTile for $name {
             #[target_feature(enable = $features)]
             unsafe fn tile<const INT4: bool, const M: usize>(
                 piece: &Piece<'_>,
@@ -57,27 +56,6 @@ pub(super) fn other_encoding() -> Option<super::quantized::Kernel> {
     encoding!(Evex, _mm256_dpbusd_epi32, "avx2,fma,f16c,avx512vl,avx512vnni");
     let here = is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni");
     here.then_some(run::<Evex> as super::quantized::Kernel)
-}
-
-fn run<E: Encoding>(piece: &Piece<'_>, rows: usize, sums: &mut [f32]) {
-    piece.check(rows, sums);
-    let mut row = 0;
-    while row < rows {
-        let at_once = if rows - row >= 4 { 4 } else { 1 };
-        for half_tile in 0..2 {
-            let sums = sums[row * PANEL + 8 * half_tile..].as_mut_ptr();
-            // SAFETY: the features are there (the caller's word), and all sizes were checked above.
-            unsafe {
-                match (piece.dtype, at_once) {
-                    (Dtype::Int4, 4) => E::tile::<true, 4>(piece, row, half_tile, sums),
-                    (Dtype::Int4, _) => E::tile::<true, 1>(piece, row, half_tile, sums),
-                    (_, 4) => E::tile::<false, 4>(piece, row, half_tile, sums),
-                    _ => E::tile::<false, 1>(piece, row, half_tile, sums),
-                }
-            }
-        }
-        row += at_once;
-    }
 }
 
 /// Weights of columns 8v to 8v + 4 and of the next four of group `half`, not negative; `zeros` are int4's.
