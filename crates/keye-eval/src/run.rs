@@ -130,7 +130,7 @@ pub fn run(
     })?;
     let (mut outcomes, _) = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     outcomes.sort_by_key(|outcome| outcome.index);
-    let rows = Task::ALL.into_iter().filter_map(|task| {
+    let rows = Task::every().filter_map(|task| {
         let of: Vec<&Scored> = outcomes.iter().filter(|outcome| outcome.task == task).collect();
         let mean = |value: fn(&Scored) -> f64| of.iter().map(|outcome| value(outcome)).sum::<f64>() / of.len() as f64;
         (!of.is_empty()).then(|| Row {

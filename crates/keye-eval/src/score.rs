@@ -22,7 +22,8 @@ pub fn score(turn: &Turn, story: &Story, answer: &str) -> f64 {
             let truth = story.things.iter().map(|thing| (thing.colour, thing.shape)).collect();
             f1(&truth, &named(answer))
         }
-        Task::DenseCaption => dense(&turn.answer, answer),
+        Task::DenseCaption | Task::Follow => dense(&turn.answer, answer),
+        Task::Point => points(&turn.answer, answer),
         _ => f64::from(exact(turn, answer)),
     }
 }
@@ -133,6 +134,31 @@ fn dense(truth: &str, said: &str) -> f64 {
     truth.iter().map(best).sum::<f64>() / most as f64
 }
 
+/// The share of lines whose point is at most a tenth of the picture off, across and down; what is said too much counts against it.
+fn points(truth: &str, said: &str) -> f64 {
+    let lines = |text: &str| -> Vec<(String, [i32; 2])> {
+        text.lines()
+            .filter_map(|line| {
+                let (words, point) = line.trim().strip_suffix(']')?.rsplit_once('[')?;
+                let (x, y) = point.split_once(',')?;
+                Some((normalise(words), [x.trim().parse().ok()?, y.trim().parse().ok()?]))
+            })
+            .collect()
+    };
+    let (truth, mut said) = (lines(truth), lines(said));
+    let most = truth.len().max(said.len()).max(1);
+    let mut right = 0;
+    for (words, point) in truth {
+        let near =
+            |line: &(String, [i32; 2])| line.0 == words && (0..2).all(|axis| (line.1[axis].abs_diff(point[axis])) <= 1);
+        if let Some(at) = said.iter().position(near) {
+            said.swap_remove(at);
+            right += 1;
+        }
+    }
+    f64::from(right) / most as f64
+}
+
 #[cfg(test)]
 mod tests {
     use keye_world::{Split, World};
@@ -149,7 +175,7 @@ mod tests {
 
     #[test]
     fn the_truth_scores_one() {
-        for task in Task::ALL {
+        for task in Task::every() {
             for index in 0..20 {
                 let sample = World::new(Split::Test).question(task, index);
                 let turn = &sample.turns[0];
@@ -194,6 +220,16 @@ mod tests {
         assert_eq!(of(Task::DenseCaption, truth, "[0.0, 1.0] a red ring\n[1.0, 2.0] text A"), 0.75);
         let more = format!("{truth}\n[0.0, 1.0] blue ring\n[0.0, 1.0] pink ring");
         assert_eq!(of(Task::DenseCaption, truth, &more), 0.5);
+    }
+
+    #[test]
+    fn points_may_be_a_tenth_off() {
+        assert_eq!(of(Task::Point, "[3,7]", "[4,6]"), 1.0);
+        assert_eq!(of(Task::Point, "[3,7]", "[5,7]"), 0.0);
+        assert_eq!(of(Task::Point, "0.0 [3,7]\n0.5 [4,7]", "0.0 [3,7]\n1.0 [4,7]"), 0.5);
+        assert_eq!(of(Task::Point, "[3,7]", "[3,7]\n[3,7]"), 0.5);
+        assert_eq!(of(Task::Point, "[3,7]", "[3,2147483648]"), 0.0);
+        assert_eq!(of(Task::Point, "[3,7]", "[3,-2147483648]"), 0.0);
     }
 
     #[test]

@@ -45,6 +45,18 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
+    /// The source of the published template (spec §8.1), which is what checkpoints without one get.
+    pub fn published(variant: Variant) -> String {
+        match variant {
+            Variant::Preview => format!("{DEFAULT_HEAD}{DEFAULT_REST}"),
+            Variant::V1_5 | Variant::V671b => format!("{DEFAULT_HEAD}{DEFAULT_SYSTEM}{DEFAULT_REST}"),
+            // The base model's prompts end inside thinking (spec of 2.0, §8).
+            Variant::V2 => {
+                format!("{DEFAULT_HEAD}{DEFAULT_REST}").replace(GENERATION, &format!("{GENERATION}<think>\n"))
+            }
+        }
+    }
+
     /// Takes the first that a checkpoint has: chat_template.json, chat_template.jinja, `chat_template` of
     /// tokenizer_config.json; else the published template, without its default system prompt for Preview (spec §8.2).
     pub fn load(from: impl Into<CheckpointFiles>, variant: Variant) -> Result<Self, ProcessorError> {
@@ -144,13 +156,7 @@ fn source(
             Some(_) => return Err(fields.error(NAME, "expected a string, or a list with a template named \"default\"")),
         }
     }
-    let text = match variant {
-        Variant::Preview => format!("{DEFAULT_HEAD}{DEFAULT_REST}"),
-        Variant::V1_5 | Variant::V671b => format!("{DEFAULT_HEAD}{DEFAULT_SYSTEM}{DEFAULT_REST}"),
-        // The base model's prompts end inside thinking (spec of 2.0, §8).
-        Variant::V2 => format!("{DEFAULT_HEAD}{DEFAULT_REST}").replace(GENERATION, &format!("{GENERATION}<think>\n")),
-    };
-    Ok((path, text))
+    Ok((path, ChatTemplate::published(variant)))
 }
 
 // The template of spec §8.1 in three parts.

@@ -60,6 +60,10 @@ pub struct Recipe {
     pub files: Vec<PathBuf>,
     /// The stage (its name) or the checkpoint directory (a path with a slash) to start from; random values without.
     pub start: Option<String>,
+    /// Amplitude of sines and cosines of row and column that are added to the tower's position embeddings before the first step:
+    /// a tower begun from nothing has hardly learnt where its patches are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub sines: f32,
     /// Tensors whose names begin with one of these are trained, all others are frozen.
     pub trained: Vec<String>,
     /// Random values and data follow from it.
@@ -107,6 +111,10 @@ pub struct Recipe {
     /// Where the file lies.
     #[serde(skip)]
     pub folder: PathBuf,
+}
+
+fn is_zero(value: &f32) -> bool {
+    *value == 0.0
 }
 
 fn vision_lr() -> f32 {

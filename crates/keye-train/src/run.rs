@@ -82,8 +82,11 @@ pub fn run(
     let terms = recipe.terms();
     if state.resume(&folder, &trained, &terms)? {
         source.restore(&state.loader)?;
-    } else if let Some(start) = &recipe.start {
-        load_params(model, &start_dir(start, out), &mut state.params)?;
+    } else {
+        if let Some(start) = &recipe.start {
+            load_params(model, &start_dir(start, out), &mut state.params)?;
+        }
+        model.add_sines(&mut state.params, recipe.sines)?;
     }
     let mut metrics = Metrics::open(&folder, state.step)?;
     let groups = groups(layout, recipe.optimizer, recipe.vision_lr, recipe.weight_decay);

@@ -1,6 +1,6 @@
 //! Stories in words.
 
-use crate::story::{BEAT, Property, Story, Thing, seconds};
+use crate::story::{BEAT, Property, Story, Thing, UNIT, seconds};
 use crate::wording::{capital, full_name};
 use crate::{Motion, Size};
 
@@ -82,42 +82,89 @@ fn thing_sentence(story: &Story, index: usize) -> String {
 }
 
 /// Something that happens: first frame, first frame after it, what.
-pub(crate) fn events(story: &Story) -> Vec<(u32, u32, String)> {
+type Event = (u32, u32, String);
+
+fn events(story: &Story) -> Vec<Event> {
     let mut events = Vec::new();
     for (number, scene) in story.scenes.iter().enumerate() {
         events.push((scene.from, story.scene_end(number), format!("{} background", scene.background.word())));
     }
-    for index in in_order(story) {
-        let thing = &story.things[index];
-        let name = full_name(thing);
-        let begins = place_words(story, thing, thing.from);
-        events.push((thing.from, thing.until, format!("{name} at the {begins}")));
-        if thing.moves() {
-            let ends = place_words(story, thing, thing.until - 1);
-            let what = format!("{name} {} to the {ends}", motion_words(thing.motion));
-            events.push((thing.moving[0], thing.moving[1], what));
-        }
-        if let Some(change) = thing.change {
-            events.push((change.at, thing.until, format!("{name} {}", change_words(change.to))));
-        }
-    }
-    if let Some(contact) = story.contact {
-        let [mover, hit] = [contact.mover, contact.hit].map(|index| full_name(&story.things[index]));
-        events.push((contact.at, (contact.at + BEAT).min(story.frames), format!("{mover} hits {hit}")));
-    }
+    events.extend(in_order(story).into_iter().flat_map(|index| thing_events(story, index)));
+    events.extend(contact_event(story));
     if let Some(label) = &story.label {
         events.push((label.from, label.until, format!("text {}", label.text)));
     }
     events
 }
 
+fn thing_events(story: &Story, index: usize) -> Vec<Event> {
+    let thing = &story.things[index];
+    let name = full_name(thing);
+    let begins = place_words(story, thing, thing.from);
+    let mut events = vec![(thing.from, thing.until, format!("{name} at the {begins}"))];
+    if thing.moves() {
+        let ends = place_words(story, thing, thing.until - 1);
+        let what = format!("{name} {} to the {ends}", motion_words(thing.motion));
+        events.push((thing.moving[0], thing.moving[1], what));
+    }
+    if let Some(change) = thing.change {
+        events.push((change.at, thing.until, format!("{name} {}", change_words(change.to))));
+    }
+    events
+}
+
+fn contact_event(story: &Story) -> Option<Event> {
+    let contact = story.contact?;
+    let [mover, hit] = [contact.mover, contact.hit].map(|index| full_name(&story.things[index]));
+    Some((contact.at, (contact.at + BEAT).min(story.frames), format!("{mover} hits {hit}")))
+}
+
+/// In the order of time, what lasts longer first.
+fn by_time(mut events: Vec<Event>) -> Vec<Event> {
+    events.sort_by_key(|(from, until, _)| (*from, u32::MAX - until));
+    events
+}
+
+fn lines(events: Vec<Event>) -> String {
+    let line = |(from, until, what)| format!("{} {what}", interval(from, until));
+    by_time(events).into_iter().map(line).collect::<Vec<String>>().join("\n")
+}
+
 /// All that happens, a line each with its times, in the order of time.
 pub fn dense_caption(story: &Story) -> String {
-    let mut events = events(story);
-    events.sort_by_key(|(from, until, _)| (*from, u32::MAX - until));
-    let lines: Vec<String> =
-        events.into_iter().map(|(from, until, what)| format!("{} {what}", interval(from, until))).collect();
-    lines.join("\n")
+    lines(events(story))
+}
+
+/// What one thing does: its lines of the dense caption; of a still, its sentence.
+pub(crate) fn course(story: &Story, index: usize) -> String {
+    if story.is_still() {
+        return capital(&thing_sentence(story, index));
+    }
+    let mut events = thing_events(story, index);
+    events.extend(contact_event(story).filter(|_| story.contact.is_some_and(|contact| contact.mover == index)));
+    lines(events)
+}
+
+/// Where a thing is at a frame, in tenths of the picture's width and height: "[3,7]".
+pub(crate) fn point(story: &Story, thing: &Thing, frame: u32) -> Option<String> {
+    let [x, y] = thing.at(frame)?.centre;
+    let tenth = |at: i32, size: u32| (at * 10 / (size as i32 * UNIT)).clamp(0, 9);
+    Some(format!("[{},{}]", tenth(x, story.width), tenth(y, story.height)))
+}
+
+/// All things with the points where they come in, a line each, in the order of captions.
+pub(crate) fn points(story: &Story) -> String {
+    let line = |index: usize| {
+        let thing = &story.things[index];
+        Some(format!("{} {}", full_name(thing), point(story, thing, thing.from)?))
+    };
+    in_order(story).into_iter().filter_map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// Where a thing is every half second while it is there, a line each.
+pub(crate) fn track(story: &Story, thing: &Thing) -> String {
+    let line = |frame: u32| Some(format!("{} {}", seconds(frame), point(story, thing, frame)?));
+    (thing.from..thing.until).step_by(BEAT as usize).filter_map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// A time span as the models write it (`docs/spec/training.md` §1.4).
@@ -127,11 +174,9 @@ pub(crate) fn interval(from: u32, until: u32) -> String {
 
 /// What happens, for readers who do not see it: everything that can be asked follows from it.
 pub(crate) fn told(story: &Story) -> String {
-    let mut events = events(story);
-    events.sort_by_key(|(from, until, _)| (*from, u32::MAX - until));
     let line = |(from, until, what): (u32, u32, String)| match story.is_still() {
         true => format!("{}.", capital(&what)),
         false => format!("{} to {}: {what}.", seconds(from), seconds(until)),
     };
-    events.into_iter().map(line).collect::<Vec<_>>().join("\n")
+    by_time(events(story)).into_iter().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -1,6 +1,6 @@
 //! Questions about a story, with their answers.
 
-use crate::captions::{caption, dense_caption, interval};
+use crate::captions::{caption, course, dense_caption, interval, point, points, track};
 use crate::story::{Property, UNIT};
 use crate::wording::{Without, full_name, looks, name, phrase};
 use crate::{Background, Colour, Place, Rng, Shape, Size, Story, Task, Thing, Turn};
@@ -35,6 +35,8 @@ pub(crate) fn ask(rng: &mut Rng, story: &Story, task: Task) -> Option<Turn> {
         Task::Compare => compare(rng, story)?,
         Task::Choice => choice(rng, story)?,
         Task::Trap => trap(rng, story)?,
+        Task::Follow => follow(rng, story)?,
+        Task::Point => pointed(rng, story)?,
     };
     Some(Turn { task, question, answer, chance })
 }
@@ -417,4 +419,39 @@ fn trap(rng: &mut Rng, story: &Story) -> Asked {
         return None;
     }
     Some((phrase(rng, &asks, &[&format!("{} {}", colour.word(), shape.word())]), "no".into(), 0.5))
+}
+
+fn follow(rng: &mut Rng, story: &Story) -> Asked {
+    let index = *things(rng, story).first()?;
+    let without = *rng.pick(&[Without::Nothing, Without::Colour, Without::Shape]);
+    let name = name(rng, story, index, without)?;
+    let phrases: &[&str] = match story.is_still() {
+        true => &["Describe the {}.", "What is seen of the {}?"],
+        false => &["Describe the {} with times.", "What does the {} do, and when?", "List the events of the {}."],
+    };
+    Some((phrase(rng, phrases, &[&name]), course(story, index), 0.0))
+}
+
+fn pointed(rng: &mut Rng, story: &Story) -> Asked {
+    let index = *things(rng, story).first()?;
+    let thing = &story.things[index];
+    if story.is_still() && rng.chance(1, 2) {
+        return Some((
+            phrase(rng, &["List all things with their points.", "Point to all things."], &[]),
+            points(story),
+            0.0,
+        ));
+    }
+    let name = name(rng, story, index, Without::Nothing)?;
+    let (phrases, answer): (&[&str], Option<String>) = match (story.is_still(), rng.below(4)) {
+        (true, _) => (&["Point to the {}."], point(story, thing, thing.from)),
+        (false, 0) => {
+            (&["Point to the {} at first.", "Point to the {} at the start."], point(story, thing, thing.from))
+        }
+        (false, 1) => {
+            (&["Point to the {} in the end.", "Point to the {} at last."], point(story, thing, thing.until - 1))
+        }
+        (false, _) => (&["Point to the {} in each frame.", "List the points of the {}."], Some(track(story, thing))),
+    };
+    Some((phrase(rng, phrases, &[&name]), answer?, 0.0))
 }

@@ -42,10 +42,14 @@ pub enum Task {
     Choice,
     /// Whether something is there that may not be, or a question about something that is not.
     Trap,
+    /// What one thing does, with times. Asked only where it is asked for by name.
+    Follow,
+    /// Where things are, as points, also from frame to frame. Asked only where it is asked for by name.
+    Point,
 }
 
 impl Task {
-    /// All of them, in order.
+    /// What is asked unless tasks are named, in order.
     pub const ALL: [Self; 15] = [
         Self::Caption,
         Self::DenseCaption,
@@ -63,6 +67,14 @@ impl Task {
         Self::Choice,
         Self::Trap,
     ];
+
+    /// What is asked by name only, in order.
+    pub const BY_NAME: [Self; 2] = [Self::Follow, Self::Point];
+
+    /// [`Task::ALL`], then [`Task::BY_NAME`].
+    pub fn every() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().chain(Self::BY_NAME)
+    }
 
     /// Its name in records and on the command line.
     pub fn name(self) -> &'static str {
@@ -82,6 +94,8 @@ impl Task {
             Self::Compare => "compare",
             Self::Choice => "choice",
             Self::Trap => "trap",
+            Self::Follow => "follow",
+            Self::Point => "point",
         }
     }
 }
@@ -96,8 +110,8 @@ impl FromStr for Task {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|task| task.name() == text).ok_or_else(|| {
-            let names: Vec<&str> = Self::ALL.iter().map(|task| task.name()).collect();
+        Self::every().find(|task| task.name() == text).ok_or_else(|| {
+            let names: Vec<&str> = Self::every().map(|task| task.name()).collect();
             format!("expected one of {}, found {text:?}", names.join(", "))
         })
     }

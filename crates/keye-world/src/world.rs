@@ -12,8 +12,8 @@ use crate::{Clip, Media, Rng, Sample, Split, Story, Task, Turn, text};
 pub struct World {
     split: Split,
     questions: u32,
-    /// A bit for each of [`Task::ALL`].
-    tasks: u16,
+    /// A bit for each of [`Task::every`].
+    tasks: u32,
 }
 
 /// Streams of numbers, so that kinds of samples do not share stories.
@@ -24,6 +24,7 @@ enum Stream {
     Text = 3,
     Pair = 4,
     Question = 5,
+    Note = 6,
 }
 
 /// Most questions about one clip, unless told otherwise.
@@ -31,13 +32,16 @@ const QUESTIONS: u32 = 4;
 /// How many stories are tried for a question of a given kind.
 const STORIES: u64 = 256;
 
+/// The numbers of questions of [`Task::BY_NAME`] are behind all others.
+const BY_NAME: u64 = 1 << 40;
+
 /// The name of a sample's only picture or clip.
 const MEDIA: &str = "0";
 
 impl World {
     /// A split of the world.
     pub fn new(split: Split) -> Self {
-        Self { split, questions: QUESTIONS, tasks: u16::MAX }
+        Self { split, questions: QUESTIONS, tasks: 0 }.with_tasks(&Task::ALL)
     }
 
     /// The same world with one to `most` questions a sample, where its story has so many; at least 1.
@@ -49,7 +53,7 @@ impl World {
     /// The same world that asks only these, where its story allows; a caption where it does not.
     #[must_use]
     pub fn with_tasks(self, tasks: &[Task]) -> Self {
-        Self { tasks: tasks.iter().fold(0, |set, task| set | 1 << *task as u16), ..self }
+        Self { tasks: tasks.iter().fold(0, |set, task| set | 1 << *task as u32), ..self }
     }
 
     /// Its split.
@@ -92,6 +96,16 @@ impl World {
         self.sample(Stream::Text, index, story, turns)
     }
 
+    /// A still in words, and questions.
+    pub fn note(&self, index: u64) -> Sample {
+        let mut rng = self.rng(Stream::Note, index);
+        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
+        let story = compose(&mut rng, self.split, emphasis, true);
+        let mut turns = self.turns(&mut rng, &story);
+        text::tell(&story, &mut turns);
+        self.sample(Stream::Note, index, story, turns)
+    }
+
     /// A picture and its caption, for learning to match the two. The question is empty.
     pub fn pair(&self, index: u64) -> Sample {
         let mut rng = self.rng(Stream::Pair, index);
@@ -103,7 +117,10 @@ impl World {
 
     /// A clip and one question of the given kind about it, for tests.
     pub fn question(&self, task: Task, index: u64) -> Sample {
-        let base = index * Task::ALL.len() as u64 + task as u64;
+        let base = match task {
+            Task::Follow | Task::Point => BY_NAME * (1 + task as u64) + index,
+            _ => index * Task::ALL.len() as u64 + task as u64,
+        };
         let mut last = None;
         for attempt in 0..STORIES {
             let mut rng = Rng::new(&[self.split as u64, Stream::Question as u64, base, attempt]);
@@ -135,13 +152,16 @@ impl World {
 
     fn turns(&self, rng: &mut Rng, story: &Story) -> Vec<Turn> {
         let wanted = rng.range(1, self.questions) as usize;
+        let asked = |task: Task| self.tasks >> task as u32 & 1 == 1;
+        // Draws are among those asked by name only where one of them is asked: all other samples stay what they were without them.
+        let by_name = Task::BY_NAME.into_iter().any(asked);
+        let tasks: Vec<Task> = if by_name { Task::every().collect() } else { Task::ALL.to_vec() };
         let mut turns: Vec<Turn> = Vec::new();
         for _ in 0..self.questions * 6 {
-            let task = *rng.pick(&Task::ALL);
+            let task = *rng.pick(&tasks);
             let long = matches!(task, Task::Caption | Task::DenseCaption);
             let known = |turn: &Turn| turn.task == task && (long || task == Task::Reading || task == Task::When);
-            let asked = self.tasks >> task as u16 & 1 == 1;
-            if !asked || turns.len() == wanted || turns.iter().any(known) {
+            if !asked(task) || turns.len() == wanted || turns.iter().any(known) {
                 continue;
             }
             if let Some(turn) = ask(rng, story, task).filter(|turn| turns.iter().all(|t| t.question != turn.question)) {
@@ -161,10 +181,11 @@ impl World {
             Stream::Clip | Stream::Question => ("world-video", Some(Media::Video(clip()))),
             Stream::Still => ("world-image", Some(Media::Image(clip()))),
             Stream::Pair => ("world-pair", Some(Media::Image(clip()))),
-            Stream::Text => ("world-text", None),
+            Stream::Text | Stream::Note => ("world-text", None),
         };
         let kind = match stream {
             Stream::Question => "question",
+            Stream::Note => "note",
             _ => &source[6..],
         };
         let uuid = format!("{}-{kind}-{index}", self.split);

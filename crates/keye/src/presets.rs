@@ -7,7 +7,7 @@ mod text;
 use std::path::Path;
 
 use keye_model::TensorShape;
-use keye_processor::{Dtype, ModelConfig, NewTensor, ProcessorError, Variant};
+use keye_processor::{ChatTemplate, Dtype, ModelConfig, NewTensor, ProcessorError, Variant};
 use serde_json::{Value, json};
 
 use self::dims::{Dims, REAL, REAL_2, REAL_671B, TINY, TINY_2, TINY_671B};
@@ -113,7 +113,7 @@ impl Preset {
             ("config.json", self.config(dtype)),
             ("generation_config.json", self.generation_config()),
             ("preprocessor_config.json", self.preprocessor_config()),
-            ("chat_template.json", json!({"chat_template": self.template()})),
+            ("chat_template.json", json!({"chat_template": ChatTemplate::published(self.variant())})),
             ("tokenizer.json", self.tokenizer()),
             ("tokenizer_config.json", tokenizer_config()),
         ]

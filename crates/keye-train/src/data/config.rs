@@ -18,6 +18,8 @@ pub enum Kind {
     Still,
     /// The world in words alone.
     Text,
+    /// Stills in words alone: short stories, so that many questions fit a pack.
+    Note,
     /// The same captions without a question or roles: a picture, then text that is learnt as a whole (`segments`). They take
     /// two thirds of the tokens that asking for a caption does.
     Caption,

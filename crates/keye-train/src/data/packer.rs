@@ -137,6 +137,7 @@ impl Packer {
             Source::World(world, Kind::Clip) => Example::conversation(&world.clip(number)),
             Source::World(world, Kind::Still) => Example::conversation(&world.still(number)),
             Source::World(world, Kind::Text) => Example::conversation(&world.text(number)),
+            Source::World(world, Kind::Note) => Example::conversation(&world.note(number)),
             Source::World(world, Kind::Caption) => Example::caption(&world.pair(number)),
             Source::World(world, Kind::Pair) => Example::pair(&world.pair(number)),
         };

@@ -78,6 +78,11 @@ impl Model {
         init::init(&self.layout, self.config.text.num_hidden_layers, seed)
     }
 
+    /// Adds coordinates to the tower's position embeddings (`sines` of a recipe). Error: a model without such a table.
+    pub fn add_sines(&self, params: &mut Params, amplitude: f32) -> Result<(), TrainError> {
+        init::add_sines(params, amplitude)
+    }
+
     /// Checks a pack against itself and the model.
     pub fn check(&self, pack: &Pack) -> Result<(), TrainError> {
         pack.check()?;

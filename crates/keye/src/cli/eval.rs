@@ -139,7 +139,8 @@ fn world(args: &WorldArgs) -> Result<()> {
     }
     let answerer = EngineAnswerer::new(keye.engine());
     let answerer = if uniform { answerer.with_budget_of(Loader::new(media.clone())) } else { answerer };
-    let tasks = Task::ALL.into_iter().filter(|task| args.tasks.is_empty() || args.tasks.contains(task)).collect();
+    let asked: &[Task] = if args.tasks.is_empty() { &Task::ALL } else { &args.tasks };
+    let tasks = Task::every().filter(|task| asked.contains(task)).collect();
     let (count, split, at_once) = (args.count, args.split, usize::from(args.at_once));
     let (text_only, square, clips) = (args.text_only, args.square, args.clips.clone());
     let plan = Plan { split, tasks, count, text_only, square, clips, at_once };

@@ -27,6 +27,9 @@ mod trace;
 #[cfg(feature = "train")]
 mod train;
 mod ui;
+#[cfg(not(feature = "parquet"))]
+#[path = "no_world.rs"]
+mod world;
 #[cfg(feature = "parquet")]
 mod world;
 
@@ -73,7 +76,7 @@ enum Command {
     #[cfg(feature = "train")]
     Train(train::Args),
     Eval(eval::Args),
-    #[cfg(feature = "parquet")]
+    #[cfg_attr(not(feature = "parquet"), command(hide = true))]
     World(world::Args),
     #[cfg_attr(not(feature = "cuda"), command(hide = true))]
     GpuCheck(gpu_check::Args),
@@ -95,7 +98,6 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Train(args) => train::run_command(args),
         Command::Eval(args) => eval::run(args),
-        #[cfg(feature = "parquet")]
         Command::World(args) => world::run(args),
         Command::GpuCheck(args) => gpu_check::run(&args),
         Command::Completions(args) => completions::run(args),

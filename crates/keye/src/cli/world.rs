@@ -46,6 +46,8 @@ enum Kind {
     Still,
     /// The world in words.
     Text,
+    /// Stills in words.
+    Note,
     /// Stills with captions.
     Pair,
 }
@@ -58,6 +60,7 @@ pub fn run(args: Args) -> Result<()> {
             Kind::Clip => world.clip(index),
             Kind::Still => world.still(index),
             Kind::Text => world.text(index),
+            Kind::Note => world.note(index),
             Kind::Pair => world.pair(index),
         }
     };

@@ -1,4 +1,4 @@
-//! The presets' text side: added tokens, tokenizer, chat template.
+//! The presets' text side: added tokens and tokenizer.
 
 use keye_processor::Variant;
 use serde_json::{Map, Value, json};
@@ -52,35 +52,7 @@ fn is_special(index: usize) -> bool {
 const SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The chat template (spec §8.1) in the pieces between which 1.5 inserts its default system prompt (§8.2).
-const TEMPLATE: [&str; 3] = [
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}",
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}",
-    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n\
-     {% else %}{% for content in message['content'] %}\
-     {% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}\
-     {% set image_count.value = image_count.value + 1 %}\
-     {% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>\
-     {% elif content['type'] == 'video' or 'video' in content %}\
-     {% set video_count.value = video_count.value + 1 %}\
-     {% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>\
-     {% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}\
-     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-];
-
 impl Preset {
-    /// The chat template.
-    pub(super) fn template(self) -> String {
-        match self.variant() {
-            Variant::V1_5 | Variant::V671b => TEMPLATE.concat(),
-            // The base model's prompts end inside thinking.
-            Variant::V2 => {
-                [TEMPLATE[0], TEMPLATE[2]].concat().replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-            }
-            _ => [TEMPLATE[0], TEMPLATE[2]].concat(),
-        }
-    }
-
     /// Added tokens with their ids and whether decoding skips them.
     fn added_tokens(self) -> impl Iterator<Item = (usize, &'static str, bool)> {
         let first = self.dims().first_added;

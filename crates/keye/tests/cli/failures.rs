@@ -43,6 +43,15 @@ fn a_gpu_check_without_a_gpu_is_1() {
 }
 
 #[test]
+#[cfg(not(feature = "parquet"))]
+fn a_command_of_other_builds_names_the_build() {
+    let run = keye(&["world", "./clips", "--count", "3"]);
+    assert_eq!(run.code, Some(1), "{run:#?}");
+    assert!(run.stderr.contains("--features parquet"), "{run:#?}");
+    assert!(!keye(&["--help"]).ok().stdout.contains("world"));
+}
+
+#[test]
 fn a_model_that_cannot_be_loaded_is_3() {
     let run = keye(&["ask", "-m", "no/such-model", "What?"]);
     assert_eq!(run.code, Some(3), "{run:#?}");
