@@ -13,7 +13,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GROUP = 10
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 960, 300, 40, 40, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1600, 300, 40, 40, 12
+NARROWEST = 600  # steps: a shorter stage has a panel of this width
 MEANS = ("loss", "gradient_norm", "tokens", "targets", "patches", "seconds", "gflops")
 
 
@@ -29,17 +30,17 @@ def groups(path):
 
 
 def svg(stages):
-    """One panel a stage, as wide as it has steps; every panel from 0 to its own largest loss after the first tenth."""
+    """One panel a stage, as wide as it has steps, or a little wider; every panel from 0 to its own largest loss after the first tenth."""
     steps = [rows[-1]["step"] for _, rows in stages]
     gap = 34
-    scale = (WIDTH - LEFT - gap * len(stages)) / sum(max(n, 250) for n in steps)
+    scale = (WIDTH - LEFT - gap * len(stages)) / sum(max(n, NARROWEST) for n in steps)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="10">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
     ]
     x0 = LEFT
     for (name, rows), n in zip(stages, steps):
-        width = max(n, 250) * scale
+        width = max(n, NARROWEST) * scale
         settled = [row["loss"] for row in rows[len(rows) // 10 :]]
         top = max(settled) * 1.05
         y = lambda loss: TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(loss, top) / top)

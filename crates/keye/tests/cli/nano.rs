@@ -8,8 +8,8 @@ use crate::support::keye;
 
 /// Clips of `media/`, their numbers in the test split, questions and true answers.
 const CLIPS: [(&str, u64, &str, &str); 4] = [
-    ("shapes-1.mp4", 34, "Which appears first, the pink cross or the small pink ring?", "pink cross"),
-    ("shapes-1.mp4", 34, "Name the shape of the blue thing.", "triangle"),
+    ("shapes-1.mp4", 29, "What colour does the red square become?", "yellow"),
+    ("shapes-1.mp4", 29, "How many things are there in all?", "3"),
     ("shapes-2.mp4", 59, "When can the small blue ring be seen?", "<|clip_time_start|>[1.5, 3.5]<|clip_time_end|>"),
     ("shapes-2.mp4", 59, "What colour is the background at first?", "white"),
 ];
