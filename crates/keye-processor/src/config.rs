@@ -392,4 +392,4 @@ pub(crate) fn only(fields: &Fields, name: &str, supported: &str) -> Result<(), P
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

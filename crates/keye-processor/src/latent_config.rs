@@ -209,12 +209,10 @@ pub(crate) fn fp8_block(top: &Fields) -> Result<[usize; 2], ProcessorError> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use serde_json::{Value, json};
 
-    use super::*;
-    use crate::{ModelConfig, Variant};
+    use crate::Variant;
+    use crate::config::tests::{edited, load};
 
     /// All fields of the spec, as a published file would have them.
     fn published() -> Value {
@@ -242,21 +240,6 @@ mod tests {
             }
         }"#;
         serde_json::from_str(text).unwrap()
-    }
-
-    fn load(value: &Value) -> Result<ModelConfig, ProcessorError> {
-        ModelConfig::from_value(Path::new("config.json"), value)
-    }
-
-    /// Sets, or with null removes, the field at a json pointer.
-    fn edited(mut value: Value, pointer: &str, field: Value) -> Value {
-        let (parent, name) = pointer.rsplit_once('/').unwrap();
-        let parent = value.pointer_mut(parent).unwrap().as_object_mut().unwrap();
-        match field {
-            Value::Null => parent.remove(name),
-            field => parent.insert(name.into(), field),
-        };
-        value
     }
 
     #[test]

@@ -72,9 +72,7 @@ impl World {
 
     /// A picture and one to four questions about it ([`World::with_questions`]).
     pub fn still(&self, index: u64) -> Sample {
-        let mut rng = self.rng(Stream::Still, index);
-        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
-        let story = compose(&mut rng, self.split, emphasis, true);
+        let (mut rng, story) = self.picture(Stream::Still, index);
         let turns = self.turns(&mut rng, &story);
         self.sample(Stream::Still, index, story, turns)
     }
@@ -98,9 +96,7 @@ impl World {
 
     /// A still in words, and questions.
     pub fn note(&self, index: u64) -> Sample {
-        let mut rng = self.rng(Stream::Note, index);
-        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
-        let story = compose(&mut rng, self.split, emphasis, true);
+        let (mut rng, story) = self.picture(Stream::Note, index);
         let mut turns = self.turns(&mut rng, &story);
         text::tell(&story, &mut turns);
         self.sample(Stream::Note, index, story, turns)
@@ -108,9 +104,7 @@ impl World {
 
     /// A picture and its caption, for learning to match the two. The question is empty.
     pub fn pair(&self, index: u64) -> Sample {
-        let mut rng = self.rng(Stream::Pair, index);
-        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
-        let story = compose(&mut rng, self.split, emphasis, true);
+        let (_, story) = self.picture(Stream::Pair, index);
         let turn = Turn { task: Task::Caption, question: String::new(), answer: caption(&story), chance: 0.0 };
         self.sample(Stream::Pair, index, story, vec![turn])
     }
@@ -148,6 +142,14 @@ impl World {
 
     fn rng(&self, stream: Stream, index: u64) -> Rng {
         Rng::new(&[self.split as u64, stream as u64, index])
+    }
+
+    /// A story of one frame, and what is left of its numbers.
+    fn picture(&self, stream: Stream, index: u64) -> (Rng, Story) {
+        let mut rng = self.rng(stream, index);
+        let emphasis = *rng.pick(&[Emphasis::Gallery, Emphasis::Gallery, Emphasis::Letters]);
+        let story = compose(&mut rng, self.split, emphasis, true);
+        (rng, story)
     }
 
     fn turns(&self, rng: &mut Rng, story: &Story) -> Vec<Turn> {

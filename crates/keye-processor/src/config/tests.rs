@@ -20,12 +20,12 @@ fn published() -> Value {
     })
 }
 
-fn load(value: &Value) -> Result<ModelConfig, ProcessorError> {
+pub(crate) fn load(value: &Value) -> Result<ModelConfig, ProcessorError> {
     ModelConfig::from_value(Path::new("config.json"), value)
 }
 
 /// Sets, or with null removes, the field at a json pointer.
-fn edited(mut value: Value, pointer: &str, field: Value) -> Value {
+pub(crate) fn edited(mut value: Value, pointer: &str, field: Value) -> Value {
     let (parent, name) = pointer.rsplit_once('/').unwrap();
     let parent = value.pointer_mut(parent).unwrap().as_object_mut().unwrap();
     match field {
