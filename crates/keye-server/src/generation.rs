@@ -77,7 +77,7 @@ impl Generation {
                 progress: progress && choice == 0,
                 updates: sender.clone(),
                 runtime: Handle::current(),
-                _lease: Arc::clone(&lease),
+                lease: Some(Arc::clone(&lease)),
             };
             let thread = std::thread::Builder::new().name("keye-answer".into());
             thread.spawn(move || carrier.run(stream)).map_err(|error| {
@@ -113,8 +113,9 @@ struct Carrier {
     progress: bool,
     updates: mpsc::Sender<Update>,
     runtime: Handle,
-    /// Held by those who work, not by the response: a reader that has stopped reading keeps nothing.
-    _lease: Arc<Lease>,
+    /// Held by those who work, not by the response: a reader that has stopped reading keeps nothing. Given back before the
+    /// last update goes out, so that a client which has its answer finds its place free.
+    lease: Option<Arc<Lease>>,
 }
 
 /// Nobody reads any more.
@@ -133,10 +134,11 @@ enum End {
 }
 
 impl Carrier {
-    fn run(self, stream: EventStream) {
+    fn run(mut self, stream: EventStream) {
         #[cfg(feature = "otel")]
         let begun = Instant::now();
         let end = self.carry(stream);
+        self.lease = None;
         #[cfg(feature = "otel")]
         self.trace(&end, begun.elapsed());
         if let Err(Gone) = end {
@@ -145,7 +147,7 @@ impl Carrier {
         }
     }
 
-    fn carry(&self, mut stream: EventStream) -> Result<End, Gone> {
+    fn carry(&mut self, mut stream: EventStream) -> Result<End, Gone> {
         let keep_alive = self.app.config.keep_alive;
         let (mut accepted, mut told, mut end) = (false, Instant::now(), End::Failed);
         loop {
@@ -194,6 +196,9 @@ impl Carrier {
                 None => continue,
             };
             let last = matches!(update, Update::Finished { .. } | Update::Failed(_));
+            if last {
+                self.lease = None;
+            }
             self.send(update)?;
             told = Instant::now();
             if last {

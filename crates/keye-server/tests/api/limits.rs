@@ -225,3 +225,11 @@ fn prompts_that_are_too_long_and_damaged_media_are_the_clients_errors() {
     }
     assert_eq!(server.chat(&hello()).status, 200);
 }
+
+#[test]
+fn who_has_an_answer_finds_the_place_free() {
+    let server = TestServer::start(ServerConfig { max_streams: 1, ..config() });
+    for turn in 0..50 {
+        assert_eq!(server.chat(&hello()).status, 200, "{turn}");
+    }
+}
