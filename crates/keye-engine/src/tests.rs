@@ -2,5 +2,6 @@
 
 mod grammar;
 mod handle;
+mod harness;
 mod random;
 mod worker;

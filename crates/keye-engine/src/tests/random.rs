@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::worker::{Ask, Harness, alone, ask, options, outcome};
+use super::harness::{Ask, Harness, alone, ask, options, outcome};
 use crate::fake::{FakeRunner, clip};
 use crate::random::philox;
 use crate::{EngineOptions, EventStream};

@@ -1,5 +1,7 @@
 //! The command line: one file per command.
 
+#[cfg(not(all(feature = "cuda", feature = "parquet")))]
+mod absent;
 mod args;
 mod ask;
 mod bench;
@@ -15,9 +17,6 @@ mod generate;
 mod golden;
 #[cfg(feature = "cuda")]
 mod gpu_check;
-#[cfg(not(feature = "cuda"))]
-#[path = "no_gpu_check.rs"]
-mod gpu_check;
 mod inspect;
 mod quantize;
 #[cfg(feature = "serve")]
@@ -27,9 +26,6 @@ mod trace;
 #[cfg(feature = "train")]
 mod train;
 mod ui;
-#[cfg(not(feature = "parquet"))]
-#[path = "no_world.rs"]
-mod world;
 #[cfg(feature = "parquet")]
 mod world;
 
@@ -76,10 +72,18 @@ enum Command {
     #[cfg(feature = "train")]
     Train(train::Args),
     Eval(eval::Args),
-    #[cfg_attr(not(feature = "parquet"), command(hide = true))]
+    #[cfg(feature = "parquet")]
     World(world::Args),
-    #[cfg_attr(not(feature = "cuda"), command(hide = true))]
+    /// Write synthetic clips and their records: for builds with Parquet
+    #[cfg(not(feature = "parquet"))]
+    #[command(hide = true)]
+    World(absent::Args),
+    #[cfg(feature = "cuda")]
     GpuCheck(gpu_check::Args),
+    /// Check an NVIDIA GPU: for builds with CUDA
+    #[cfg(not(feature = "cuda"))]
+    #[command(hide = true)]
+    GpuCheck(absent::Args),
     Completions(completions::Args),
 }
 
@@ -98,8 +102,14 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Train(args) => train::run_command(args),
         Command::Eval(args) => eval::run(args),
+        #[cfg(feature = "parquet")]
         Command::World(args) => world::run(args),
+        #[cfg(not(feature = "parquet"))]
+        Command::World(_) => absent::world(),
+        #[cfg(feature = "cuda")]
         Command::GpuCheck(args) => gpu_check::run(&args),
+        #[cfg(not(feature = "cuda"))]
+        Command::GpuCheck(_) => absent::gpu_check(),
         Command::Completions(args) => completions::run(args),
     };
     match result {
