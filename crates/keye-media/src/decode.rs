@@ -2,6 +2,10 @@
 //!
 //! A `select` filter picks frames by their number, so the frames are those that a full decode gives at these indices;
 //! the conversion to RGB is left at swscale's defaults, with which it equals decord's byte for byte.
+//!
+//! **Hardware.** What decodes H.264 or HEVC in hardware gives the same pixels in another order (`nv12` where the CPU has
+//! `yuv420p`), and swscale rounds differently from there. So frames are put back in the CPU's order first, which loses nothing, and
+//! clips for which that is not known to hold (other than 4:2:0 of limited range in 8 or 10 bits) are decoded by the CPU.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -37,8 +41,9 @@ impl Frames {
         let modern = programs.is_modern(watch)?;
         // The explicit size does nothing, unless a clip changes its size midway: then all frames get the first size.
         let (w, h) = (clip.width, clip.height);
-        let filter = format!("select='{}',scale={w}:{h},format=rgb24", select(indices));
-        let mut args = decoder_options(clip, limits, modern);
+        let order = accelerator(programs, clip).map_or(String::new(), |_| format!("format={},", clip.pixel_format));
+        let filter = format!("select='{}',{order}scale={w}:{h},format=rgb24", select(indices));
+        let mut args = decoder_options(programs, clip, limits, modern);
         let script = match filter.len() <= MAX_ARGUMENT {
             true => {
                 args.extend(["-filter:v".into(), filter.into()]);
@@ -97,7 +102,7 @@ pub(crate) fn count(
     limits: &Limits,
     watch: &mut Watch,
 ) -> Result<Vec<f64>, MediaError> {
-    let mut args = decoder_options(clip, limits, programs.is_modern(watch)?);
+    let mut args = decoder_options(programs, clip, limits, programs.is_modern(watch)?);
     args.extend(["-c:v", "wrapped_avframe", "-f", "mkvtimestamp_v2", "pipe:1"].map(Into::into));
     let mut output = Output::start(&programs.ffmpeg, &args, Some(file), 4 << 10)?;
     let mut text = Vec::new();
@@ -114,17 +119,27 @@ pub(crate) fn count(
     let mut stamps: Vec<f64> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
     stamps.sort_unstable_by(f64::total_cmp);
     let Some(&first) = stamps.first() else {
-        let message = first_message(&messages);
-        return Err(watch.unreadable(format!("no frame of its {} video can be decoded: {message}", clip.codec)));
+        let (codec, message) = (&clip.codec, first_message(&messages));
+        let by = accelerator(programs, clip).map_or(String::new(), |name| format!(" (by KEYE_HWACCEL={name})"));
+        return Err(watch.unreadable(format!("no frame of its {codec} video can be decoded{by}: {message}")));
     };
     Ok(stamps.into_iter().map(|ms| (ms - first) / 1000.0).collect())
 }
 
+/// What decodes this clip beside the CPU.
+fn accelerator<'a>(programs: &'a Programs, clip: &Clip) -> Option<&'a str> {
+    let exact = matches!(clip.pixel_format.as_str(), "yuv420p" | "yuv420p10le");
+    programs.accelerator.as_deref().filter(|_| exact)
+}
+
 /// Everything up to the filter: no questions, few words, one stream, every frame once.
-fn decoder_options(clip: &Clip, limits: &Limits, modern: bool) -> Vec<OsString> {
+fn decoder_options(programs: &Programs, clip: &Clip, limits: &Limits, modern: bool) -> Vec<OsString> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).to_string();
     let mut args: Vec<OsString> =
         ["-nostdin", "-hide_banner", "-loglevel", "error", "-threads", &threads].map(Into::into).into();
+    if let Some(name) = accelerator(programs, clip) {
+        args.extend(["-hwaccel", name].map(Into::into));
+    }
     args.extend(input_options(clip.demuxer, limits));
     let stream = format!("0:{}", clip.stream);
     let every_frame = if modern { "-fps_mode" } else { "-vsync" };

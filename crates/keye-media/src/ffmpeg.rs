@@ -31,7 +31,17 @@ const BLOCKS_AHEAD: usize = 2;
 /// How often a waiting reader looks at the clock and the caller.
 const TICK: Duration = Duration::from_millis(100);
 /// What a child sees of our environment.
-const ENVIRONMENT: [&str; 6] = ["PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT"];
+const ENVIRONMENT: [&str; 8] = [
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "SYSTEMROOT",
+    // Which hardware decodes.
+    "CUDA_VISIBLE_DEVICES",
+    "LIBVA_DRIVER_NAME",
+];
 
 /// The clock and the caller's wish, looked at while waiting.
 pub(crate) struct Watch<'a> {
@@ -87,10 +97,12 @@ pub(crate) struct Programs {
     pub ffmpeg: PathBuf,
     /// Tells facts.
     pub ffprobe: PathBuf,
+    /// What ffmpeg decodes with beside the CPU, as its `-hwaccel` names it: `cuda` is NVDEC, `auto` whatever works.
+    pub accelerator: Option<String>,
 }
 
 impl Programs {
-    /// `$KEYE_FFMPEG` and `$KEYE_FFPROBE`, else (for ffprobe) the neighbour of `$KEYE_FFMPEG`, else `PATH`.
+    /// `$KEYE_FFMPEG` and `$KEYE_FFPROBE`, else (for ffprobe) the neighbour of `$KEYE_FFMPEG`, else `PATH`; `$KEYE_HWACCEL`.
     pub fn find() -> Result<Self, MediaError> {
         let ffmpeg_named = std::env::var_os("KEYE_FFMPEG").filter(|v| !v.is_empty());
         let ffmpeg = locate("ffmpeg", "KEYE_FFMPEG", ffmpeg_named.clone())?;
@@ -99,7 +111,7 @@ impl Programs {
             beside.is_file().then(|| beside.into_os_string())
         });
         let ffprobe = locate("ffprobe", "KEYE_FFPROBE", ffprobe_named)?;
-        Ok(Self { ffmpeg, ffprobe })
+        Ok(Self { ffmpeg, ffprobe, accelerator: accelerator(std::env::var_os("KEYE_HWACCEL"))? })
     }
 
     /// True when `ffmpeg` is of release 8 or later, which dropped `-vsync` and `-filter_script`. Asked once a program.
@@ -139,6 +151,13 @@ fn missing(program: &str, variable: &str, what: &str) -> MediaError {
         "{what}: videos are decoded by the {program} program. Install it (apt-get install -y ffmpeg; \
          brew install ffmpeg) or set {variable} to its path"
     ))
+}
+
+fn accelerator(named: Option<OsString>) -> Result<Option<String>, MediaError> {
+    let Some(named) = named.filter(|name| !name.is_empty()) else { return Ok(None) };
+    let known = named.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_alphanumeric()));
+    let found = || MediaError::Ffmpeg(format!("KEYE_HWACCEL: expected auto, cuda or vaapi, found {named:?}"));
+    known.map(|name| Some(name.to_owned())).ok_or_else(found)
 }
 
 fn locate(program: &str, variable: &str, named: Option<OsString>) -> Result<PathBuf, MediaError> {
@@ -362,6 +381,15 @@ mod tests {
     fn messages_lose_their_origin() {
         assert_eq!(first_message("\n[mov,mp4,m4a @ 0x55aa] moov atom not found\nmore"), "moov atom not found");
         assert_eq!(first_message(""), "no message");
+    }
+
+    #[test]
+    fn an_accelerator_is_a_word() {
+        assert_eq!(accelerator(None).unwrap(), None);
+        assert_eq!(accelerator(Some("".into())).unwrap(), None);
+        assert_eq!(accelerator(Some("cuda".into())).unwrap().as_deref(), Some("cuda"));
+        let error = accelerator(Some("cuda -i /etc/passwd".into())).unwrap_err().to_string();
+        assert!(error.contains("KEYE_HWACCEL: expected auto, cuda or vaapi"), "{error}");
     }
 
     #[test]

@@ -16,6 +16,8 @@ pub(crate) struct Clip {
     pub stream: u32,
     /// Codec, for messages.
     pub codec: String,
+    /// How the decoder stores pixels, by ffmpeg's name; empty when it is not known.
+    pub pixel_format: String,
     /// Height of a frame as shown (after rotation), in pixels.
     pub height: u32,
     /// Width of a frame as shown, in pixels.
@@ -58,6 +60,7 @@ struct Packet {
 struct Stream {
     index: u32,
     codec: String,
+    pixel_format: String,
     width: u32,
     height: u32,
     average: Option<f64>,
@@ -85,7 +88,7 @@ pub(crate) fn probe(
     watch: &mut Watch,
 ) -> Result<Clip, MediaError> {
     let entries = "packet=stream_index,pts,dts,flags:\
-         stream=index,codec_name,width,height,avg_frame_rate,r_frame_rate,time_base:\
+         stream=index,codec_name,pix_fmt,width,height,avg_frame_rate,r_frame_rate,time_base:\
          stream_disposition=default:stream_side_data=rotation:stream_tags=rotate";
     let mut args: Vec<OsString> = ["-hide_banner", "-v", "error"].map(Into::into).into();
     args.extend(input_options(demuxer, limits));
@@ -171,6 +174,7 @@ impl Report {
             match name {
                 "index" => stream.index = value.parse().unwrap_or(0),
                 "codec_name" => stream.codec = value.into(),
+                "pix_fmt" => stream.pixel_format = value.into(),
                 "width" => stream.width = value.parse().unwrap_or(0),
                 "height" => stream.height = value.parse().unwrap_or(0),
                 "avg_frame_rate" => stream.average = rate(value),
@@ -211,7 +215,8 @@ impl Report {
         });
         let fps = stream.average.or_else(|| average(measured.as_deref()?)).unwrap_or(25.0);
         let times = measured.unwrap_or_else(|| (0..packets.len()).map(|i| i as f64 / fps).collect());
-        Ok(Clip { demuxer, stream: stream.index, codec: stream.codec, height, width, fps, times })
+        let Stream { index, codec, pixel_format, .. } = stream;
+        Ok(Clip { demuxer, stream: index, codec, pixel_format, height, width, fps, times })
     }
 }
 

@@ -128,10 +128,9 @@ fn a_child_that_hangs_is_ended_when_its_time_is_over() {
     let dir = tempfile::tempdir().unwrap();
     let sleeper = fake(dir.path(), "ffmpeg", "exec sleep 1000");
     let real = Programs::find().unwrap();
-    for programs in [
-        Programs { ffmpeg: sleeper.clone(), ffprobe: real.ffprobe.clone() },
-        Programs { ffmpeg: real.ffmpeg.clone(), ffprobe: sleeper.clone() },
-    ] {
+    for programs in
+        [Programs { ffmpeg: sleeper.clone(), ..real.clone() }, Programs { ffprobe: sleeper.clone(), ..real.clone() }]
+    {
         let start = Instant::now();
         let error = load_by(&programs, Duration::from_secs(1), &mut |_| true).unwrap_err();
         assert!(matches!(error, MediaError::Limit { what: "time in seconds", limit: 1, .. }), "{error}");
@@ -144,7 +143,7 @@ fn a_child_that_hangs_is_ended_when_its_time_is_over() {
 fn cancelling_ends_the_child_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let real = Programs::find().unwrap();
-    let programs = Programs { ffmpeg: fake(dir.path(), "ffmpeg", "exec sleep 1000"), ffprobe: real.ffprobe.clone() };
+    let programs = Programs { ffmpeg: fake(dir.path(), "ffmpeg", "exec sleep 1000"), ..real.clone() };
     let start = Instant::now();
     let pid = dir.path().join("pid");
     // Given up once the child is there and sleeps.
@@ -167,7 +166,7 @@ fn cancelling_ends_the_child_at_once() {
 fn a_killed_child_is_an_error_of_this_item_only() {
     let dir = tempfile::tempdir().unwrap();
     let real = Programs::find().unwrap();
-    let killed = Programs { ffmpeg: fake(dir.path(), "ffmpeg", "kill -9 $$"), ffprobe: real.ffprobe.clone() };
+    let killed = Programs { ffmpeg: fake(dir.path(), "ffmpeg", "kill -9 $$"), ..real.clone() };
     let error = load_by(&killed, LONG, &mut |_| true).unwrap_err().to_string();
     assert!(error.contains("clip: ffmpeg was ended by signal 9"), "{error}");
     assert_eq!(load_by(&real, LONG, &mut |_| true).unwrap().frames.len(), 4);
@@ -187,4 +186,36 @@ fn nonsense_from_a_child_is_an_error() {
     let gone = Programs { ffmpeg: dir.path().join("nothing"), ..real };
     let error = load_by(&gone, LONG, &mut |_| true).unwrap_err().to_string();
     assert!(error.contains("apt-get install -y ffmpeg") && error.contains("KEYE_FFMPEG"), "{error}");
+}
+
+/// Hardware gives the same pixels with both colours side by side. Here the CPU imitates it: `-hwaccel NAME` becomes a filter.
+#[test]
+fn hardware_decodes_to_the_same_bytes() {
+    const IMITATION: &str = r#"
+for word; do
+    shift
+    case "$before $word" in
+    *" -hwaccel" | "-hwaccel "*) ;;
+    "-filter:v "*) set -- "$@" "format=nv12,$word" ;;
+    *) set -- "$@" "$word" ;;
+    esac
+    before=$word
+done
+exec /usr/bin/env ffmpeg "$@""#;
+    let dir = tempfile::tempdir().unwrap();
+    let real = Programs::find().unwrap();
+    let expected = load_by(&real, LONG, &mut |_| true).unwrap();
+    let hardware = fake(dir.path(), "ffmpeg", IMITATION);
+    let accelerator = Some("cuda".to_owned());
+    let by = Programs { ffmpeg: hardware, accelerator, ..real.clone() };
+    let same = |media: Media| media.patches == expected.patches && media.frames == expected.frames;
+    assert!(same(load_by(&by, LONG, &mut |_| true).unwrap()));
+    let untold = Programs { accelerator: None, ..by };
+    assert!(!same(load_by(&untold, LONG, &mut |_| true).unwrap()), "the other order is rounded in another way");
+    // Whatever this machine has, or nothing.
+    let auto = Programs { accelerator: Some("auto".into()), ..real.clone() };
+    assert!(same(load_by(&auto, LONG, &mut |_| true).unwrap()));
+    let unknown = Programs { accelerator: Some("abacus".into()), ..real };
+    let error = load_by(&unknown, LONG, &mut |_| true).unwrap_err().to_string();
+    assert!(error.contains("KEYE_HWACCEL=abacus") && error.contains("abacus"), "{error}");
 }
