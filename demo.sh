@@ -20,5 +20,5 @@ ask() {
     printf '\n$ keye ask %s "%s"\n' "$1" "$2" >&2
     cargo run --release --locked --quiet -p keye -- ask "${@:3}" "$1" "$2"
 }
-ask media/shapes-1.mp4 "What colour does the red square become?" "$@"
-ask media/shapes-2.mp4 "When can the small blue ring be seen?" "$@"
+ask media/shapes-1.mp4 "Write a caption." "$@"
+ask media/shapes-2.mp4 "From when to when is the large blue cross there?" "$@"

@@ -24,8 +24,8 @@ Examples:
   keye train run recipes/keye-nano/*.toml --out runs/nano
   keye train run recipes/keye-nano/07-multitask.toml --out runs/nano
   keye train average runs/mean runs/nano/anneal/model runs/other/anneal/model
-  keye train average runs/mean runs/*/anneal/model --measure recipes/keye-nano/08-anneal.toml
-  keye train export runs/nano/sft-2/model ./keye-nano
+  keye train average runs/nano/mean runs/nano/sft-[34]/model --measure recipes/keye-nano/16-sft-3.toml
+  keye train export runs/nano/mean ./keye-nano
   keye train export runs/nano/multitask/step-00000400 ./half-way
   keye ask -m ./keye-nano clip.mp4 \"What happens?\"
 

@@ -8,10 +8,20 @@ use crate::support::keye;
 
 /// Clips of `media/`, their numbers in the test split, questions and true answers.
 const CLIPS: [(&str, u64, &str, &str); 4] = [
-    ("shapes-1.mp4", 29, "What colour does the red square become?", "yellow"),
-    ("shapes-1.mp4", 29, "How many things are there in all?", "3"),
-    ("shapes-2.mp4", 59, "When can the small blue ring be seen?", "<|clip_time_start|>[1.5, 3.5]<|clip_time_end|>"),
-    ("shapes-2.mp4", 59, "What colour is the background at first?", "white"),
+    (
+        "shapes-1.mp4",
+        20,
+        "Write a caption.",
+        "The background is white. A large purple diamond is at the top left. A small yellow square moves left. The text reads HOME.",
+    ),
+    ("shapes-1.mp4", 20, "Which one is smaller: the purple diamond or the yellow square?", "yellow square"),
+    (
+        "shapes-2.mp4",
+        41,
+        "From when to when is the large blue cross there?",
+        "<|clip_time_start|>[0.0, 1.5]<|clip_time_end|>",
+    ),
+    ("shapes-2.mp4", 41, "What comes first, the small blue cross or the diamond?", "diamond"),
 ];
 
 #[test]
