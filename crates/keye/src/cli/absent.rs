@@ -1,7 +1,5 @@
 //! Commands of builds without the feature that they need: they say how to build.
 
-use anyhow::{Result, bail};
-
 /// For builds with another feature
 #[derive(clap::Args)]
 pub struct Args {
@@ -12,12 +10,20 @@ pub struct Args {
 
 /// `keye gpu-check` without CUDA.
 #[cfg(not(feature = "cuda"))]
-pub fn gpu_check() -> Result<()> {
-    bail!("this build has no CUDA, so there is no GPU to check: build with --features cuda")
+pub mod gpu_check {
+    pub use super::Args;
+
+    pub fn run(_: &Args) -> anyhow::Result<()> {
+        anyhow::bail!("this build has no CUDA, so there is no GPU to check: build with --features cuda")
+    }
 }
 
 /// `keye world` without Parquet.
 #[cfg(not(feature = "parquet"))]
-pub fn world() -> Result<()> {
-    bail!("this build writes no Parquet files: build with --features parquet")
+pub mod world {
+    pub use super::Args;
+
+    pub fn run(_: Args) -> anyhow::Result<()> {
+        anyhow::bail!("this build writes no Parquet files: build with --features parquet")
+    }
 }

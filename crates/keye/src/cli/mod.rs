@@ -33,6 +33,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+#[cfg(not(feature = "cuda"))]
+use self::absent::gpu_check;
+#[cfg(not(feature = "parquet"))]
+use self::absent::world;
+
 const AFTER_HELP: &str = "\
 Examples:
   keye ask --model Kwai-Keye/Keye-VL-1_5-8B clip.mp4 \"What happens in this clip?\"
@@ -72,18 +77,13 @@ enum Command {
     #[cfg(feature = "train")]
     Train(train::Args),
     Eval(eval::Args),
-    #[cfg(feature = "parquet")]
+    #[cfg_attr(
+        not(feature = "parquet"),
+        command(hide = true, about = "Write synthetic clips and their records: for builds with Parquet")
+    )]
     World(world::Args),
-    /// Write synthetic clips and their records: for builds with Parquet
-    #[cfg(not(feature = "parquet"))]
-    #[command(hide = true)]
-    World(absent::Args),
-    #[cfg(feature = "cuda")]
+    #[cfg_attr(not(feature = "cuda"), command(hide = true, about = "Check an NVIDIA GPU: for builds with CUDA"))]
     GpuCheck(gpu_check::Args),
-    /// Check an NVIDIA GPU: for builds with CUDA
-    #[cfg(not(feature = "cuda"))]
-    #[command(hide = true)]
-    GpuCheck(absent::Args),
     Completions(completions::Args),
 }
 
@@ -102,14 +102,8 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "train")]
         Command::Train(args) => train::run_command(args),
         Command::Eval(args) => eval::run(args),
-        #[cfg(feature = "parquet")]
         Command::World(args) => world::run(args),
-        #[cfg(not(feature = "parquet"))]
-        Command::World(_) => absent::world(),
-        #[cfg(feature = "cuda")]
         Command::GpuCheck(args) => gpu_check::run(&args),
-        #[cfg(not(feature = "cuda"))]
-        Command::GpuCheck(_) => absent::gpu_check(),
         Command::Completions(args) => completions::run(args),
     };
     match result {
