@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::TrainError;
 use crate::checkpoint_dir::{io, partial};
@@ -16,10 +16,12 @@ pub struct StepMetrics {
     /// Its number, from 1 on.
     pub step: u64,
     /// Mean over the step's targets (or over its packs, for images and texts), before the step.
+    #[serde(deserialize_with = "number")]
     pub loss: f64,
     /// Learning rate.
     pub lr: f64,
     /// Norm of the gradient before clipping.
+    #[serde(deserialize_with = "number")]
     pub gradient_norm: f64,
     /// Tokens in the packs.
     pub tokens: u64,
@@ -36,6 +38,11 @@ pub struct StepMetrics {
     pub held_out: Option<f64>,
     /// Floating-point operations of the step by formula, per second, in 10^9.
     pub gflops: f64,
+}
+
+/// JSON has null for what is no finite number.
+fn number<'de, D: Deserializer<'de>>(value: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(value)?.unwrap_or(f64::NAN))
 }
 
 /// `metrics.jsonl` and `loss.svg` of a stage.
@@ -131,4 +138,36 @@ pub fn loss_svg(lines: &[StepMetrics]) -> String {
         );
     }
     svg + "</svg>\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run that goes on has the steps that went wrong as well.
+    #[test]
+    fn steps_without_a_finite_loss_are_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = |step, loss, gradient_norm| StepMetrics {
+            step,
+            loss,
+            lr: 1e-3,
+            gradient_norm,
+            tokens: 8,
+            targets: 4,
+            patches: 0,
+            seconds: 1.0,
+            waiting: 0.0,
+            held_out: None,
+            gflops: 1.0,
+        };
+        let lines = [line(1, 2.0, 3.0), line(2, f64::NAN, f64::INFINITY), line(3, 1.5, 2.5), line(4, 1.0, 2.0)];
+        let mut metrics = Metrics::open(dir.path(), 0).unwrap();
+        lines.iter().for_each(|line| metrics.add(*line).unwrap());
+        let read = || Metrics::open(dir.path(), 3).unwrap().lines;
+        for lines in [read(), read()] {
+            assert_eq!(lines.iter().map(|line| line.step).collect::<Vec<_>>(), [1, 2, 3]);
+            assert!(lines[1].loss.is_nan() && lines[1].gradient_norm.is_nan() && lines[2].loss == 1.5);
+        }
+    }
 }
