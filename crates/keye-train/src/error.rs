@@ -12,6 +12,9 @@ pub enum TrainError {
     /// Training data: records, media, the state of reading.
     #[error("data: {0}")]
     Data(String),
+    /// A sample whose picture has sides for which the limits leave no size; it is left out of packs.
+    #[error("data: {0}")]
+    NoSize(String),
     /// A model that is not trained here.
     #[error("model: {0}")]
     Model(String),
@@ -28,6 +31,16 @@ pub enum TrainError {
         path: PathBuf,
         /// What is wrong, and what is expected.
         reason: String,
+    },
+    /// A run that ended with an error, and could not save its last steps either.
+    #[error("{error}; the steps after {step} are lost: {reason}")]
+    Unsaved {
+        /// What ended it.
+        error: Box<TrainError>,
+        /// The step of its newest checkpoint.
+        step: u64,
+        /// Why there is no newer one.
+        reason: Box<TrainError>,
     },
     /// Reading or writing a file of a run.
     #[error("{}: {source}", path.display())]

@@ -86,7 +86,7 @@ pub struct DataConfig {
     /// Cut the last sample of a pack to fit; otherwise it begins the next pack.
     #[serde(default)]
     pub cut: bool,
-    /// Chooses the order of sources and rows.
+    /// Chooses the order of sources and rows; which samples of the world come is `first` of its sources.
     #[serde(default)]
     pub seed: u64,
     /// Which tokens of conversations are learnt.

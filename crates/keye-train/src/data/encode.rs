@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use keye_media::{ItemOptions, Loader, Media, MediaConfig, MediaItem, MediaKind, Pixels, RgbClip};
+use keye_media::{ItemOptions, Loader, Media, MediaConfig, MediaError, MediaItem, MediaKind, Pixels, RgbClip};
 use keye_processor::{Processor, ProcessorError, TemplateOptions};
 
 use super::config::Targets;
@@ -51,7 +51,8 @@ impl Encoder {
     /// small its pictures, or has nothing to learn.
     ///
     /// # Errors
-    /// Media that cannot be read; messages that the template refuses.
+    /// Media that cannot be read; messages that the template refuses. [`TrainError::NoSize`]: a picture that can be read, but not
+    /// resized within the limits.
     pub fn encode(&self, example: &Example, max_tokens: usize) -> Result<Option<Encoded>, TrainError> {
         let mut encoded = self.encode_with(example, &self.loader, 1.0)?;
         let mut shrunk: f64 = 1.0;
@@ -71,8 +72,16 @@ impl Encoder {
     fn encode_with(&self, example: &Example, loader: &Loader, factor: f64) -> Result<Encoded, TrainError> {
         let of_sample = |reason: String| TrainError::Data(format!("{}: {reason}", example.uuid));
         let of_rules = |error: ProcessorError| of_sample(error.to_string());
-        let media = example.media.iter().map(|visual| load(loader, &example.uuid, visual, factor));
-        let media = media.collect::<Result<Vec<Media>, _>>().map_err(|error| of_sample(error.to_string()))?;
+        let media = example.media.iter().map(|visual| {
+            load(loader, &example.uuid, visual, factor).map_err(|error| {
+                let reason = format!("{}: {error}", example.uuid);
+                match is_of_sides(&error, loader, visual) {
+                    true => TrainError::NoSize(reason),
+                    false => TrainError::Data(reason),
+                }
+            })
+        });
+        let media = media.collect::<Result<Vec<Media>, _>>()?;
         let borrowed: Vec<&Media> = media.iter().collect();
         let tokenizer = &self.processor.tokenizer;
         // The answer is in the messages: no header of one to come.
@@ -170,7 +179,7 @@ fn smaller_item(options: &ItemOptions, factor: f64) -> ItemOptions {
     }
 }
 
-fn load(loader: &Loader, name: &str, visual: &Visual, factor: f64) -> Result<Media, keye_media::MediaError> {
+fn load(loader: &Loader, name: &str, visual: &Visual, factor: f64) -> Result<Media, MediaError> {
     match visual {
         Visual::World(MediaKind::Image, clip, options) => {
             let size = (clip.height(), clip.width());
@@ -187,4 +196,19 @@ fn load(loader: &Loader, name: &str, visual: &Visual, factor: f64) -> Result<Med
             loader.load(&MediaItem { options, ..(**item).clone() }, &mut |_| true)
         }
     }
+}
+
+/// Whether a picture could not be loaded for its sides alone: it can at a size that does not depend on them.
+fn is_of_sides(error: &MediaError, loader: &Loader, visual: &Visual) -> bool {
+    /// A side that every model's patches divide.
+    const SIDE: u32 = 28;
+    let (MediaError::Unreadable { .. }, MediaKind::Image) = (error, visual.kind()) else { return false };
+    // What is rendered here can always be read.
+    let Visual::Item(item) = visual else { return true };
+    let mut loader = loader.clone();
+    let pixels = u64::from(SIDE * SIDE);
+    (loader.config.image.min_pixels, loader.config.image.max_pixels) = (pixels, pixels);
+    loader.config.processor.do_resize = false;
+    let options = ItemOptions { resized_height: Some(SIDE), resized_width: Some(SIDE), ..ItemOptions::default() };
+    loader.load(&MediaItem { options, ..(**item).clone() }, &mut |_| true).is_ok()
 }

@@ -38,6 +38,8 @@ pub(crate) struct Packer {
     encoder: Encoder,
     sources: Vec<Source>,
     pub(crate) state: State,
+    /// Why samples since this was last emptied had no size; for display.
+    pub(crate) no_size: Vec<String>,
 }
 
 impl Packer {
@@ -59,7 +61,7 @@ impl Packer {
         let next = config.sources.iter().map(|source| source.first).collect();
         let state = State { drawn: 0, next, held: None };
         let encoder = Encoder::new(processor).with_targets(config.targets);
-        Ok(Self { config, encoder, sources, state })
+        Ok(Self { config, encoder, sources, state, no_size: Vec::new() })
     }
 
     /// Goes on from a state.
@@ -85,10 +87,18 @@ impl Packer {
                 None => self.draw(),
             };
             let example = self.example(id)?;
-            let Some(sample) = self.encoder.encode(&example, self.config.max_tokens)? else {
+            let sample = match self.encoder.encode(&example, self.config.max_tokens) {
+                Err(TrainError::NoSize(reason)) => {
+                    self.no_size.push(reason);
+                    None
+                }
+                encoded => encoded?,
+            };
+            let Some(sample) = sample else {
                 left_out += 1;
                 if left_out == LEFT_OUT {
-                    let reason = "samples in a row are too long or have nothing to learn; is max_tokens large enough?";
+                    let reason = "samples in a row are too long, have nothing to learn or pictures that no size fits; are \
+                                  max_tokens and the limits of pictures large enough?";
                     return Err(TrainError::Data(format!("{}: {LEFT_OUT} {reason}", example.uuid)));
                 }
                 continue;

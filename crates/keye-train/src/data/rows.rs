@@ -40,6 +40,11 @@ impl Rows {
             files.push(RowFile::open(&path).map_err(|error| TrainError::Data(error.to_string()))?);
         }
         let total = files.iter().flat_map(RowFile::groups).map(|rows| rows as u64).sum();
+        if total == 0 {
+            let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+            let reason = "expected records, found none; name files that have some";
+            return Err(TrainError::Data(format!("{}: {reason}", names.join(", "))));
+        }
         Ok(Self { files, total, seed, order: None, cached: None })
     }
 

@@ -18,10 +18,15 @@ pub struct Stream {
     /// After the last pack handed out.
     state: State,
     worker: Option<Worker>,
+    /// Hears why samples are left out.
+    told: Box<dyn FnMut(&str)>,
 }
 
+/// A pack with the state after it, and why samples before it were left out.
+type Made = (Result<(Pack, State), TrainError>, Vec<String>);
+
 struct Worker {
-    packs: Receiver<Result<(Pack, State), TrainError>>,
+    packs: Receiver<Made>,
     thread: JoinHandle<()>,
 }
 
@@ -34,7 +39,13 @@ impl Stream {
         let packer = Packer::new(config.clone(), Arc::clone(&processor))?;
         let state = packer.state.clone();
         let worker = Some(Worker::start(packer, config.ahead)?);
-        Ok(Self { config, processor, state, worker })
+        Ok(Self { config, processor, state, worker, told: Box::new(|_| ()) })
+    }
+
+    /// Tells of samples that are left out for the sides of their pictures.
+    pub fn telling(mut self, told: impl FnMut(&str) + 'static) -> Self {
+        self.told = Box::new(told);
+        self
     }
 
     fn stop(&mut self) {
@@ -53,7 +64,7 @@ impl Worker {
             loop {
                 let made = packer.next_pack().map(|pack| (pack, packer.state.clone()));
                 let failed = made.is_err();
-                if send.send(made).is_err() || failed {
+                if send.send((made, std::mem::take(&mut packer.no_size))).is_err() || failed {
                     return;
                 }
             }
@@ -68,7 +79,9 @@ impl PackSource for Stream {
     fn next_pack(&mut self) -> Result<Pack, TrainError> {
         let ended = || TrainError::Data("reading has ended after an error".into());
         let worker = self.worker.as_ref().ok_or_else(ended)?;
-        let (pack, state) = worker.packs.recv().map_err(|_| ended())??;
+        let (made, left_out) = worker.packs.recv().map_err(|_| ended())?;
+        left_out.iter().for_each(|reason| (self.told)(reason));
+        let (pack, state) = made?;
         self.state = state;
         Ok(pack)
     }

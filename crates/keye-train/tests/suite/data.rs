@@ -1,6 +1,8 @@
 //! The loader: what becomes a target, what a pack holds, going on from a state.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use keye_media::{FrameKind, ItemOptions, Loader, MediaConfig, MediaItem, MediaKind, RgbClip, Source};
@@ -154,6 +156,77 @@ fn long_samples_shrink_or_are_left_out() {
     let config = DataConfig::of_world(&[(Kind::Text, 1)], 16, 0);
     let error = Stream::new(config, processor).unwrap().next_pack().unwrap_err();
     assert!(matches!(&error, TrainError::Data(text) if text.contains("max_tokens")), "{error}");
+}
+
+/// By the same tokenizer, with limits within which pictures that are not square have a side of 0 patches.
+fn narrow() -> (tempfile::TempDir, Arc<Processor>) {
+    let (dir, _) = nano();
+    let path = dir.path().join("preprocessor_config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let narrow = text.replacen("3136", "784", 1).replacen("12544", "1000", 1);
+    assert!(narrow.starts_with("{\"min_pixels\":784,\"max_pixels\":1000"), "{narrow}");
+    std::fs::write(&path, narrow).unwrap();
+    let processor = Arc::new(Processor::load(dir.path(), &Overrides::default()).unwrap());
+    (dir, processor)
+}
+
+/// A picture that no size fits is left out and told of, where one that cannot be read is an error.
+#[test]
+fn pictures_without_a_size_are_left_out() {
+    let (_dir, processor) = narrow();
+    let config = DataConfig::of_world(&[(Kind::Still, 1)], 400, 0);
+    let told = Rc::new(RefCell::new(Vec::new()));
+    let log = Rc::clone(&told);
+    let mut stream = Stream::new(config.clone(), Arc::clone(&processor)).unwrap();
+    let plain: Vec<Pack> = (0..4).map(|_| stream.next_pack().unwrap()).collect();
+    assert!(plain.iter().all(|pack| pack.grids.iter().all(|[h, w]| h == w)));
+    let stream = Stream::new(config.clone(), processor).unwrap();
+    let mut stream = stream.telling(move |reason| log.borrow_mut().push(reason.to_owned()));
+    assert!(plain.iter().all(|pack| *pack == stream.next_pack().unwrap()));
+    let told = told.borrow();
+    assert!(!told.is_empty() && told.iter().all(|reason| reason.contains("no size fits")), "{told:?}");
+
+    // All of them, so that nothing is left: not an endless search.
+    let (dir, _) = narrow();
+    let path = dir.path().join("preprocessor_config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen("784", "1", 1).replacen("1000", "700", 1)).unwrap();
+    let none = Arc::new(Processor::load(dir.path(), &Overrides::default()).unwrap());
+    let error = Stream::new(config, none).unwrap().next_pack().unwrap_err();
+    assert!(matches!(&error, TrainError::Data(text) if text.contains("no size fits")), "{error}");
+}
+
+/// The same of files: a picture of 60x1000 has a side of 0 within the limits, a cut one cannot be read.
+#[test]
+fn a_picture_without_a_size_is_told_from_one_that_cannot_be_read() {
+    let (_dir, processor) = nano();
+    let encoder = Encoder::new(processor);
+    let (width, height) = (60u32, 1000u32);
+    // A BMP of 24 bits a pixel: its header, and a header of the picture.
+    let mut bmp = b"BM".to_vec();
+    for value in [54 + width * height * 3, 0, 54, 40, width, height] {
+        bmp.extend(value.to_le_bytes());
+    }
+    bmp.extend([1, 0, 24, 0]);
+    bmp.extend([0; 24]);
+    bmp.resize(bmp.len() + (width * height * 3) as usize, 90);
+    let encode = |bytes: &[u8]| {
+        let source = Source::Bytes(bytes.into());
+        let item = MediaItem { kind: MediaKind::Image, source, options: ItemOptions::default() };
+        let messages = serde_json::json!([
+            {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": "red"},
+        ]);
+        let body = Body::Messages(messages.as_array().unwrap().clone());
+        encoder.encode(&Example { uuid: "r7".into(), body, media: vec![Visual::Item(Box::new(item))] }, 2048)
+    };
+    let error = encode(&bmp).unwrap_err();
+    assert!(matches!(&error, TrainError::NoSize(text) if text.starts_with("r7: ")), "{error:?}");
+    let error = encode(&bmp[..200]).unwrap_err();
+    assert!(matches!(&error, TrainError::Data(text) if text.starts_with("r7: ")), "{error:?}");
+    // 60x100, which has a size.
+    bmp[22..26].copy_from_slice(&100u32.to_le_bytes());
+    assert!(encode(&bmp).unwrap().is_some());
 }
 
 #[test]
@@ -351,7 +424,12 @@ fn files_of_records_come_round_and_go_on_from_a_state() {
     let mut other = Stream::new(config.clone(), Arc::clone(&processor)).unwrap();
     other.restore(&states[0].0).unwrap();
     assert!(other.next_pack().unwrap() == states[1].1);
-    for (list, words) in [("{}", "expected a list"), ("[\"c.parquet\"]", "c.parquet"), ("[\"all.json\"]", "all.json")] {
+    for (list, words) in [
+        ("{}", "expected a list"),
+        ("[\"c.parquet\"]", "c.parquet"),
+        ("[\"all.json\"]", "all.json"),
+        ("[]", "all.json: expected records, found none"),
+    ] {
         std::fs::write(dir.path().join("all.json"), list).unwrap();
         let error = Stream::new(config.clone(), Arc::clone(&processor)).err().unwrap().to_string();
         assert!(error.contains(words), "{error}");
