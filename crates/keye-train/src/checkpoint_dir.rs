@@ -9,12 +9,11 @@ use keye_processor::{Checkpoint, Dtype, NewTensor, StoredTensor, write_checkpoin
 use serde_json::Value;
 
 use crate::params::{Layout, Params};
+use crate::small_files::gather;
 use crate::{Model, TrainError};
 
 /// Bytes of a shard, as the published checkpoints have them.
 const SHARD_BYTES: u64 = 5 << 30;
-/// Most bytes of a json or text file beside the weights.
-const SMALL_FILE: u64 = 64 << 20;
 /// What a checkpoint of a run has in place of a model's weights.
 pub(crate) const STATE_TENSORS: &str = "state.safetensors";
 pub(crate) const STATE_JSON: &str = "state.json";
@@ -32,11 +31,16 @@ pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> TrainError + '_ 
     |source| TrainError::Io { path: path.to_owned(), source }
 }
 
+/// The tensors of a checkpoint directory or of a run's `step-N`.
+pub(crate) fn open_weights(dir: &Path) -> Result<Checkpoint, TrainError> {
+    let state = dir.join(STATE_TENSORS);
+    Ok(if state.exists() { Checkpoint::open_file(&state)? } else { Checkpoint::open(dir)? })
+}
+
 /// Reads the parameters of a checkpoint directory of any float type, or of a run's `step-N`, into `params`. Tensors of stage 0 that are not there
 /// keep their values; any other that is missing is an error.
 pub fn load_params(model: &Model, dir: &Path, params: &mut Params) -> Result<(), TrainError> {
-    let state = dir.join(STATE_TENSORS);
-    let checkpoint = if state.exists() { Checkpoint::open_file(&state)? } else { Checkpoint::open(dir)? };
+    let checkpoint = open_weights(dir)?;
     let layout: &Layout = model.layout();
     for (i, tensor) in layout.tensors().iter().enumerate() {
         if model.is_extra(&tensor.name) && checkpoint.get(&tensor.name).is_none() {
@@ -71,13 +75,14 @@ fn floats(stored: &StoredTensor) -> Result<Vec<f32>, TrainError> {
 }
 
 /// Writes `out`, which must not exist, with the weights and the small files (config, tokenizer, template, preprocessor and
-/// generation config) of `files`. Appears whole or not at all. F32 keeps the tensors of stage 0, Bf16 leaves them out.
+/// generation config) of `files`. Appears whole or not at all. The tensors of stage 0 are left out without `extras`.
 pub fn export(
     model: &Model,
     params: &Params,
     files: &[PathBuf],
     out: &Path,
     dtype: ExportDtype,
+    extras: bool,
 ) -> Result<(), TrainError> {
     let partial = partial(out);
     match fs::remove_dir_all(&partial) {
@@ -92,9 +97,8 @@ pub fn export(
         ExportDtype::Bf16 => Dtype::Bf16,
     };
     let layout = model.layout();
-    let kept = |name: &str| dtype == ExportDtype::F32 || !model.is_extra(name);
     let tensors: Vec<NewTensor> = (layout.tensors().iter())
-        .filter(|tensor| kept(&tensor.name))
+        .filter(|tensor| extras || !model.is_extra(&tensor.name))
         .map(|tensor| NewTensor { name: tensor.name.clone(), dtype: stored, shape: tensor.shape.clone() })
         .collect();
     write_checkpoint(&partial, &tensors, SHARD_BYTES, &mut |tensor: &NewTensor, to: &mut dyn Write| {
@@ -112,32 +116,6 @@ pub(crate) fn partial(out: &Path) -> PathBuf {
     let mut name = out.file_name().unwrap_or_default().to_owned();
     name.push(".partial");
     out.with_file_name(name)
-}
-
-/// Regular files of a directory that are not weights.
-fn small_files(dir: &Path) -> Result<Vec<PathBuf>, TrainError> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir).map_err(io(dir))? {
-        let entry = entry.map_err(io(dir))?;
-        let (name, meta) = (entry.file_name(), entry.metadata().map_err(io(&entry.path()))?);
-        let name = name.to_string_lossy();
-        let weights = name.contains("safetensors") || name == STATE_JSON;
-        if meta.is_file() && meta.len() <= SMALL_FILE && !weights && !name.starts_with('.') {
-            files.push(entry.path());
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
-/// Copies the small files of several folders into one.
-pub(crate) fn gather(folders: &[PathBuf], to: &Path) -> Result<(), TrainError> {
-    for folder in folders {
-        for file in small_files(folder)? {
-            fs::copy(&file, to.join(file.file_name().unwrap_or_default())).map_err(io(&file))?;
-        }
-    }
-    Ok(())
 }
 
 fn set_dtype(path: &Path, dtype: ExportDtype) -> Result<(), TrainError> {
@@ -159,21 +137,4 @@ fn bf16(value: f32) -> u16 {
         true => (bits >> 16) as u16 | 0x40,
         false => ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16,
     }
-}
-
-/// The mean of several directories' parameters, in f64, for averaging annealed runs (spec §4.3). Refuses none, and
-/// directories whose tensors differ in name or shape.
-pub fn average(model: &Model, dirs: &[PathBuf], start: &Params) -> Result<Params, TrainError> {
-    if dirs.is_empty() {
-        return Err(TrainError::Model("no checkpoints to average".into()));
-    }
-    let mut sums = vec![0.0f64; start.values.len()];
-    for dir in dirs {
-        let mut params = start.clone();
-        load_params(model, dir, &mut params)?;
-        sums.iter_mut().zip(&params.values).for_each(|(sum, v)| *sum += f64::from(*v));
-    }
-    let mut mean = start.clone();
-    mean.values.iter_mut().zip(&sums).for_each(|(v, sum)| *v = (sum / dirs.len() as f64) as f32);
-    Ok(mean)
 }

@@ -2,6 +2,7 @@
 //!
 //! **In**: packed samples ([`Pack`]). **Out**: a checkpoint directory in Hugging Face layout that the engine loads.
 
+mod average;
 mod checkpoint_dir;
 pub mod data;
 mod error;
@@ -15,9 +16,11 @@ mod pack;
 mod params;
 mod recipe;
 mod run;
+mod small_files;
 mod state;
 
-pub use checkpoint_dir::{ExportDtype, average, export, load_params};
+pub use average::{Mean, average};
+pub use checkpoint_dir::{ExportDtype, export, load_params};
 pub use error::TrainError;
 pub use flops::training_flops;
 pub use metrics::{StepMetrics, loss_svg};

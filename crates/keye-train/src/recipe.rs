@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint_dir::{gather, io};
+use crate::checkpoint_dir::io;
+use crate::small_files::gather;
 use crate::{Layout, Optimizer, Precision, Schedule, TrainError};
 
 /// What is learnt.
@@ -66,7 +67,7 @@ pub struct Recipe {
     pub sines: f32,
     /// Tensors whose names begin with one of these are trained, all others are frozen.
     pub trained: Vec<String>,
-    /// Random values and data follow from it.
+    /// The random values of a stage without `start` follow from it. The order of the data is `seed` under `[data]`.
     #[serde(default)]
     pub seed: u64,
     /// Optimiser steps.
@@ -206,6 +207,15 @@ impl Recipe {
             data.remove("ahead");
         }
         terms
+    }
+
+    /// The terms that a checkpoint was saved with; fields that recipes did not have yet are at their defaults.
+    pub(crate) fn saved_terms(saved: &Value) -> Value {
+        let mut fields = saved.clone();
+        if let Some(fields) = fields.as_object_mut() {
+            fields.insert("files".into(), Value::Array(Vec::new()));
+        }
+        serde_json::from_value::<Self>(fields).map_or_else(|_| saved.clone(), |recipe| recipe.terms())
     }
 
     /// The learning rates of its steps.

@@ -14,7 +14,7 @@ use crate::metrics::{Metrics, StepMetrics};
 use crate::optimizer::{Means, groups};
 use crate::params::{Gradients, Params};
 use crate::recipe::{Objective, Recipe, Weighting};
-use crate::state::State;
+use crate::state::{State, check_made_by};
 use crate::{Model, Pack, PackSource, Precision, TrainError, training_flops};
 
 /// Steps in a row without a finite gradient after which a run gives up.
@@ -47,10 +47,10 @@ fn model_in(dir: &Path, isa: Isa, precision: Precision) -> Result<Model, TrainEr
 }
 
 /// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step, and as often as the recipe says of
-/// the loss on `held_out`; once `stop` is true the run saves and returns.
+/// the loss on `held_out`; once `stop` is true the run saves and returns. What ends it with an error loses no finished step.
 ///
 /// # Errors
-/// A checkpoint of a recipe that has been changed since; data, files and models that do not fit; gradients that stay
+/// A stage, ended or not, of a recipe that has been changed since; data, files and models that do not fit; gradients that stay
 /// infinite.
 pub fn run(
     recipe: &Recipe,
@@ -64,6 +64,7 @@ pub fn run(
     let folder = out.join(&recipe.name);
     let exported = folder.join("model");
     if exported.exists() {
+        check_made_by(&folder, recipe)?;
         return Ok(Outcome::Done(exported));
     }
     if let Some(start) = recipe.start.as_ref().filter(|_| !folder.exists()) {
@@ -79,8 +80,7 @@ pub fn run(
     let trained = recipe.trained(layout)?;
     let mut state =
         State { step: 0, params: model.init(recipe.seed), optimizer: Means::new(layout), loader: Value::Null };
-    let terms = recipe.terms();
-    if state.resume(&folder, &trained, &terms)? {
+    if state.resume(&folder, &trained, recipe)? {
         source.restore(&state.loader)?;
     } else {
         if let Some(start) = &recipe.start {
@@ -88,63 +88,113 @@ pub fn run(
         }
         model.add_sines(&mut state.params, recipe.sines)?;
     }
-    let mut metrics = Metrics::open(&folder, state.step)?;
-    let groups = groups(layout, recipe.optimizer, recipe.vision_lr, recipe.weight_decay);
-    let mut gradients = Gradients::zeros(layout, trained.clone());
-    let schedule = recipe.schedule();
-    let mut lost = 0;
-    while state.step < recipe.steps {
-        let begin = Instant::now();
-        let packs = (0..recipe.accumulate).map(|_| source.next_pack()).collect::<Result<Vec<_>, _>>()?;
-        let waiting = begin.elapsed().as_secs_f64();
-        gradients.clear();
-        let loss = loss_of(recipe, model, &state.params, Some(&mut gradients), &packs)?;
-        let lr = schedule.at(state.step + 1);
-        let norm = state.optimizer.step(model.isa(), &mut state.params, &gradients, &groups, lr, recipe.clip);
-        lost = if norm.is_finite() { 0 } else { lost + 1 };
-        if lost == LOST {
-            let (step, lr) = (state.step + 1, recipe.lr);
-            return Err(TrainError::Model(format!(
-                "no finite gradient for {LOST} steps up to {step}; lower lr ({lr}) and start the stage again"
-            )));
-        }
-        state.step += 1;
-        let seconds = begin.elapsed().as_secs_f64();
-        let measured = recipe.validation.as_ref().is_some_and(|validation| {
-            !held_out.is_empty() && (state.step.is_multiple_of(validation.every) || state.step == recipe.steps)
-        });
-        let held_out_loss = match measured {
-            true => Some(loss_of(recipe, model, &state.params, None, held_out)?),
-            false => None,
-        };
-        let sum = |f: fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>() as u64;
-        let line = StepMetrics {
-            step: state.step,
-            loss,
-            lr,
-            gradient_norm: norm,
-            tokens: sum(Pack::len),
-            targets: sum(Pack::targets),
-            patches: sum(|pack| pack.patches.len() / crate::PATCH_VALUES),
-            seconds,
-            waiting,
-            held_out: held_out_loss,
-            gflops: packs.iter().map(|pack| training_flops(&model.config, pack)).sum::<f64>() / seconds / 1e9,
-        };
-        metrics.add(line)?;
-        told(&line);
-        let stopped = stop();
-        if stopped || state.step.is_multiple_of(recipe.checkpoint_every) || state.step == recipe.steps {
-            state.loader = source.state();
-            state.save(&folder, &trained, &terms, &recipe.files)?;
-            metrics.draw()?;
-        }
-        if stopped {
-            return Ok(Outcome::Stopped(state.step));
+    let (saved, metrics) = (state.step, Metrics::open(&folder, state.step)?);
+    let mut stage = Stage { recipe, model, folder, trained, state, saved, metrics };
+    match stage.steps(source, held_out, stop, told) {
+        Ok(true) => return Ok(Outcome::Stopped(stage.state.step)),
+        Ok(false) => {}
+        Err(error) => {
+            return Err(match stage.save() {
+                Ok(()) => error,
+                Err(reason) => {
+                    TrainError::Unsaved { error: Box::new(error), step: stage.saved, reason: Box::new(reason) }
+                }
+            });
         }
     }
-    export(model, &state.params, &recipe.files, &exported, ExportDtype::F32)?;
+    export(model, &stage.state.params, &recipe.files, &exported, ExportDtype::F32, true)?;
     Ok(Outcome::Done(exported))
+}
+
+/// A stage on its way.
+struct Stage<'a> {
+    recipe: &'a Recipe,
+    model: &'a Model,
+    folder: PathBuf,
+    trained: Vec<bool>,
+    /// After the last finished step, at any time.
+    state: State,
+    /// The step of the newest checkpoint.
+    saved: u64,
+    metrics: Metrics,
+}
+
+impl Stage<'_> {
+    /// The steps that are left; true when told to stop.
+    fn steps(
+        &mut self,
+        source: &mut dyn PackSource,
+        held_out: &[Pack],
+        stop: &dyn Fn() -> bool,
+        told: &mut dyn FnMut(&StepMetrics),
+    ) -> Result<bool, TrainError> {
+        let (recipe, model) = (self.recipe, self.model);
+        let groups = groups(model.layout(), recipe.optimizer, recipe.vision_lr, recipe.weight_decay);
+        let mut gradients = Gradients::zeros(model.layout(), self.trained.clone());
+        let schedule = recipe.schedule();
+        let mut lost = 0;
+        while self.state.step < recipe.steps {
+            let begin = Instant::now();
+            let packs = (0..recipe.accumulate).map(|_| source.next_pack()).collect::<Result<Vec<_>, _>>()?;
+            let waiting = begin.elapsed().as_secs_f64();
+            gradients.clear();
+            let loss = loss_of(recipe, model, &self.state.params, Some(&mut gradients), &packs)?;
+            let State { step, params, optimizer, loader } = &mut self.state;
+            let lr = schedule.at(*step + 1);
+            let norm = optimizer.step(model.isa(), params, &gradients, &groups, lr, recipe.clip);
+            (*step, *loader) = (*step + 1, source.state());
+            let step = *step;
+            let seconds = begin.elapsed().as_secs_f64();
+            let measured = recipe.validation.as_ref().is_some_and(|validation| {
+                !held_out.is_empty() && (step.is_multiple_of(validation.every) || step == recipe.steps)
+            });
+            let held_out_loss = match measured {
+                true => Some(loss_of(recipe, model, &self.state.params, None, held_out)?),
+                false => None,
+            };
+            let sum = |f: fn(&Pack) -> usize| packs.iter().map(f).sum::<usize>() as u64;
+            let line = StepMetrics {
+                step,
+                loss,
+                lr,
+                gradient_norm: norm,
+                tokens: sum(Pack::len),
+                targets: sum(Pack::targets),
+                patches: sum(|pack| pack.patches.len() / crate::PATCH_VALUES),
+                seconds,
+                waiting,
+                held_out: held_out_loss,
+                gflops: packs.iter().map(|pack| training_flops(&model.config, pack)).sum::<f64>() / seconds / 1e9,
+            };
+            self.metrics.add(line)?;
+            told(&line);
+            lost = if norm.is_finite() { 0 } else { lost + 1 };
+            if lost == LOST {
+                let lr = recipe.lr;
+                return Err(TrainError::Model(format!(
+                    "no finite gradient for {LOST} steps up to {step}; lower lr ({lr}) and start the stage again"
+                )));
+            }
+            let stopped = stop();
+            if stopped || step.is_multiple_of(recipe.checkpoint_every) || step == recipe.steps {
+                self.save()?;
+            }
+            if stopped {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// A checkpoint of what was done since the newest.
+    fn save(&mut self) -> Result<(), TrainError> {
+        if self.state.step > self.saved {
+            self.state.save(&self.folder, &self.trained, self.recipe)?;
+            self.saved = self.state.step;
+            self.metrics.draw()?;
+        }
+        Ok(())
+    }
 }
 
 /// The loss of a step of these packs, as the recipe weights it; its gradients are added up where they are wanted.

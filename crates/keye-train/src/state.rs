@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use keye_processor::{Checkpoint, Dtype, NewTensor, write_file};
 use serde_json::{Value, json};
 
-use crate::TrainError;
-use crate::checkpoint_dir::{STATE_JSON, STATE_TENSORS, gather, io, partial};
+use crate::checkpoint_dir::{STATE_JSON, STATE_TENSORS, io, partial};
 use crate::optimizer::Means;
 use crate::params::Params;
+use crate::small_files::{different_file, gather};
+use crate::{Recipe, TrainError};
 
 /// Checkpoints that stay.
 const KEPT: usize = 2;
@@ -34,19 +35,13 @@ pub(crate) struct State {
 
 impl State {
     /// Writes `folder/step-N`, points `latest` to it and removes old ones.
-    pub(crate) fn save(
-        &self,
-        folder: &Path,
-        trained: &[bool],
-        recipe: &Value,
-        files: &[PathBuf],
-    ) -> Result<(), TrainError> {
+    pub(crate) fn save(&self, folder: &Path, trained: &[bool], recipe: &Recipe) -> Result<(), TrainError> {
         let name = format!("step-{:08}", self.step);
         let out = folder.join(&name);
         let temporary = partial(&out);
         remove(&temporary)?;
         fs::create_dir_all(&temporary).map_err(io(&temporary))?;
-        gather(files, &temporary)?;
+        gather(&recipe.files, &temporary)?;
         let layout = &self.params.layout;
         let mut bytes = Vec::new();
         let mut add = |prefix: &str, values: &[f32], i: usize| {
@@ -65,7 +60,8 @@ impl State {
         let tensors: Vec<(NewTensor, &[u8])> = bytes.iter().map(|(t, data)| (t.clone(), data.as_slice())).collect();
         write_file(&temporary.join(STATE_TENSORS), &tensors)?;
         let state = json!({
-            "step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader, "recipe": recipe,
+            "step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader,
+            "recipe": recipe.terms(),
         });
         let path = temporary.join(STATE_JSON);
         fs::write(&path, format!("{state:#}\n")).map_err(io(&path))?;
@@ -82,26 +78,11 @@ impl State {
 
     /// Goes on from the newest checkpoint; `self` is the state of a run that begins. False without a checkpoint. Error: one of
     /// another recipe.
-    pub(crate) fn resume(&mut self, folder: &Path, trained: &[bool], recipe: &Value) -> Result<bool, TrainError> {
-        let pointer = folder.join(LATEST);
-        let name = match fs::read_to_string(&pointer) {
-            Ok(name) => name,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-            Err(error) => return Err(io(&pointer)(error)),
-        };
-        let dir = folder.join(name.trim());
+    pub(crate) fn resume(&mut self, folder: &Path, trained: &[bool], recipe: &Recipe) -> Result<bool, TrainError> {
+        let Some(dir) = newest(folder)? else { return Ok(false) };
+        let state = state_of(&dir, recipe)?;
         let path = dir.join(STATE_JSON);
         let wrong = |reason: String| TrainError::Recipe { path: path.clone(), reason };
-        let text = fs::read(&path).map_err(io(&path))?;
-        let state: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-        // Checkpoints of the first runs do not tell their recipe.
-        if let Some((field, before, now)) = state.get("recipe").and_then(|made| difference("", made, recipe)) {
-            return Err(wrong(format!(
-                "this stage was begun with {field} = {before}, the recipe now says {now}; put the old value back to go on, or \
-                 begin again: remove {}, or give the recipe another name",
-                folder.display()
-            )));
-        }
         let number = |name: &str| state[name].as_u64().ok_or_else(|| wrong(format!("{name}: expected a number")));
         (self.step, self.optimizer.steps) = (number("step")?, number("optimizer_steps")?);
         self.loader = state["loader"].clone();
@@ -127,6 +108,56 @@ impl State {
         }
         Ok(true)
     }
+}
+
+/// The newest checkpoint of a stage.
+fn newest(folder: &Path) -> Result<Option<PathBuf>, TrainError> {
+    let pointer = folder.join(LATEST);
+    match fs::read_to_string(&pointer) {
+        Ok(name) => Ok(Some(folder.join(name.trim()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io(&pointer)(error)),
+    }
+}
+
+/// Refuses a stage whose newest checkpoint, where there still is one, is of another recipe.
+pub(crate) fn check_made_by(folder: &Path, recipe: &Recipe) -> Result<(), TrainError> {
+    match newest(folder)?.filter(|dir| dir.is_dir()) {
+        Some(dir) => state_of(&dir, recipe).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// The state.json of a checkpoint that this recipe made.
+fn state_of(dir: &Path, recipe: &Recipe) -> Result<Value, TrainError> {
+    let path = dir.join(STATE_JSON);
+    let wrong = |reason: String| TrainError::Recipe { path: path.clone(), reason };
+    let remedy = || {
+        let folder = dir.parent().unwrap_or(dir).display();
+        format!("to go on, or begin again: remove {folder}, or give the recipe another name")
+    };
+    let text = fs::read(&path).map_err(io(&path))?;
+    let state: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+    // Checkpoints of the first runs do not tell their recipe.
+    let saved = state.get("recipe").map(Recipe::saved_terms);
+    if let Some((field, before, now)) = saved.and_then(|saved| difference("", &saved, &recipe.terms())) {
+        let remedy = remedy();
+        return Err(wrong(format!(
+            "this stage was begun with {field} = {before}, the recipe now says {now}; put the old value back {remedy}"
+        )));
+    }
+    if let Some(name) = different_file(dir, recipe.gather()?.path())? {
+        let (dir, remedy) = (dir.display(), remedy());
+        return Err(wrong(format!(
+            "this stage was begun with another {name} than the recipe's `files` now have; put that of {dir} back {remedy}"
+        )));
+    }
+    Ok(state)
+}
+
+/// Whether a tensor of a checkpoint is one of the optimiser's.
+pub(crate) fn is_mean(name: &str) -> bool {
+    MEANS.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// The first field in which two recipes differ, and its values.

@@ -6,6 +6,8 @@ mod data;
 mod engine;
 #[path = "suite/gradients.rs"]
 mod gradients;
+#[path = "suite/resume.rs"]
+mod resume;
 #[path = "suite/support.rs"]
 mod support;
 #[path = "suite/training.rs"]

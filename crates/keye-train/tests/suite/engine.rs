@@ -6,7 +6,7 @@ use keye_backend::{BLOCK_TOKENS, Cpu, CpuOptions, KvDtype, Reference};
 use keye_media::{MediaKind, Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureRows, KeyeModel, LoadOptions, LogitRows, NoTap, Runner};
 use keye_processor::{Checkpoint, ModelConfig};
-use keye_train::{ExportDtype, Model, Pack, Params, average, export, load_params};
+use keye_train::{ExportDtype, Mean, Model, Pack, Params, Precision, average, export, load_params};
 
 use crate::support::{fixture, largest_difference, model, packed, processor, sample, stored};
 
@@ -84,7 +84,7 @@ fn an_exported_directory_is_loaded_with_no_special_case() {
     let sample = sample(&model, 4, 20, &[[4, 4], [2, 6]]);
     for (name, dtype) in [("f32", ExportDtype::F32), ("bf16", ExportDtype::Bf16)] {
         let dir = out.path().join(name);
-        export(&model, &params, &[fixture()], &dir, dtype).unwrap();
+        export(&model, &params, &[fixture()], &dir, dtype, dtype == ExportDtype::F32).unwrap();
         let mut back = model.init(8);
         load_params(&model, &dir, &mut back).unwrap();
         let mine = model.logits(&back, &sample).unwrap();
@@ -97,7 +97,10 @@ fn an_exported_directory_is_loaded_with_no_special_case() {
             assert!(!Checkpoint::open(&dir).unwrap().names().any(|name| name.contains("head.probe")));
         }
         assert!(keye_processor::Processor::load(&dir, &keye_processor::Overrides::default()).is_ok());
-        assert!(export(&model, &params, &[fixture()], &dir, dtype).is_err(), "nothing is overwritten");
+        assert!(
+            export(&model, &params, &[fixture()], &dir, dtype, dtype == ExportDtype::F32).is_err(),
+            "nothing is overwritten"
+        );
     }
 }
 
@@ -111,14 +114,69 @@ fn the_mean_of_equal_models_is_the_model() {
     let out = tempfile::tempdir().unwrap();
     let write = |name: &str, params: &Params| {
         let dir = out.path().join(name);
-        export(&model, params, &[fixture()], &dir, ExportDtype::F32).unwrap();
+        export(&model, params, &[fixture()], &dir, ExportDtype::F32, true).unwrap();
         dir
     };
     let (a, b) = (write("a", &params), write("b", &other));
     let start = model.init(1);
-    assert_eq!(average(&model, &[a.clone(), a.clone(), a.clone()], &start).unwrap(), params);
+    assert_eq!(
+        average(&model, &[a.clone(), a.clone(), a.clone()], &start).unwrap(),
+        Mean { params: params.clone(), extras: true }
+    );
     let mean = average(&model, &[a, b], &start).unwrap();
-    let difference: Vec<f32> = mean.values.iter().zip(&params.values).map(|(m, p)| m - p).collect();
+    let difference: Vec<f32> = mean.params.values.iter().zip(&params.values).map(|(m, p)| m - p).collect();
     assert!(difference.iter().all(|d| (d - 0.25).abs() < 1e-5));
     assert!(average(&model, &[], &start).is_err());
+}
+
+/// A shipped model has no tensors of stage 0: a mean with it has none either, rather than random ones in it.
+#[test]
+fn a_mean_has_only_what_all_models_have() {
+    let model = model();
+    let params = model.init(3);
+    let out = tempfile::tempdir().unwrap();
+    let [whole, shipped, new] = ["whole", "shipped", "new"].map(|name| out.path().join(name));
+    export(&model, &params, &[fixture()], &whole, ExportDtype::F32, true).unwrap();
+    export(&model, &params, &[fixture()], &shipped, ExportDtype::Bf16, false).unwrap();
+    let start = model.init(1);
+    for dirs in [[whole.clone(), shipped.clone()], [shipped.clone(), whole.clone()]] {
+        let mean = average(&model, &dirs, &start).unwrap();
+        assert!(!mean.extras);
+        for tensor in model.layout().tensors() {
+            let [mean, start, trained] = [&mean.params, &start, &params].map(|p| p.tensor(&tensor.name).unwrap());
+            let extra = tensor.name.starts_with("siglip.") || tensor.name.contains(".head.");
+            assert!(if extra { mean == start } else { largest_difference(mean, trained) < 0.01 }, "{}", tensor.name);
+        }
+    }
+    let mean = average(&model, &[shipped.clone(), whole], &start).unwrap();
+    export(&model, &mean.params, &[shipped], &new, ExportDtype::F32, mean.extras).unwrap();
+    let names: Vec<String> = Checkpoint::open(&new).unwrap().names().map(str::to_owned).collect();
+    assert!(names.len() > 20 && !names.iter().any(|name| name.starts_with("siglip.") || name.contains(".head.")));
+}
+
+/// Models that are not alike: another depth, and the same tensors with other small files.
+#[test]
+fn unlike_models_have_no_mean() {
+    let model = model();
+    let out = tempfile::tempdir().unwrap();
+    let [one, deep, other] = ["one", "deep", "other"].map(|name| out.path().join(name));
+    export(&model, &model.init(1), &[fixture()], &one, ExportDtype::F32, true).unwrap();
+    export(&model, &model.init(2), &[fixture()], &other, ExportDtype::F32, true).unwrap();
+    let mut processor = processor();
+    processor.config.text.num_hidden_layers += 1;
+    let deeper = Model::new(&processor.config, &processor.media.processor, model.isa(), Precision::F32).unwrap();
+    // Under the config of the shallow ones.
+    export(&deeper, &deeper.init(1), &[fixture()], &deep, ExportDtype::F32, true).unwrap();
+    let refused = |dirs: [&Path; 2], named: &str| {
+        let error = average(&model, &dirs.map(Path::to_owned), &model.init(1)).unwrap_err().to_string();
+        let dirs = dirs.map(|dir| dir.to_str().unwrap());
+        assert!(error.contains(named) && dirs.iter().all(|dir| error.contains(dir)), "{error}");
+    };
+    average(&model, &[one.clone(), other.clone()], &model.init(1)).unwrap();
+    refused([&one, &deep], &format!("model.layers.{}.", processor.config.text.num_hidden_layers - 1));
+    refused([&deep, &one], "model.layers.");
+    let tokenizer = other.join("tokenizer_config.json");
+    let text = std::fs::read_to_string(&tokenizer).unwrap();
+    std::fs::write(&tokenizer, text.replacen('{', "{\"added\": 1,", 1)).unwrap();
+    refused([&one, &other], "tokenizer_config.json");
 }

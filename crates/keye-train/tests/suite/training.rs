@@ -1,17 +1,16 @@
-//! Optimiser, schedules, recipes, and runs that are killed and go on.
+//! Optimiser, schedules, recipes and what a run makes.
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use keye_backend::Isa;
 use keye_train::data::DataConfig;
 use keye_train::{
-    ExportDtype, Gradients, Means, Model, Optimizer, Outcome, Pack, PackSource, Recipe, Schedule, StepMetrics,
-    TrainError, Weighting, export, groups, load_model, load_params, loss_svg, model_of, run, weights,
+    ExportDtype, Gradients, Means, Optimizer, Recipe, Schedule, StepMetrics, Weighting, export, groups, load_model,
+    load_params, loss_svg, model_of, weights,
 };
-use serde_json::{Value, json};
 
-use crate::support::{fixture, model, packed, sample};
+use crate::resume::{losses, recipe};
+use crate::support::{model, packed, sample};
 
 /// Acceptance test 5 (spec §9).
 #[test]
@@ -95,121 +94,6 @@ fn weightings_differ_by_sample() {
     assert_eq!((answers[..6].iter().sum::<f32>(), answers[6..].iter().sum::<f32>()), (2.0, 1.0));
 }
 
-/// The same packs again and again, in an order that its state tells; fails at a given pack, as a kill would end a run.
-struct Packs<'a> {
-    model: &'a Model,
-    next: u64,
-    fail_at: Option<u64>,
-}
-
-impl PackSource for Packs<'_> {
-    fn next_pack(&mut self) -> Result<Pack, TrainError> {
-        if self.fail_at == Some(self.next) {
-            return Err(TrainError::Pack("killed".into()));
-        }
-        self.next += 1;
-        let seed = self.next % 5;
-        Ok(packed(&[
-            sample(self.model, seed, 8, &[[2, 4], [2, 2]]),
-            sample(self.model, seed + 50, 20, &[]),
-            sample(self.model, seed + 90, 8, &[[4, 4]]),
-        ]))
-    }
-
-    fn state(&self) -> Value {
-        json!({"next": self.next})
-    }
-
-    fn restore(&mut self, state: &Value) -> Result<(), TrainError> {
-        self.next = state["next"].as_u64().ok_or_else(|| TrainError::Pack("no state".into()))?;
-        Ok(())
-    }
-}
-
-fn recipe(dir: &Path, name: &str, fields: &str) -> PathBuf {
-    let path = dir.join(format!("{name}.toml"));
-    let files = fixture();
-    let data = if fields.contains("[data]") { "" } else { "[data]\n" };
-    let text = format!(
-        "name = \"{name}\"\nobjective = \"next-token\"\nfiles = [{files:?}]\nlr = 1e-2\nmin_lr = 1e-4\nwarmup = 1\n{fields}\n{data}"
-    );
-    std::fs::write(&path, text).unwrap();
-    path
-}
-
-fn losses(
-    recipe: &Recipe,
-    out: &Path,
-    fail_at: Option<u64>,
-    stop_at: u64,
-) -> (Result<Outcome, TrainError>, Vec<StepMetrics>) {
-    let model = load_model(recipe, Isa::detect()).unwrap();
-    let mut lines = Vec::new();
-    let step = Cell::new(0);
-    let mut packs = Packs { model: &model, next: 0, fail_at };
-    let held_out = [packs.next_pack().unwrap()];
-    packs.next = 0;
-    let outcome =
-        run(recipe, &model, out, &mut packs, &held_out, &|| step.get() == stop_at, &mut |line: &StepMetrics| {
-            step.set(line.step);
-            lines.push(*line);
-        });
-    (outcome, lines)
-}
-
-#[test]
-fn a_killed_run_goes_on_bit_for_bit() {
-    killed_and_resumed("");
-}
-
-#[test]
-fn so_does_one_with_muon_in_mixed_precision() {
-    killed_and_resumed("\noptimizer = \"muon\"\nprecision = \"bf16\"");
-}
-
-fn killed_and_resumed(how: &str) {
-    let dir = tempfile::tempdir().unwrap();
-    let fields = format!("steps = 9\naccumulate = 2\ncheckpoint_every = 2\ntrained = [\"\"]{how}");
-    let path = recipe(dir.path(), "short", &fields);
-    let recipe = Recipe::load(&path).unwrap();
-    let whole = dir.path().join("whole");
-    let (outcome, lines) = losses(&recipe, &whole, None, 0);
-    assert_eq!(outcome.unwrap(), Outcome::Done(whole.join("short/model")));
-    let bits = |lines: &[StepMetrics]| -> Vec<(u64, u64, u64)> {
-        lines.iter().map(|l| (l.step, l.loss.to_bits(), l.gradient_norm.to_bits())).collect()
-    };
-    let want = bits(&lines);
-    assert_eq!(want.len(), 9);
-    assert!(lines[8].loss < lines[0].loss, "it learns: {} {}", lines[0].loss, lines[8].loss);
-
-    let broken = dir.path().join("broken");
-    // Killed in the second pack of step 6, after the checkpoint of step 4.
-    let (outcome, first) = losses(&recipe, &broken, Some(11), 0);
-    assert!(outcome.is_err());
-    assert_eq!(bits(&first), want[..5]);
-    // What a kill in the middle of a save leaves.
-    std::fs::create_dir_all(broken.join("short/step-00000006.partial")).unwrap();
-    // Goes on at step 5, and is told to stop after 7.
-    let (outcome, second) = losses(&recipe, &broken, None, 7);
-    assert_eq!(outcome.unwrap(), Outcome::Stopped(7));
-    assert_eq!(bits(&second), want[4..7]);
-    let (outcome, third) = losses(&recipe, &broken, None, 0);
-    assert_eq!(outcome.unwrap(), Outcome::Done(broken.join("short/model")));
-    assert_eq!(bits(&third), want[7..]);
-
-    // Every step stands once in the metrics, and both runs made the same model.
-    let text = std::fs::read_to_string(broken.join("short/metrics.jsonl")).unwrap();
-    let steps: Vec<u64> = text.lines().map(|line| serde_json::from_str::<StepMetrics>(line).unwrap().step).collect();
-    assert_eq!(steps, (1..=9).collect::<Vec<_>>());
-    let read = |out: &Path| std::fs::read(out.join("short/model/model.safetensors")).unwrap();
-    assert!(read(&whole) == read(&broken));
-    let kept = std::fs::read_dir(broken.join("short")).unwrap();
-    assert_eq!(kept.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with("step-")).count(), 2);
-    // A stage that is done is not done again.
-    let (outcome, none) = losses(&recipe, &broken, None, 0);
-    assert!(matches!(outcome.unwrap(), Outcome::Done(_)) && none.is_empty());
-}
-
 /// Held-out loss is measured where the recipe says, changes nothing, and falls.
 #[test]
 fn held_out_loss_is_told_and_changes_nothing() {
@@ -251,27 +135,6 @@ fn the_stages_of_keye_nano_follow_one_another() {
     assert!(before.len() > 9, "{before:?}");
 }
 
-/// A run goes on only by the recipe that it was begun with; what does not change its results may change.
-#[test]
-fn a_changed_recipe_does_not_go_on() {
-    let dir = tempfile::tempdir().unwrap();
-    let load = |fields: &str| Recipe::load(&recipe(dir.path(), "changed", fields)).unwrap();
-    let (outcome, _) = losses(&load("steps = 4\ntrained = [\"\"]"), dir.path(), None, 2);
-    assert_eq!(outcome.unwrap(), Outcome::Stopped(2));
-    for (fields, named) in [
-        ("steps = 5\ntrained = [\"\"]", "steps = 4, the recipe now says 5"),
-        ("steps = 4\ntrained = [\"mlp_AR.\"]", "trained[0] = \"\", the recipe now says \"mlp_AR.\""),
-        ("steps = 4\ntrained = [\"\"]\n[data]\nmax_tokens = 3", "data.max_tokens = null, the recipe now says 3"),
-    ] {
-        let error = losses(&load(fields), dir.path(), None, 0).0.unwrap_err().to_string();
-        assert!(error.contains(named) && error.contains("begin again"), "{error}");
-    }
-    let same = "steps = 4\ntrained = [\"\"]\nrecompute = true\ncheckpoint_every = 1";
-    let (outcome, lines) = losses(&load(same), dir.path(), None, 0);
-    assert_eq!(outcome.unwrap(), Outcome::Done(dir.path().join("changed/model")));
-    assert_eq!(lines.len(), 2);
-}
-
 /// A checkpoint from the middle of a stage is a model.
 #[test]
 fn the_middle_of_a_stage_is_exported() {
@@ -284,7 +147,7 @@ fn the_middle_of_a_stage_is_exported() {
         let mut params = model.init(9);
         load_params(&model, from, &mut params).unwrap();
         let out = dir.path().join("exported").join(from.file_name().unwrap());
-        export(&model, &params, &[from.to_owned()], &out, ExportDtype::F32).unwrap();
+        export(&model, &params, &[from.to_owned()], &out, ExportDtype::F32, true).unwrap();
         assert!(out.join("config.json").exists() && !out.join("state.json").exists());
         std::fs::read(out.join("model.safetensors")).unwrap()
     };

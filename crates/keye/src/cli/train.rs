@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ enum Command {
         /// The new directory
         #[arg(value_name = "NEW_DIR")]
         out: PathBuf,
-        /// Models of equal shape
+        /// Models of one config, tokenizer and preprocessor config
         #[arg(value_name = "DIR", required = true)]
         models: Vec<PathBuf>,
         /// Measure the loss of each on this recipe's held-out data; write the mean only if its own is the lowest
@@ -93,11 +94,11 @@ pub fn run_command(args: Args) -> Result<()> {
             let isa = Isa::from_env()?;
             let model = model_of(&models[0], isa)?;
             let mean = average(&model, &models, &model.init(0))?;
-            let losses = measure.map(|recipe| held_out_losses(&recipe, &model, &models, &mean)).transpose()?;
+            let losses = measure.map(|recipe| held_out_losses(&recipe, &model, &models, &mean.params)).transpose()?;
             let lowest = losses.iter().flat_map(|losses| &losses.models).copied().fold(f64::INFINITY, f64::min);
             let better = losses.as_ref().is_none_or(|losses| losses.mean < lowest);
             if better {
-                export(&model, &mean, &models[..1], &out, ExportDtype::F32)?;
+                export(&model, &mean.params, &models[..1], &out, ExportDtype::F32, mean.extras)?;
             }
             if json {
                 let of = |losses: &Losses| losses.models.iter().map(|loss| Some(*loss)).collect();
@@ -121,7 +122,7 @@ pub fn run_command(args: Args) -> Result<()> {
             let model = model_of(&dir, Isa::from_env()?)?;
             let mut params = model.init(0);
             load_params(&model, &dir, &mut params)?;
-            export(&model, &params, &[dir], &out, ExportDtype::Bf16)?;
+            export(&model, &params, &[dir], &out, ExportDtype::Bf16, false)?;
             ui::out(&format!("{}\n", out.display()))
         }
     }
@@ -144,7 +145,8 @@ struct Losses {
 
 fn held_out_losses(path: &Path, model: &Model, models: &[PathBuf], mean: &Params) -> Result<Losses> {
     let recipe = Recipe::load(path)?;
-    let processor = Arc::new(Processor::load(&models[0], &Overrides::default())?);
+    let files = recipe.gather()?;
+    let processor = Arc::new(Processor::load(files.path(), &Overrides::default())?);
     let packs = held_out(&recipe, &processor)?;
     if packs.is_empty() {
         return Err(Usage(format!("--measure {}: the recipe has no [validation]", path.display())).into());
@@ -208,17 +210,24 @@ fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outc
     let processor = Arc::new(Processor::load(files.path(), &Overrides::default())?);
     let model = load_model(recipe, isa)?;
     let validation = held_out(recipe, &processor).with_context(|| format!("{}: validation", recipe.name))?;
-    let mut source = Stream::new(data, processor)?;
-    let mut status = Status::new(false);
+    let status = Rc::new(RefCell::new(Status::new(false)));
+    let (name, log) = (recipe.name.clone(), Rc::clone(&status));
+    let left_out = move |reason: &str| log.borrow_mut().line(&format!("{name}: left out: {reason}"));
+    let mut source = Stream::new(data, processor)?.telling(left_out);
     let parameters = model.layout().len() as u64;
-    status.line(&format!("{}: {} parameters, {} steps", recipe.name, ui::grouped(parameters), recipe.steps));
+    status.borrow_mut().line(&format!(
+        "{}: {} parameters, {} steps",
+        recipe.name,
+        ui::grouped(parameters),
+        recipe.steps
+    ));
     let progress = RefCell::new(Progress::new(recipe.steps));
     let outcome = run(recipe, &model, &args.out, &mut source, &validation, &|| guard.interrupted(), &mut |line| {
         if let Some(text) = progress.borrow_mut().add(line) {
-            status.progress(&format!("{}: {text}", recipe.name));
+            status.borrow_mut().progress(&format!("{}: {text}", recipe.name));
         }
     });
-    status.clear();
+    status.borrow_mut().clear();
     Ok(outcome?)
 }
 

@@ -168,6 +168,28 @@ fn what_cannot_be_trained_is_told_before_the_first_step() {
     });
 }
 
+/// Writes the preprocessor config of one folder to another, with other least and most pixels of a picture.
+fn limits(from: &Path, to: &Path, [least, most]: [u64; 2]) {
+    let name = "preprocessor_config.json";
+    let mut config: Value = serde_json::from_slice(&fs::read(from.join(name)).unwrap()).unwrap();
+    (config["min_pixels"], config["max_pixels"]) = (least.into(), most.into());
+    fs::create_dir_all(to).unwrap();
+    fs::write(to.join(name), config.to_string()).unwrap();
+}
+
+/// Pictures that are not square have no size within these limits; the others are trained on.
+#[test]
+fn samples_that_are_left_out_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = recipe(dir.path(), "narrow", "");
+    let text = fs::read_to_string(&path).unwrap().replace("steps = 150", "steps = 6");
+    fs::write(&path, text).unwrap();
+    limits(&dir.path().join("files"), &dir.path().join("files"), [784, 1000]);
+    let run = keye(&["train", "run", &path, "--out", dir.path().to_str().unwrap()]).ok();
+    let told = |line: &str| line.contains("narrow: left out: ") && line.contains("no size fits");
+    assert!(run.stderr.lines().any(told), "{}", run.stderr);
+}
+
 /// `from` with all weights moved up or down, by turns.
 fn moved(from: &Path, to: &Path, by: f32) -> PathBuf {
     fs::create_dir(to).unwrap();
@@ -228,6 +250,19 @@ fn a_mean_is_kept_if_it_is_better_than_every_model() {
     let (out, run) = average("equal", [&model, &model], &["--measure", &recipe]);
     assert!(run.code == Some(1) && run.stderr.contains("nothing is written"), "{run:#?}");
     assert!(!out.exists());
+    // Held-out packs are made with the recipe's files: smaller pictures give another loss.
+    let coarse = fs::read_to_string(&recipe).unwrap().replace("[\"files\"]", "[\"files\", \"coarse\"]");
+    let path = dir.path().join("coarse.toml").to_str().unwrap().to_owned();
+    fs::write(&path, coarse).unwrap();
+    limits(&dir.path().join("files"), &dir.path().join("coarse"), [784, 3136]);
+    let measured = |recipe: &str| {
+        let run = average("measured", [&model, &model], &["--measure", recipe, "--json"]).1;
+        assert!(run.code == Some(1) && run.stderr.contains("nothing is written"), "{run:#?}");
+        loss(&serde_json::from_str(&run.stdout).unwrap())
+    };
+    assert!((measured(&recipe) - loss(last)).abs() < 1e-3);
+    assert!((measured(&path) - loss(last)).abs() > 1e-3, "{}", measured(&path));
+
     average("plain", [&model, &model], &[]).1.ok();
     let read = |dir: &Path| fs::read(dir.join("model.safetensors")).unwrap();
     assert!(read(&dir.path().join("plain")) == read(&model), "a model with itself is itself");
