@@ -5,6 +5,8 @@
 mod latent;
 mod sparse;
 
+use std::ops::Range;
+
 use crate::{
     Activation, AttentionShape, Backend, BackendError, BlockScales, CacheSpec, Dtype, KvDtype, QkNorm, Reference,
     SequenceRows, Span, WeightSource, packed,
@@ -230,7 +232,7 @@ impl<B: Backend> Suite<'_, B> {
             (2, 72, vec![(10..30, 0..150)]),
             (1, 72, vec![(0..700, 0..700)]),
         ] {
-            let rows = spans.iter().map(|(_, keys): &(_, std::ops::Range<usize>)| keys.end).max().unwrap_or(0);
+            let rows = spans.iter().map(|(_, keys): &(_, Range<usize>)| keys.end).max().unwrap_or(0);
             if self.small && rows > 200 {
                 continue;
             }
@@ -297,15 +299,7 @@ impl<B: Backend> Suite<'_, B> {
             // As wide as a config may ask for; few tokens, since without fused products the rounding of so long a sum shows.
             (1, 1, 1024, KvDtype::F32, 7),
         ] {
-            let spec = CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim: 0, latent_dim: 0 };
-            let shape = AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) };
-            let width = (heads * hd, kv_heads * hd);
-            let q = self.random.values(tokens * width.0, 2.0);
-            let k = self.random.values(tokens * width.1, 2.0);
-            let v = self.random.values(tokens * width.1, 1.0);
-            let angles = self.random.values(tokens * hd, 1.0);
-            let gammas = [(); 2].map(|()| source(1, hd, &self.random.values(hd, 1.0), Dtype::F32));
-            let case = Case { spec, shape, q, k, v, angles, gammas };
+            let case = Case::random(&mut self.random, [heads, kv_heads, hd], dtype, tokens);
             let blocks = vec![5, 0, 3, 1];
             let whole = [(0..tokens, blocks.clone())];
             compare!(
@@ -332,6 +326,38 @@ impl<B: Backend> Suite<'_, B> {
         }
         Ok(())
     }
+
+    /// What an earlier owner left in the slots of a sequence's blocks does not reach it, even where that is no number.
+    fn stale_slots(&mut self) -> Result<(), BackendError> {
+        if self.small {
+            return Ok(());
+        }
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+            let mut case = Case::random(&mut self.random, [4, 2, 32], dtype, STALE.end);
+            for values in [&mut case.k, &mut case.v] {
+                spoil(values);
+            }
+            let steps = STALE_STEPS.map(|tokens| [(tokens, vec![5, 2])]);
+            let clean = case.run(self.backend, &steps)?;
+            let after = [&[[(STALE, vec![0, 0, 5, 2])]][..], &steps].concat();
+            let found = case.run(self.backend, &after)?.split_off(STALE.len() * 4 * 32);
+            self.equal(format!("paged_attention, {dtype:?}: blocks with NaN of others = fresh blocks"), &found, &clean);
+        }
+        self.stale_sparse()
+    }
+}
+
+/// Tokens that an earlier owner of the blocks wrote, of a sequence of its own.
+const STALE: Range<usize> = 128..256;
+/// Steps of the sequence that has the blocks now: single tokens and chunks, in a block's beginning and behind it.
+const STALE_STEPS: [Range<usize>; 6] = [0..1, 1..18, 18..19, 19..64, 64..65, 65..70];
+
+/// Makes the [`STALE`] half of values of a case NaN and infinities.
+fn spoil(values: &mut [f32]) {
+    let half = values.len() / 2;
+    for (i, value) in values[half..].iter_mut().enumerate() {
+        *value = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][i / 7 % 3];
+    }
 }
 
 /// Keys, values and queries of one sequence.
@@ -346,11 +372,24 @@ struct Case {
 }
 
 impl Case {
+    fn random(random: &mut Random, [heads, kv_heads, hd]: [usize; 3], dtype: KvDtype, tokens: usize) -> Self {
+        let width = (heads * hd, kv_heads * hd);
+        Self {
+            spec: CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim: 0, latent_dim: 0 },
+            shape: AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) },
+            q: random.values(tokens * width.0, 2.0),
+            k: random.values(tokens * width.1, 2.0),
+            v: random.values(tokens * width.1, 1.0),
+            angles: random.values(tokens * hd, 1.0),
+            gammas: [(); 2].map(|()| source(1, hd, &random.values(hd, 1.0), Dtype::F32)),
+        }
+    }
+
     /// Runs steps of token ranges on block tables; returns the results of the first sequence, one after the other.
     fn run<B: Backend, const N: usize>(
         &self,
         b: &B,
-        steps: &[[(std::ops::Range<usize>, Vec<u32>); N]],
+        steps: &[[(Range<usize>, Vec<u32>); N]],
     ) -> Result<Vec<f32>, BackendError> {
         let mut cache = b.cache(&self.spec, 6)?;
         let (q_norm, k_norm) = (b.load(&self.gammas[0])?, b.load(&self.gammas[1])?);
@@ -414,7 +453,8 @@ impl<'a, B: Backend> Suite<'a, B> {
         // Last, so that the checks above keep their numbers: a key on the edge between two bf16 values may fall either way.
         self.products(&[Dtype::Int10, Dtype::Int12])?;
         self.highest()?;
-        self.fp8_rows()
+        self.fp8_rows()?;
+        self.stale_slots()
     }
 }
 

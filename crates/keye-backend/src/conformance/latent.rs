@@ -1,6 +1,6 @@
 //! The operations of latent attention and of grouped routing.
 
-use super::{Suite, source};
+use super::{Random, STALE, STALE_STEPS, Suite, source, spoil};
 use crate::{
     Backend, BackendError, CacheSpec, Dtype, GroupedRouting, KvDtype, LatentShape, Reference, SequenceRows,
     WeightSource,
@@ -16,6 +16,18 @@ struct Latent {
 }
 
 impl Latent {
+    fn random(random: &mut Random, [heads, rank, rope]: [usize; 3], dtype: KvDtype, tokens: usize) -> Self {
+        let width = rank + rope;
+        let mut values = |width: usize| (width, random.values(tokens * width, 1.5));
+        Self {
+            spec: CacheSpec { layers: 2, kv_heads: 0, head_dim: 0, dtype, index_dim: 0, latent_dim: width },
+            shape: LatentShape { heads, value_dim: rank, scale: (width as f32).powf(-0.5) },
+            a: values(rank),
+            b: values(rope),
+            q: values(heads * width),
+        }
+    }
+
     /// Runs steps of token ranges on block tables; returns the results of the first sequence, one after the other.
     fn run<B: Backend>(
         &self,
@@ -48,7 +60,8 @@ impl<B: Backend> Suite<'_, B> {
     pub(super) fn latent(&mut self) -> Result<(), BackendError> {
         self.latent_attention()?;
         self.pairs_and_heads()?;
-        self.grouped_routing()
+        self.grouped_routing()?;
+        self.stale_latent()
     }
 
     fn latent_attention(&mut self) -> Result<(), BackendError> {
@@ -59,15 +72,7 @@ impl<B: Backend> Suite<'_, B> {
             (33, 24, 6, KvDtype::F32, 70),
             (2, 512, 64, KvDtype::F32, 20),
         ] {
-            let width = rank + rope;
-            let mut random = |width: usize, scale: f32| (width, self.random.values(tokens * width, scale));
-            let case = Latent {
-                spec: CacheSpec { layers: 2, kv_heads: 0, head_dim: 0, dtype, index_dim: 0, latent_dim: width },
-                shape: LatentShape { heads, value_dim: rank, scale: (width as f32).powf(-0.5) },
-                a: random(rank, 1.5),
-                b: random(rope, 1.5),
-                q: random(heads * width, 1.5),
-            };
+            let case = Latent::random(&mut self.random, [heads, rank, rope], dtype, tokens);
             let name = format!("latent_attention {heads} heads, {rank} + {rope}, {dtype:?}");
             let blocks = vec![5, 0, 3, 1];
             let whole = [vec![(0..tokens, blocks.clone())]];
@@ -84,6 +89,26 @@ impl<B: Backend> Suite<'_, B> {
             }
             let chunked = case.run(self.backend, &steps)?;
             self.equal(format!("{name}: whole = chunks in a batch"), &found, &chunked);
+        }
+        Ok(())
+    }
+
+    /// As the suite's `stale_slots`, with latent rows.
+    fn stale_latent(&mut self) -> Result<(), BackendError> {
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+            let mut case = Latent::random(&mut self.random, [5, 32, 8], dtype, STALE.end);
+            for (_, values) in [&mut case.a, &mut case.b] {
+                spoil(values);
+            }
+            let steps = STALE_STEPS.map(|tokens| vec![(tokens, vec![5, 2])]);
+            let clean = case.run(self.backend, &steps)?;
+            let after = [&[vec![(STALE, vec![0, 0, 5, 2])]][..], &steps].concat();
+            let found = case.run(self.backend, &after)?.split_off(STALE.len() * 5 * 32);
+            self.equal(
+                format!("latent_attention, {dtype:?}: blocks with NaN of others = fresh blocks"),
+                &found,
+                &clean,
+            );
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The operations of experts and sparse attention: values against the reference, choices and row invariance bit for bit.
 
-use super::{Suite, source};
+use super::{Random, STALE, STALE_STEPS, Suite, source, spoil};
 use crate::{
     AttentionShape, Backend, BackendError, CacheSpec, Dtype, Expert, IndexShape, KvDtype, Reference, SequenceRows,
     WeightSource,
@@ -40,6 +40,23 @@ struct Sparse {
 }
 
 impl Sparse {
+    fn random(
+        random: &mut Random,
+        [heads, kv_heads, hd]: [usize; 3],
+        dtype: KvDtype,
+        top_k: usize,
+        tokens: usize,
+    ) -> Self {
+        let (index_heads, index_dim) = (3, 24);
+        let widths = [heads * hd, kv_heads * hd, kv_heads * hd, index_heads * index_dim, index_dim, index_heads];
+        Self {
+            spec: CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim, latent_dim: 0 },
+            shape: AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) },
+            index: IndexShape { heads: index_heads, head_dim: index_dim, top_k, scale: (index_dim as f32).powf(-0.5) },
+            parts: widths.map(|width| (width, random.values(tokens * width, 1.0))),
+        }
+    }
+
     /// Runs steps of token ranges on block tables; returns positions, sparse and dense attention of the first sequence.
     fn run<B: Backend>(
         &self,
@@ -147,20 +164,7 @@ impl<B: Backend> Suite<'_, B> {
         {
             let all: &[usize] = if self.small { &[70] } else { &[16, 70, tokens] };
             for &top_k in all {
-                let (index_heads, index_dim) = (3, 24);
-                let widths =
-                    [heads * hd, kv_heads * hd, kv_heads * hd, index_heads * index_dim, index_dim, index_heads];
-                let case = Sparse {
-                    spec: CacheSpec { layers: 2, kv_heads, head_dim: hd, dtype, index_dim, latent_dim: 0 },
-                    shape: AttentionShape { heads, kv_heads, head_dim: hd, scale: (hd as f32).powf(-0.5) },
-                    index: IndexShape {
-                        heads: index_heads,
-                        head_dim: index_dim,
-                        top_k,
-                        scale: (index_dim as f32).powf(-0.5),
-                    },
-                    parts: widths.map(|width| (width, self.random.values(tokens * width, 1.0))),
-                };
+                let case = Sparse::random(&mut self.random, [heads, kv_heads, hd], dtype, top_k, tokens);
                 let name = format!("sparse {heads}/{kv_heads} heads of {hd}, {dtype:?}, top {top_k}");
                 let blocks = vec![5, 0, 3, 1];
                 let whole = [vec![(0..tokens, blocks.clone())]];
@@ -179,6 +183,29 @@ impl<B: Backend> Suite<'_, B> {
                 let [chunked_selected, chunked, _] = case.run(self.backend, &steps)?;
                 self.equal(format!("{name}: positions, whole = chunks in a batch"), &selected, &chunked_selected);
                 self.equal(format!("{name}: attention, whole = chunks in a batch"), &sparse, &chunked);
+            }
+        }
+        Ok(())
+    }
+
+    /// As the suite's `stale_slots`, with index keys.
+    pub(super) fn stale_sparse(&mut self) -> Result<(), BackendError> {
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::Int8] {
+            let top_k = 16;
+            let mut case = Sparse::random(&mut self.random, [4, 2, 32], dtype, top_k, STALE.end);
+            for part in [1, 2, 4] {
+                spoil(&mut case.parts[part].1);
+            }
+            let steps = STALE_STEPS.map(|tokens| vec![(tokens, vec![5, 2])]);
+            let clean = case.run(self.backend, &steps)?;
+            let after = [&[vec![(STALE, vec![0, 0, 5, 2])]][..], &steps].concat();
+            let found = case.run(self.backend, &after)?;
+            let widths = [top_k, 4 * 32, 4 * 32];
+            for (((found, clean), width), what) in
+                found.iter().zip(&clean).zip(widths).zip(["positions", "sparse attention", "attention"])
+            {
+                let name = format!("{what} beside index keys, {dtype:?}: blocks with NaN of others = fresh blocks");
+                self.equal(name, &found[STALE.len() * width..], clean);
             }
         }
         Ok(())

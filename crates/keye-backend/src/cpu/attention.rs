@@ -357,15 +357,15 @@ unsafe fn kernel<S: Simd, E: Element, const M: usize>(
             d += S::LANES
                 * match left {
                     _ if left % 5 == 0 => {
-                        weigh::<S, E, M, 5>(scores, values, stride, out, stride);
+                        weigh::<S, E, M, 5>(counts, scores, values, stride, out, stride);
                         5
                     }
                     NV.. => {
-                        weigh::<S, E, M, NV>(scores, values, stride, out, stride);
+                        weigh::<S, E, M, NV>(counts, scores, values, stride, out, stride);
                         NV
                     }
                     _ => {
-                        weigh::<S, E, M, 1>(scores, values, stride, out, stride);
+                        weigh::<S, E, M, 1>(counts, scores, values, stride, out, stride);
                         1
                     }
                 };
@@ -427,16 +427,26 @@ pub(super) unsafe fn soften<S: Simd, const M: usize>(
     }
 }
 
-/// `out[m] += sum over j of scores[m][j] * value j`, V vectors wide; rows of values and of out are `ldv` and `ldo` apart.
+/// `out[m] += sum over j < counts[m] of scores[m][j] * value j`, V vectors wide; rows of values and of out are `ldv` and `ldo`
+/// apart.
+///
+/// Values that a row does not see are left out of its sum, since a weight of zero does not take away NaN and infinity: a
+/// block's unused slots hold what its last owner wrote.
 #[inline(always)]
 pub(super) unsafe fn weigh<S: Simd, E: Element, const M: usize, const V: usize>(
+    counts: &[usize],
     scores: &[f32],
     values: *const E,
     ldv: usize,
     out: *mut f32,
     ldo: usize,
 ) {
-    // SAFETY: the caller guarantees M rows of scores, BLOCK_TOKENS rows of values and M rows of out, V vectors wide.
+    let (mut all, mut any) = (BLOCK_TOKENS, 0);
+    for count in counts {
+        (all, any) = (all.min(*count), any.max(*count));
+    }
+    // SAFETY: the caller guarantees M counts, M rows of scores and of out, V vectors wide, and as many rows of values as the
+    // largest count.
     unsafe {
         let mut acc = [[S::splat(0.0); V]; M];
         for (m, acc) in acc.iter_mut().enumerate() {
@@ -444,15 +454,23 @@ pub(super) unsafe fn weigh<S: Simd, E: Element, const M: usize, const V: usize>(
                 *acc = S::load(out.add(m * ldo + v * S::LANES));
             }
         }
-        for j in 0..BLOCK_TOKENS {
-            let mut value = [S::splat(0.0); V];
-            for (v, value) in value.iter_mut().enumerate() {
-                *value = E::load::<S>(values.add(j * ldv + v * S::LANES));
-            }
+        for j in 0..all {
+            let value = value_at::<S, E, V>(values.add(j * ldv));
             for m in 0..M {
                 let p = S::splat(*scores.as_ptr().add(m * BLOCK_TOKENS + j));
                 for v in 0..V {
                     acc[m][v] = S::fma(p, value[v], acc[m][v]);
+                }
+            }
+        }
+        for j in all..any {
+            let value = value_at::<S, E, V>(values.add(j * ldv));
+            for m in 0..M {
+                if j < counts[m] {
+                    let p = S::splat(*scores.as_ptr().add(m * BLOCK_TOKENS + j));
+                    for v in 0..V {
+                        acc[m][v] = S::fma(p, value[v], acc[m][v]);
+                    }
                 }
             }
         }
@@ -461,5 +479,18 @@ pub(super) unsafe fn weigh<S: Simd, E: Element, const M: usize, const V: usize>(
                 S::store(out.add(m * ldo + v * S::LANES), *acc);
             }
         }
+    }
+}
+
+/// V vectors of a value.
+#[inline(always)]
+unsafe fn value_at<S: Simd, E: Element, const V: usize>(from: *const E) -> [S::V; V] {
+    // SAFETY: the caller guarantees V vectors and the instruction set.
+    unsafe {
+        let mut value = [S::splat(0.0); V];
+        for (v, value) in value.iter_mut().enumerate() {
+            *value = E::load::<S>(from.add(v * S::LANES));
+        }
+        value
     }
 }

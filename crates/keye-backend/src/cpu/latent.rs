@@ -189,11 +189,11 @@ unsafe fn kernel<S: Simd, E: Element, const M: usize>(
         soften::<S, M>(counts, max, sum, out, value_stride, scores);
         let mut d = 0;
         while d + NV * S::LANES <= value_stride {
-            weigh::<S, E, M, NV>(scores, block.as_ptr().add(d), stride, out.as_mut_ptr().add(d), value_stride);
+            weigh::<S, E, M, NV>(counts, scores, block.as_ptr().add(d), stride, out.as_mut_ptr().add(d), value_stride);
             d += NV * S::LANES;
         }
         while d < value_stride {
-            weigh::<S, E, M, 1>(scores, block.as_ptr().add(d), stride, out.as_mut_ptr().add(d), value_stride);
+            weigh::<S, E, M, 1>(counts, scores, block.as_ptr().add(d), stride, out.as_mut_ptr().add(d), value_stride);
             d += S::LANES;
         }
     }
