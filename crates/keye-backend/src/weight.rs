@@ -48,6 +48,16 @@ impl Dtype {
         matches!(self, Self::Int12 | Self::Int10 | Self::Int8 | Self::Int4)
     }
 
+    /// Bits of the integers that activations become for products with such a weight; `None`: they stay floats. Gates and ups
+    /// of a mixture's experts ([`crate::Backend::add_experts`]) have to agree in it, and so have their downs.
+    pub fn activation_bits(self) -> Option<u32> {
+        match self {
+            Self::Int8 | Self::Int4 => Some(8),
+            Self::Int12 | Self::Int10 => Some(14),
+            Self::F32 | Self::Bf16 | Self::F16 | Self::F8E4M3 => None,
+        }
+    }
+
     /// Bits of a code beside its low eight, of types that are multiplied with activations in fourteen bits.
     pub(crate) fn high_bits(self) -> Option<usize> {
         match self {

@@ -41,7 +41,7 @@ impl<B: Backend> FeedForward<B> {
         let first_expert = own.start;
         let experts = match stored.has("gate_up_proj") {
             true => fused(&stored, &config, h, own)?,
-            false => own.map(|e| expert(&stored.at(e), config.moe_intermediate_size, h)).collect::<Result<_, _>>()?,
+            false => one_by_one(&stored, config.moe_intermediate_size, h, own)?,
         };
         let choice_bias = match config.groups {
             Some(_) => Some(mlp.vector("gate.e_score_correction_bias", config.num_experts)?),
@@ -121,16 +121,53 @@ fn add_dense<B: Backend>(
     backend.linear_add(&h, &dense.down, None, x)
 }
 
-/// `gate_proj`, `up_proj` `[width, H]` and `down_proj` `[H, width]`.
-fn expert<B: Backend>(at: &Weights<'_, B>, width: usize, h: usize) -> Result<Expert<B::Weight>, ModelError> {
-    Ok(Expert {
-        gate: at.matrix("gate_proj.weight", width, h)?,
-        up: at.matrix("up_proj.weight", width, h)?,
-        down: at.matrix("down_proj.weight", h, width)?,
+/// The experts `own` of a layer, each `gate_proj`, `up_proj` `[width, H]` and `down_proj` `[H, width]`.
+///
+/// Their products are made together, so gates and ups have to go with the same form of activations, and so have downs.
+fn one_by_one<B: Backend>(
+    stored: &Weights<'_, B>,
+    width: usize,
+    h: usize,
+    own: Range<usize>,
+) -> Result<Vec<Expert<B::Weight>>, ModelError> {
+    // Name and type of the first gate and of the first down.
+    let mut first: [Option<(String, Dtype)>; 2] = [None, None];
+    own.map(|e| {
+        let at = stored.at(e);
+        let mut load = |part: usize, name: &str, rows: usize, cols: usize| {
+            let source = at.source(name, &[rows, cols])?;
+            let (model, expected) = first[part].get_or_insert_with(|| (source.name.clone(), source.dtype));
+            if expected.activation_bits() != source.dtype.activation_bits() {
+                let reason = format!(
+                    "expected {} as {model} is, found {:?}: experts of a layer are multiplied together; quantise the original \
+                     model as a whole (keye quantize)",
+                    form(*expected),
+                    source.dtype
+                );
+                return Err(BackendError::Weight { name: source.name, reason }.into());
+            }
+            Ok::<_, ModelError>(at.backend().load(&source)?)
+        };
+        Ok(Expert {
+            gate: load(0, "gate_proj.weight", width, h)?,
+            up: load(0, "up_proj.weight", width, h)?,
+            down: load(1, "down_proj.weight", h, width)?,
+        })
     })
+    .collect()
 }
 
-/// As [`expert`], this rank's part of the width; of down the columns are copied.
+/// The types that go with the same form of activations.
+fn form(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F8E4M3 => "floats",
+        Dtype::Int8 | Dtype::Int4 => "Int8 or Int4",
+        Dtype::Int12 | Dtype::Int10 => "Int12 or Int10",
+    }
+}
+
+/// `gate_proj`, `up_proj` `[width, H]` and `down_proj` `[H, width]`: this rank's part of the width; of down the columns are
+/// copied.
 fn dense<B: Backend>(at: &Weights<'_, B>, width: usize, h: usize) -> Result<Expert<B::Weight>, ModelError> {
     let (gate, up) = (at.source("gate_proj.weight", &[width, h])?, at.source("up_proj.weight", &[width, h])?);
     let down = at.source("down_proj.weight", &[h, width])?;

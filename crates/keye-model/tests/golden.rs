@@ -14,6 +14,8 @@ mod keye_2;
 mod latent;
 #[path = "golden/latent_reference.rs"]
 mod latent_reference;
+#[path = "golden/mixed_formats.rs"]
+mod mixed_formats;
 #[path = "golden/parallel.rs"]
 mod parallel;
 #[path = "golden/support.rs"]

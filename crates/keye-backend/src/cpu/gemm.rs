@@ -79,9 +79,14 @@ pub(crate) struct Job<'a> {
 pub(crate) fn products(pool: &Pool, isa: Isa, x: &HostTensor, jobs: &[Job<'_>], out: &mut HostTensor) {
     let outputs = out.cols;
     let packed = jobs.first().and_then(|job| job.weight.packed());
-    let form = |dtype: Option<Dtype>| dtype.map(|dtype| dtype.high_bits().is_some());
+    let form = |weight: &HostWeight| weight.packed().and_then(Dtype::activation_bits);
+    let weights = |job: &Job<'_>| match job.finish {
+        Finish::Gate(up) => [form(job.weight), form(up)],
+        Finish::Store(_) | Finish::Add => [form(job.weight); 2],
+    };
+    let expected = [packed.and_then(Dtype::activation_bits); 2];
     assert!(jobs.iter().all(|job| (job.weight.rows, job.weight.cols) == (outputs, x.cols)), "weights of one shape");
-    assert!(jobs.iter().all(|job| form(job.weight.packed()) == form(packed)), "weights of one form");
+    assert!(jobs.iter().all(|job| weights(job) == expected), "weights of one form");
     assert!(jobs.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "disjoint rows");
     assert!(out.rows == x.rows && jobs.last().is_none_or(|job| job.rows.end <= x.rows), "rows");
     let activations = match packed {

@@ -29,8 +29,8 @@ use std::ops::Range;
 
 use crate::host::{HostTensor, HostWeight};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, CacheSpec, Expert, GroupedRouting, IndexShape, LatentShape,
-    QkNorm, SequenceRows, Span, WeightSource, fp8_rows, grouped_routing, select,
+    Activation, AttentionShape, Backend, BackendError, CacheSpec, Dtype, Expert, GroupedRouting, IndexShape,
+    LatentShape, QkNorm, SequenceRows, Span, WeightSource, fp8_rows, grouped_routing, select,
 };
 use gemm::Finish;
 use pool::{Pool, SyncPtr};
@@ -238,7 +238,7 @@ impl Backend for Cpu {
     fn gated(&self, x: &HostTensor, gate: &HostWeight, up: &HostWeight) -> Result<HostTensor, BackendError> {
         assert_eq!((gate.rows, gate.cols), (up.rows, up.cols), "gate and up");
         let mut out = HostTensor::stale(x.rows, gate.rows);
-        let activations = |weight: &HostWeight| weight.packed().map(|dtype| dtype.high_bits().is_some());
+        let activations = |weight: &HostWeight| weight.packed().and_then(Dtype::activation_bits);
         if activations(gate) != activations(up) {
             let up = self.linear(x, up, None, Activation::None)?;
             gemm::product(&self.pool, self.isa, x, gate, None, &Finish::Store(Activation::None), &mut out);
