@@ -1,7 +1,5 @@
 //! Choosing experts by groups (DeepSeek-V3's `noaux_tc`). Shared by all host backends, so that they choose alike.
 
-use std::cmp::Ordering;
-
 use crate::GroupedRouting;
 use crate::host::HostTensor;
 
@@ -35,9 +33,15 @@ fn two_highest(choices: &[f32]) -> f32 {
     if choices.len() < 2 { first } else { first + second }
 }
 
-/// The `count` of `candidates` with the highest values, the highest first, the lower number among equals.
+/// The `count` of `candidates` with the highest values, the highest first, the lower number among equals. What is no number
+/// counts as the lowest: sorting needs an order of all values.
 fn highest_first(values: &[f32], mut candidates: Vec<usize>, count: usize) -> Vec<usize> {
-    candidates.sort_by(|a, b| values[*b].partial_cmp(&values[*a]).unwrap_or(Ordering::Equal).then(a.cmp(b)));
+    // Adding 0 makes -0 the 0 that it equals.
+    let key = |candidate: &usize| match values[*candidate] {
+        value if value.is_nan() => f32::NEG_INFINITY,
+        value => value + 0.0,
+    };
+    candidates.sort_by(|a, b| key(b).total_cmp(&key(a)).then(a.cmp(b)));
     candidates.truncate(count);
     candidates
 }
@@ -96,6 +100,23 @@ mod tests {
     fn equals_go_to_the_lower_number() {
         let routing = GroupedRouting { chosen_groups: 2, count: 4, ..ROUTING };
         let (chosen, _) = route(&[0.0; 9], &[0.0; 9], &routing);
+        assert_eq!(chosen, [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn what_is_no_number_comes_last() {
+        // As many as sorting in earnest needs, and only then notices that an order is none.
+        let values: Vec<f32> = (0..96).map(|i| if i % 3 == 0 { f32::NAN } else { (i * 37 % 96) as f32 }).collect();
+        let sorted = highest_first(&values, (0..96).collect(), 96);
+        let numbers: Vec<f32> = sorted[..64].iter().map(|i| values[*i]).collect();
+        assert!(numbers.is_sorted_by(|a, b| a > b), "{numbers:?}");
+        assert_eq!(sorted[64..], (0..96).step_by(3).collect::<Vec<_>>());
+        assert_eq!(
+            highest_first(&[-0.0, 0.0, -1.0, f32::NEG_INFINITY, f32::NAN], (0..5).collect(), 5),
+            [0, 1, 2, 3, 4]
+        );
+        let routing = GroupedRouting { count: 4, groups: 2, chosen_groups: 2, normalise: true, scale: 1.0 };
+        let (chosen, _) = route(&[f32::NAN; 16], &[0.0; 16], &routing);
         assert_eq!(chosen, [0, 1, 2, 3]);
     }
 
