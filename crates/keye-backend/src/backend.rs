@@ -189,6 +189,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn upload_u8(&self, rows: usize, cols: usize, values: &[u8]) -> Result<Self::Tensor, BackendError>;
     /// Host integers.
     fn upload_index(&self, values: &[u32]) -> Result<Self::Index, BackendError>;
+    /// Waits until everything launched so far has been done; nothing on a device that has done it when a call returns.
+    fn synchronize(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
     /// Values on the host, row-major; waits for the device.
     fn download(&self, x: &Self::Tensor) -> Result<Vec<f32>, BackendError>;
     /// Integers on the host; waits for the device.
@@ -283,7 +287,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.upload_index(&self.download_index(chosen)?.into_iter().map(own).collect::<Vec<_>>())
     }
     /// `y[i] += sum over t of weights[i, t] * experts[chosen[i, t]](x[i])`, summed from left to right; where chosen is
-    /// [`crate::UNSELECTED`] nothing is added.
+    /// [`crate::UNSELECTED`] nothing is added. All gates and ups have the same [`crate::Dtype::activation_bits`], and so have
+    /// all downs.
     fn add_experts(
         &self,
         x: &Self::Tensor,

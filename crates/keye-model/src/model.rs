@@ -335,6 +335,11 @@ impl<B: Backend> Runner for KeyeModel<B> {
         Ok(Outputs { logits, hidden })
     }
 
+    fn synchronize(&mut self) -> Result<(), ModelError> {
+        self.encoder().synchronize()?;
+        Ok(self.backend.synchronize()?)
+    }
+
     fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost {
         let spans: Vec<usize> = self.spans(kind, grid_thw).iter().map(Grid::len).collect();
         let text = &self.config.text;

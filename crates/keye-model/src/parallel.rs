@@ -264,6 +264,10 @@ impl<B: Backend> Runner for ParallelModel<B> {
         }
     }
 
+    fn synchronize(&mut self) -> Result<(), ModelError> {
+        self.leader.synchronize()
+    }
+
     fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost {
         self.leader.cost(kind, grid_thw, tokens)
     }

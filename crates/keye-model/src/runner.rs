@@ -151,6 +151,12 @@ pub trait Runner: Send {
     /// Runs a step: writes the chunks' keys and values into their blocks and returns the wanted logits.
     fn step(&mut self, batch: &Batch, tap: &mut dyn Tap) -> Result<Outputs, ModelError>;
 
+    /// Waits until the device has done all that was asked of it: for who measures time. Nothing on a device that has done it
+    /// when a call returns.
+    fn synchronize(&mut self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
     /// Floating-point operations of [`Runner::encode`] for this grid, and of a prefill of `tokens` tokens.
     fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost;
 

@@ -19,6 +19,8 @@ const STAGING: usize = 32 << 20;
 pub(super) struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Where all memory comes from.
+    pool: sys::CUmemoryPool,
     kernels: HashMap<&'static str, sys::CUfunction>,
     staging: Mutex<Option<Staging>>,
     name: String,
@@ -68,7 +70,7 @@ impl Gpu {
             CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         };
         // SAFETY: the device is one; the primary context is kept for the life of the process.
-        let (major, minor, context) = unsafe {
+        let (major, minor, context, pool) = unsafe {
             let attribute =
                 |which| result::device::get_attribute(device, which).map_err(failed("the GPU's capability"));
             let context = result::primary_ctx::retain(device).map_err(failed("opening the GPU"))?;
@@ -82,7 +84,7 @@ impl Gpu {
                 (&raw mut keep).cast(),
             )
             .map_err(failed("the GPU's memory"))?;
-            (attribute(MAJOR)?, attribute(MINOR)?, context)
+            (attribute(MAJOR)?, attribute(MINOR)?, context, pool)
         };
         if major < 8 {
             return Err(device_error(
@@ -127,16 +129,22 @@ impl Gpu {
         };
         let name =
             format!("{name}, compute capability {major}.{minor}, driver {}.{}", driver / 1000, driver % 1000 / 10);
-        Ok(Self { context, stream, kernels, staging: Mutex::new(None), name, blas, waiting })
+        Ok(Self { context, stream, pool, kernels, staging: Mutex::new(None), name, blas, waiting })
     }
 
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Bytes that are free, and all.
+    /// Bytes that are free, and all. Waits for the device, and gives back what the pool keeps for later: it would count as
+    /// used, by whom the caller cannot tell.
     pub fn memory(&self) -> Result<(u64, u64), BackendError> {
-        let memory = self.enter().and_then(|()| result::mem_get_info());
+        self.synchronize()?;
+        let memory = self.enter().and_then(|()| {
+            // SAFETY: the device's own pool; what is in use stays.
+            unsafe { result::mem_pool::trim_to(self.pool, 0) }?;
+            result::mem_get_info()
+        });
         memory.map(|(free, total)| (free as u64, total as u64)).map_err(failed("the GPU's memory"))
     }
 
@@ -233,6 +241,12 @@ impl Gpu {
             }
         };
         download().map_err(failed("copying from the GPU, or what was launched before"))
+    }
+
+    pub fn synchronize(&self) -> Result<(), BackendError> {
+        // SAFETY: the stream is this context's and lives as long as the process.
+        let done = self.enter().and_then(|()| unsafe { result::stream::synchronize(self.stream) });
+        done.map_err(failed("what was launched before"))
     }
 
     pub fn launch(&self, kernel: &'static str, grid: Grid, args: &mut [*mut c_void]) -> Result<(), BackendError> {

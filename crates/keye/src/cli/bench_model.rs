@@ -21,6 +21,8 @@ const DECODED: usize = 8;
 const VISION: [(usize, [u32; 3]); 2] = [(1, [1, 32, 32]), (8, [1, 16, 32])];
 /// As the engine cuts prompts.
 const CHUNK: usize = 512;
+/// What the engine asks for when it decodes greedily.
+const GREEDY: LogitRows = LogitRows::Highest(1);
 /// Memory that is left to others when random weights go to /dev/shm.
 const SPARE: u64 = 4 << 30;
 
@@ -155,7 +157,8 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
         let grids = vec![grid; frames];
         let patches = grids.iter().map(|[t, h, w]| (t * h * w) as usize).sum();
         step(status, &format!("vision: {patches} patches"))?;
-        let seconds = best(plan.repeat, |_| bench.encode(&grids, patches))?;
+        let pixels = bench.patches(&grids, patches);
+        let seconds = best(plan.repeat, |_| bench.encode(&pixels))?;
         let operations = bench.runner.cost(MediaKind::Image, &grids, 0).vision;
         report.vision.push(Vision { patches, seconds, operations });
     }
@@ -207,7 +210,7 @@ struct Bench {
     weight_bytes: f64,
     kv_bytes_per_token: f64,
     index_bytes_per_token: f64,
-    /// Tokens that fit beside the weights.
+    /// Tokens that fit beside the weights in the machine's memory, when it computes.
     cache_tokens: Option<u64>,
     /// Tokens of the cache that have been written, from the first block on.
     filled: usize,
@@ -224,13 +227,16 @@ impl Bench {
         let spec = cache_spec_of_ranks(&config, plan.kv_dtype, ranks);
         let cache_bytes = spec.block_bytes() / BLOCK_TOKENS;
         let kv_bytes = CacheSpec { index_dim: 0, ..spec }.block_bytes() / BLOCK_TOKENS;
+        // A GPU's memory is not the machine's.
+        let memory =
+            (plan.device.device == Device::Cpu).then(|| MemoryPlan::new(&config, &checkpoint, plan.kv_dtype, 0, ranks));
         Ok(Self {
             runner: loaded.runner,
             device: loaded.device,
             weight_bytes: weight_bytes(&config, &checkpoint),
             kv_bytes_per_token: kv_bytes as f64,
             index_bytes_per_token: (cache_bytes - kv_bytes) as f64,
-            cache_tokens: MemoryPlan::new(&config, &checkpoint, plan.kv_dtype, 0, ranks).tokens_that_fit(cache_bytes),
+            cache_tokens: memory.and_then(|memory| memory.tokens_that_fit(cache_bytes)),
             config,
             filled: 0,
         })
@@ -246,7 +252,7 @@ impl Bench {
     fn prefill(&mut self, tokens: usize, first_block: usize, chunk: usize) -> Result<()> {
         for start in (0..tokens).step_by(chunk) {
             let end = tokens.min(start + chunk);
-            let logits = if end == tokens { LogitRows::Last } else { LogitRows::None };
+            let logits = if end == tokens { GREEDY } else { LogitRows::None };
             self.step(start, end - start, first_block, logits)?;
         }
         if first_block * BLOCK_TOKENS <= self.filled {
@@ -270,7 +276,7 @@ impl Bench {
     }
 
     fn decode(&mut self, context: usize) -> Result<()> {
-        (0..DECODED).try_for_each(|i| self.step(context + i, 1, 0, LogitRows::Last))
+        (0..DECODED).try_for_each(|i| self.step(context + i, 1, 0, GREEDY))
     }
 
     fn step(&mut self, start: usize, tokens: usize, first_block: usize, logits: LogitRows) -> Result<()> {
@@ -288,12 +294,17 @@ impl Bench {
         Ok(())
     }
 
-    fn encode(&mut self, grids: &[[u32; 3]], patches: usize) -> Result<()> {
+    fn patches(&self, grids: &[[u32; 3]], patches: usize) -> Patches {
         let vision = &self.config.vision;
         let patch = vision.num_channels * vision.patch_size * vision.patch_size;
         let pixels = Pixels::U8((0..patches * patch).map(|i| (i * 31 % 251) as u8).collect());
-        let patches = Patches { pixels, grid_thw: grids.to_vec(), hash: [0; 32] };
-        let feature = self.runner.encode(MediaKind::Image, &patches, &mut NoTap, &mut |_, _| true)?;
+        Patches { pixels, grid_thw: grids.to_vec(), hash: [0; 32] }
+    }
+
+    fn encode(&mut self, patches: &Patches) -> Result<()> {
+        let feature = self.runner.encode(MediaKind::Image, patches, &mut NoTap, &mut |_, _| true)?;
+        // Nothing is fetched that a device would have to be done for.
+        self.runner.synchronize()?;
         self.runner.release(feature);
         Ok(())
     }

@@ -21,7 +21,7 @@ pub struct Report {
     pub decode: Vec<Decode>,
     pub vision: Vec<Vision>,
     pub media: Vec<MediaCost>,
-    /// Tokens of cache that fit in the machine's memory beside the weights.
+    /// Tokens of cache that fit in the machine's memory beside the weights, when it computes.
     pub cache_tokens: Option<u64>,
     /// Most memory that was resident, mapped weights included, in bytes.
     pub rss: u64,
