@@ -76,9 +76,16 @@ fn check(what: &str, status: c_int) -> Result<(), String> {
 }
 
 impl Blas {
-    /// Opens the library of CUDA 13 or 12 for the current context.
+    /// Opens the library of CUDA 13 or 12 for the current context: the first that can be used with this driver.
     pub fn open() -> Result<Self, String> {
-        let library = libraries::open(&libraries::toolkit_names("cublasLt"))?;
+        libraries::first_of(&libraries::toolkit_names("cublasLt"), Self::new).map_err(|reasons| {
+            format!(
+                "{reasons}; where it is installed, put the folder of libcublasLt.so.13 or .so.12 into LD_LIBRARY_PATH"
+            )
+        })
+    }
+
+    fn new(library: Library) -> Result<Self, String> {
         let mut handle: Handle = std::ptr::null_mut();
         // SAFETY: the signature is that of cublasLt.h.
         unsafe {

@@ -43,7 +43,7 @@ pub fn look(device: Device) -> Result<DeviceFound> {
     let library = match device.open(Products::default(), true, false) {
         _ if device.emulated => "not on the CPU".into(),
         Ok(_) => "found".into(),
-        Err(error) => format!("not used: {error}"),
+        Err(error) => format!("not used: {}", of_library(&error)),
     };
     Ok(DeviceFound {
         name: cuda.describe(),
@@ -81,13 +81,25 @@ pub fn suite(device: Device, small: bool, add: &mut dyn FnMut(Checked) -> Result
 fn checked(name: String, checks: &[Check], begin: Instant) -> Checked {
     let failed = checks.iter().filter(|check| !check.passed());
     let failed = failed.map(|check| format!("{}: {:.2e} > {:.1e}", check.name, check.error, check.tolerance)).collect();
-    Checked { name, count: checks.len(), failed, seconds: begin.elapsed().as_secs_f64() }
+    Checked { name, count: checks.len(), failed, differs: Vec::new(), seconds: begin.elapsed().as_secs_f64() }
 }
 
-/// cuBLASLt's products beside our own, which the suite has checked; nothing where it is not there.
-pub fn library(device: Device, add: &mut dyn FnMut(Checked) -> Result<()>) -> Result<()> {
+/// An error behind the library's name.
+fn of_library(error: &BackendError) -> String {
+    let text = error.to_string();
+    text.strip_prefix("cuBLASLt: ").unwrap_or(&text).to_owned()
+}
+
+/// cuBLASLt's products beside our own, which the suite has checked; or why there are none.
+pub fn library(device: Device) -> Result<Result<Checked, String>> {
+    if device.emulated {
+        return Ok(Err("the kernels are on the CPU, where there is none".into()));
+    }
     let own = device.open(Products::Bf16, false, true)?;
-    let Ok(library) = device.open(Products::Bf16, true, true) else { return Ok(()) };
+    let library = match device.open(Products::Bf16, true, true) {
+        Ok(library) => library,
+        Err(error) => return Ok(Err(of_library(&error))),
+    };
     let begin = Instant::now();
     let (rows, cols, outputs) = (200, 588, 320);
     let value = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 9) % 2003) as f32 * 1e-3 - 1.0;
@@ -117,5 +129,5 @@ pub fn library(device: Device, add: &mut dyn FnMut(Checked) -> Result<()>) -> Re
     };
     let names = ["product and sum", "bias and activation", "gated"];
     let checks: Vec<Check> = names.into_iter().zip(own.iter().zip(&library)).map(compare).collect();
-    add(checked("cuBLASLt beside our own products".into(), &checks, begin))
+    Ok(Ok(checked("cuBLASLt beside our own products".into(), &checks, begin)))
 }

@@ -23,8 +23,10 @@ pub struct DeviceFound {
 pub struct Checked {
     pub name: String,
     pub count: usize,
-    /// What differed, and how much.
+    /// What is wrong, and how much.
     pub failed: Vec<String>,
+    /// What is told and no error: another rounding decides between two that are nearly equal.
+    pub differs: Vec<String>,
     pub seconds: f64,
 }
 
@@ -45,6 +47,8 @@ pub struct Timed {
 pub struct Report {
     pub device: Option<DeviceFound>,
     pub checks: Vec<Checked>,
+    /// What was asked for and cannot be checked here, and why.
+    pub skipped: Vec<(String, String)>,
     pub timings: Vec<Timed>,
     pub error: Option<String>,
 }
@@ -55,15 +59,27 @@ impl Report {
     }
 
     pub fn add(&mut self, check: Checked, show: impl Fn(&str) -> Result<()>) -> Result<()> {
-        let verdict = match check.failed.len() {
+        let mut verdict = match check.failed.len() {
             0 => "right".to_owned(),
             failed => format!("{failed} WRONG"),
         };
+        if !check.differs.is_empty() {
+            verdict += &format!(", {} differ", check.differs.len());
+        }
         show(&format!("  {:<44} {:>5} checks  {:>6.1} s  {verdict}\n", check.name, check.count, check.seconds))?;
         for failed in &check.failed {
             show(&format!("    {failed}\n"))?;
         }
+        for differs in &check.differs {
+            show(&format!("    differs: {differs}\n"))?;
+        }
         self.checks.push(check);
+        Ok(())
+    }
+
+    pub fn skip(&mut self, name: &str, reason: String, show: impl Fn(&str) -> Result<()>) -> Result<()> {
+        show(&format!("  {name}: not checked: {reason}\n"))?;
+        self.skipped.push((name.to_owned(), reason));
         Ok(())
     }
 
@@ -95,10 +111,16 @@ impl Report {
 
     pub fn foot(&self) -> String {
         let checks: usize = self.checks.iter().map(|check| check.count).sum();
-        match self.checks.iter().map(|check| check.failed.len()).sum::<usize>() {
-            0 => format!("{checks} checks, all right\n"),
-            wrong => format!("{checks} checks, {wrong} WRONG\n"),
+        let wrong: usize = self.checks.iter().map(|check| check.failed.len()).sum();
+        let mut foot = match wrong {
+            _ if checks == 0 => "nothing was checked".to_owned(),
+            0 => format!("{checks} checks, all right"),
+            wrong => format!("{checks} checks, {wrong} WRONG"),
+        };
+        if !self.skipped.is_empty() {
+            foot += &format!("; not checked: {}", self.skipped.len());
         }
+        foot + "\n"
     }
 
     pub fn json(&self) -> Value {
@@ -113,8 +135,16 @@ impl Report {
             })
         });
         let checks = self.checks.iter().map(|check| {
-            json!({"name": check.name, "checks": check.count, "failed": check.failed, "seconds": check.seconds})
+            json!({
+                "name": check.name,
+                "checks": check.count,
+                "failed": check.failed,
+                "differs": check.differs,
+                "seconds": check.seconds,
+            })
         });
+        let skipped = self.skipped.iter().map(|(name, reason)| json!({"name": name, "reason": reason}));
+        let nothing = self.error.is_none() && self.checks.is_empty();
         let timings = self.timings.iter().map(|timing| {
             json!({
                 "group": timing.group,
@@ -126,10 +156,11 @@ impl Report {
             })
         });
         json!({
-            "passed": self.passed(),
+            "passed": if nothing { Value::Null } else { self.passed().into() },
             "error": self.error,
             "device": device,
             "checks": checks.collect::<Vec<_>>(),
+            "not_checked": skipped.collect::<Vec<_>>(),
             "timings": timings.collect::<Vec<_>>(),
         })
     }
@@ -145,6 +176,7 @@ mod tests {
             name: "rows".into(),
             count: 3,
             failed: failed.iter().map(|text| (*text).to_owned()).collect(),
+            differs: Vec::new(),
             seconds: 0.1,
         };
         let mut report = Report::default();
@@ -162,5 +194,33 @@ mod tests {
         assert!(!report.passed() && report.json()["checks"][1]["failed"][0] == "rope: 1.0 > 0.1");
         assert!(lines.get_mut().contains("1 WRONG\n    rope: 1.0 > 0.1\n"));
         assert_eq!(report.foot(), "6 checks, 1 WRONG\n");
+    }
+
+    #[test]
+    fn what_differs_or_is_not_checked_is_told_and_is_no_error() {
+        let lines = std::cell::RefCell::new(String::new());
+        let show = |text: &str| {
+            lines.borrow_mut().push_str(text);
+            Ok(())
+        };
+        let mut report = Report::default();
+        assert!(report.passed() && report.json()["passed"].is_null() && report.foot() == "nothing was checked\n");
+        report.skip("cuBLASLt", "no such file".into(), show).unwrap();
+        assert!(report.json()["passed"].is_null() && report.json()["not_checked"][0]["reason"] == "no such file");
+        assert_eq!(report.foot(), "nothing was checked; not checked: 1\n");
+        let answers = Checked {
+            name: "answers".into(),
+            count: 16,
+            failed: Vec::new(),
+            differs: vec!["red or orange".into()],
+            seconds: 0.1,
+        };
+        report.add(answers, show).unwrap();
+        assert!(report.passed() && report.json()["passed"] == true);
+        assert_eq!(report.json()["checks"][0]["differs"][0], "red or orange");
+        assert_eq!(report.foot(), "16 checks, all right; not checked: 1\n");
+        let lines = lines.into_inner();
+        assert!(lines.starts_with("  cuBLASLt: not checked: no such file\n"), "{lines}");
+        assert!(lines.ends_with("right, 1 differ\n    differs: red or orange\n"), "{lines}");
     }
 }

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use keye_backend::{
-    Activation, AttentionShape, BLOCK_TOKENS, Backend, BackendError, BlockScales, CacheSpec, Cuda, CudaOptions, Dtype,
-    KvDtype, SequenceRows, Span, WeightSource, packed,
+    AttentionShape, BLOCK_TOKENS, Backend, BackendError, BlockScales, CacheSpec, Cuda, CudaOptions, Dtype, KvDtype,
+    SequenceRows, Span, WeightSource, packed,
 };
 
 use super::report::Timed;
@@ -17,27 +17,41 @@ type Add<'a> = &'a mut dyn FnMut(Timed) -> Result<()>;
 pub fn measure(device: usize, add: Add<'_>) -> Result<()> {
     let cuda = Cuda::new(CudaOptions { device, ..CudaOptions::default() })?;
     let library = Cuda::new(CudaOptions { device, library: true, ..CudaOptions::default() }).ok();
+    launches(&cuda, add)?;
     let bandwidth = copy(&cuda, add)?;
     products(&cuda, library.as_ref(), bandwidth, add)?;
     vision_attention(&cuda, add)?;
     cached_attention(&cuda, bandwidth, add)
 }
 
-/// Seconds of one run of `work`, over enough runs to matter.
-fn time<T>(cuda: &Cuda, mut work: impl FnMut() -> Result<T, BackendError>) -> Result<f64, BackendError> {
-    for _ in 0..3 {
-        work()?;
-    }
-    cuda.synchronize()?;
-    let (start, mut runs) = (Instant::now(), 0);
-    while runs < 10 || (start.elapsed().as_secs_f64() < 0.2 && runs < 2000) {
-        for _ in 0..10 {
+/// Seconds of work between two waits for the device: many times what a wait itself takes.
+const STRETCH: f64 = 0.01;
+/// Seconds of a measurement.
+const LONG_ENOUGH: f64 = 0.2;
+
+/// Seconds of one run of `work`, over enough runs to matter. What it launches should take no memory: that is timed with it.
+fn time<B: Backend, T>(b: &B, mut work: impl FnMut() -> Result<T, BackendError>) -> Result<f64, BackendError> {
+    let mut stretch = |runs: u32| -> Result<f64, BackendError> {
+        let start = Instant::now();
+        for _ in 0..runs {
             work()?;
         }
-        cuda.synchronize()?;
-        runs += 10;
+        b.synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    stretch(3)?;
+    let at_once = (STRETCH * 5.0 / stretch(5)?.max(1e-9)).ceil().clamp(1.0, 10_000.0) as u32;
+    let (mut seconds, mut runs) = (0.0, 0.0);
+    while seconds < LONG_ENOUGH {
+        seconds += stretch(at_once)?;
+        runs += f64::from(at_once);
     }
-    Ok(start.elapsed().as_secs_f64() / f64::from(runs))
+    Ok(seconds / runs)
+}
+
+/// Copies of `bytes` bytes of weights that are used in turn: more than any second-level cache holds.
+fn copies(bytes: usize) -> usize {
+    (256_usize << 20).div_ceil(bytes.max(1)).max(4)
 }
 
 /// Rows of numbers: zeros would be computed faster.
@@ -69,6 +83,20 @@ fn weight(dtype: Dtype, rows: usize, cols: usize) -> WeightSource {
     WeightSource { name, dtype, rows, cols, bytes: bytes.into(), scales }
 }
 
+/// What a launch takes that does next to nothing: the floor of all operations.
+fn launches(b: &Cuda, add: Add<'_>) -> Result<()> {
+    let (mut x, angles) = (b.zeros(1, 8)?, b.zeros(1, 8)?);
+    let seconds = time(b, || b.rope(&mut x, 1, &angles))?;
+    add(Timed {
+        group: "launches: the floor of each operation",
+        name: "an almost empty kernel".into(),
+        seconds,
+        rate: 1e-3 / seconds,
+        unit: "thousand/s",
+        fraction: None,
+    })
+}
+
 /// Bytes per second, read and written.
 fn copy(b: &Cuda, add: Add<'_>) -> Result<f64> {
     let rows = 1 << 18;
@@ -86,7 +114,8 @@ fn copy(b: &Cuda, add: Add<'_>) -> Result<f64> {
     Ok(bandwidth)
 }
 
-/// Weights come from memory: four copies of each, in turn. Few rows are compared with the bandwidth, many with cuBLASLt.
+/// Weights come from memory, results are added to an output that is there. Few rows are compared with the bandwidth, many with
+/// cuBLASLt.
 fn products(b: &Cuda, library: Option<&Cuda>, bandwidth: f64, add: Add<'_>) -> Result<()> {
     const FEW: [usize; 3] = [1, 8, 32];
     const MANY: [usize; 3] = [128, 1024, 4096];
@@ -96,10 +125,9 @@ fn products(b: &Cuda, library: Option<&Cuda>, bandwidth: f64, add: Add<'_>) -> R
         let operations = |rows: usize| 2.0 * (rows * cols * outputs) as f64;
         let mut floors = [None; MANY.len()];
         if let Some(b) = library {
-            let weight = b.load(&weight(Dtype::Bf16, outputs, cols))?;
+            let product = Product::new(b, &weight(Dtype::Bf16, outputs, cols))?;
             for (rows, floor) in MANY.into_iter().zip(&mut floors) {
-                let x = random(b, rows, cols)?;
-                let seconds = time(b, || b.linear(&x, &weight, None, Activation::None))?;
+                let seconds = product.seconds(rows)?;
                 *floor = Some(seconds);
                 let (rate, name) = (operations(rows) / seconds / 1e12, format!("cuBLASLt {shape}, {rows} rows"));
                 add(Timed { group, name, seconds, rate, unit: "TFLOP/s", fraction: None })?;
@@ -107,23 +135,15 @@ fn products(b: &Cuda, library: Option<&Cuda>, bandwidth: f64, add: Add<'_>) -> R
         }
         for dtype in [Dtype::Bf16, Dtype::F8E4M3, Dtype::Int8, Dtype::Int4] {
             let source = weight(dtype, outputs, cols);
-            let weights = (0..4).map(|_| b.load(&source)).collect::<Result<Vec<_>, _>>()?;
-            let measure = |rows: usize| -> Result<f64, BackendError> {
-                let x = random(b, rows, cols)?;
-                let mut turn = 0;
-                time(b, || {
-                    turn += 1;
-                    b.linear(&x, &weights[turn % 4], None, Activation::None)
-                })
-            };
+            let product = Product::new(b, &source)?;
             for rows in FEW {
-                let (seconds, name) = (measure(rows)?, format!("{dtype:?} {shape}, {rows} rows"));
+                let (seconds, name) = (product.seconds(rows)?, format!("{dtype:?} {shape}, {rows} rows"));
                 let rate = source.bytes.len() as f64 / seconds;
                 let fraction = Some(rate / bandwidth);
                 add(Timed { group, name, seconds, rate: rate / 1e9, unit: "GB/s", fraction })?;
             }
             for (rows, floor) in MANY.into_iter().zip(floors) {
-                let (seconds, name) = (measure(rows)?, format!("{dtype:?} {shape}, {rows} rows"));
+                let (seconds, name) = (product.seconds(rows)?, format!("{dtype:?} {shape}, {rows} rows"));
                 let rate = operations(rows) / seconds / 1e12;
                 let fraction = floor.map(|floor| floor / seconds);
                 add(Timed { group, name, seconds, rate, unit: "TFLOP/s", fraction })?;
@@ -133,6 +153,32 @@ fn products(b: &Cuda, library: Option<&Cuda>, bandwidth: f64, add: Add<'_>) -> R
     Ok(())
 }
 
+/// A product with each of some copies of a weight in turn.
+struct Product<'a> {
+    b: &'a Cuda,
+    weights: Vec<<Cuda as Backend>::Weight>,
+    cols: usize,
+    outputs: usize,
+}
+
+impl<'a> Product<'a> {
+    fn new(b: &'a Cuda, source: &WeightSource) -> Result<Self, BackendError> {
+        let weights = (0..copies(source.bytes.len())).map(|_| b.load(source)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { b, weights, cols: source.cols, outputs: source.rows })
+    }
+
+    fn seconds(&self, rows: usize) -> Result<f64, BackendError> {
+        let x = random(self.b, rows, self.cols)?;
+        let mut y = self.b.zeros(rows, self.outputs)?;
+        let mut turn = 0;
+        time(self.b, || {
+            turn += 1;
+            self.b.linear_add(&x, &self.weights[turn % self.weights.len()], None, &mut y)
+        })
+    }
+}
+
+/// Output and list of spans are made anew each time, as in a model.
 fn vision_attention(b: &Cuda, add: Add<'_>) -> Result<()> {
     let shape = AttentionShape { heads: 16, kv_heads: 16, head_dim: 72, scale: 0.118 };
     for (spans, patches) in [(16, 512), (1, 4096)] {
@@ -149,6 +195,7 @@ fn vision_attention(b: &Cuda, add: Add<'_>) -> Result<()> {
     Ok(())
 }
 
+/// The output is made anew each time, as in a model.
 fn cached_attention(b: &Cuda, bandwidth: f64, add: Add<'_>) -> Result<()> {
     let group = "attention over the cache, 32 query and 8 key heads of 128, bf16";
     let shape = AttentionShape { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088 };
@@ -175,4 +222,29 @@ fn cached_attention(b: &Cuda, bandwidth: f64, add: Add<'_>) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use keye_backend::Reference;
+
+    use super::*;
+
+    #[test]
+    fn a_run_is_timed_over_many() {
+        let mut runs = 0;
+        let nap = std::time::Duration::from_millis(4);
+        let seconds = time(&Reference, || {
+            runs += 1;
+            std::thread::sleep(nap);
+            Ok(())
+        });
+        let seconds = seconds.unwrap();
+        assert!(seconds >= nap.as_secs_f64() && runs > 8, "{seconds} s, {runs} runs");
+    }
+
+    #[test]
+    fn copies_are_more_than_a_cache_holds() {
+        assert_eq!([1 << 20, 32 << 20, 33 << 20, 96 << 20, 1 << 30].map(copies), [256, 8, 8, 4, 4]);
+    }
 }
