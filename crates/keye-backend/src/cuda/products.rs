@@ -74,6 +74,8 @@ struct Sorted {
     order: Memory,
     rows: Memory,
     tiles: Memory,
+    /// Most slots of a tile.
+    size: usize,
     /// Tiles that there are at most.
     most: usize,
 }
@@ -249,6 +251,8 @@ impl Cuda {
             let addresses = experts.iter().flat_map(|expert| of(expert).memory.address().to_le_bytes());
             device.upload("experts", &addresses.collect::<Vec<u8>>())
         };
+        let sort = |kernel: &Kernel| sort(device, chosen, per_row, experts.len(), kernel.slots);
+        let mut sorted = sort(&kernel(self.products, first.gate.form, filling))?;
         let mut h = Tensor::room(device, slots, width)?;
         let results = Tensor::room(device, slots, cols)?;
         for (of, epilogue) in
@@ -256,7 +260,9 @@ impl Cuda {
         {
             let weight = of(first);
             let kernel = kernel(self.products, weight.form, filling);
-            let sorted = sort(device, chosen, per_row, experts.len(), kernel.slots)?;
+            if sorted.size != kernel.slots {
+                sorted = sort(&kernel)?;
+            }
             let table = table(of)?;
             let product = ProductArg {
                 table: table.address(),
@@ -270,7 +276,9 @@ impl Cuda {
             self.launch_product(&kernel, product, x, weight, sorted.most, epilogue)?;
         }
         let kernel = kernel(self.products, first.down.form, filling);
-        let sorted = sort(device, chosen, per_row, experts.len(), kernel.slots)?;
+        if sorted.size != kernel.slots {
+            sorted = sort(&kernel)?;
+        }
         let table = table(|e| &e.down)?;
         let product = ProductArg {
             table: table.address(),
@@ -300,7 +308,7 @@ fn sort(
     let most = slots / size + experts.min(slots);
     let room = |count: usize| device.allocate("experts", count * 4);
     let (counts, sorted) =
-        (room(experts)?, Sorted { order: room(slots)?, rows: room(slots)?, tiles: room(3 * most)?, most });
+        (room(experts)?, Sorted { order: room(slots)?, rows: room(slots)?, tiles: room(3 * most)?, size, most });
     let args = [
         chosen.memory.arg(),
         Arg::U32(slots as u32),
