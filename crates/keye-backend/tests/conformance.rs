@@ -31,13 +31,16 @@ fn the_suite_notices_a_wrong_result() {
     assert!(conformance::run(&cpu, 0.0).unwrap().iter().any(|check| !check.passed()));
 }
 
-/// A GPU, or else the kernels compiled for the CPU.
+/// A GPU, or else, where KEYE_GPU=1 does not ask for one, the kernels compiled for the CPU.
 #[cfg(feature = "cuda-emulator")]
 fn cuda(products: keye_backend::Products) -> Option<keye_backend::Cuda> {
     use keye_backend::{Cuda, CudaOptions};
     let gpu = Cuda::new(CudaOptions { products, ..CudaOptions::default() });
     let found = match gpu {
         Ok(gpu) => Some(gpu),
+        Err(error) if std::env::var_os("KEYE_GPU").is_some_and(|wanted| wanted == "1") => {
+            panic!("KEYE_GPU=1 asks for a GPU: {error}");
+        }
         Err(error) => {
             eprintln!("no GPU: {error}");
             Cuda::emulated(products)

@@ -1,15 +1,23 @@
-//! The golden data on CUDA's kernels: on a GPU, or else compiled for the CPU.
+//! The golden data on CUDA's kernels: on a GPU, or else compiled for the CPU. With KEYE_GPU=1 there has to be a GPU.
 
 use keye_backend::{Backend, Cuda, CudaOptions, Products};
 
 use crate::{cases, invariance, keye_2};
 
 fn cuda(products: Products) -> Option<Cuda> {
-    let gpu = Cuda::new(CudaOptions { products, ..CudaOptions::default() });
-    let found = gpu.ok().or_else(|| Cuda::emulated(products));
+    let found = match Cuda::new(CudaOptions { products, ..CudaOptions::default() }) {
+        Ok(gpu) => Some(gpu),
+        Err(error) if std::env::var_os("KEYE_GPU").is_some_and(|wanted| wanted == "1") => {
+            panic!("KEYE_GPU=1 asks for a GPU: {error}");
+        }
+        Err(error) => {
+            eprintln!("no GPU: {error}");
+            Cuda::emulated(products)
+        }
+    };
     match &found {
-        Some(cuda) => println!("{}", cuda.describe()),
-        None => println!("skipped: neither a GPU nor a g++ to compile the kernels for the CPU with"),
+        Some(cuda) => eprintln!("{}", cuda.describe()),
+        None => eprintln!("skipped: neither a GPU nor a g++ to compile the kernels for the CPU with"),
     }
     found
 }

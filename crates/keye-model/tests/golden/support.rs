@@ -10,8 +10,10 @@ use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, StoredTensor, Va
 
 pub const FIXTURES: [&str; 2] = ["keye-preview-tiny", "keye-1_5-tiny"];
 
+/// Cargo names the crate's folder when it runs tests too: a binary that is carried to another machine finds its files by it.
 pub fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    here.join("../../fixtures").join(name)
 }
 
 pub fn load<B: Backend>(fixture_name: &str, backend: B) -> KeyeModel<B> {
