@@ -9,10 +9,10 @@ use llguidance::{Matcher, ParserFactory, earley::SlicedBiasComputer};
 use serde_json::{Value, json};
 
 use crate::constraint::brief;
-use crate::{EngineError, Grammar};
+use crate::{EngineError, Grammar, grammar_depth};
 
 /// Longest grammar, in bytes of its source.
-const MAX_SOURCE: usize = 1 << 20;
+pub const MAX_GRAMMAR_BYTES: usize = 1 << 20;
 /// White space between the parts of JSON: enough to be indented, and an answer cannot consist of it.
 const JSON_SPACE: &str = r"[ \n]{0,24}";
 
@@ -33,11 +33,19 @@ impl GrammarCompiler {
     pub fn compile(&self, grammar: &Grammar) -> Result<Matcher, EngineError> {
         let factory = self.factory.get_or_init(|| factory(&self.tokenizer, &self.end_tokens));
         let factory = factory.as_ref().map_err(|error| EngineError::Grammar(error.clone()))?;
-        let parser = factory.create_parser(top_level(grammar)?);
-        let mut matcher = Matcher::new(parser);
-        // What cannot even begin is told now.
-        matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
-        Ok(matcher)
+        let top_level = top_level(grammar)?;
+        let compile = || {
+            let mut matcher = Matcher::new(factory.create_parser(top_level));
+            // What cannot even begin is told now.
+            matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
+            Ok(matcher)
+        };
+        let thread = std::thread::Builder::new().name("keye-grammar".into()).stack_size(grammar_depth::stack(grammar)?);
+        std::thread::scope(|scope| {
+            let thread = thread.spawn_scoped(scope, compile);
+            let thread = thread.map_err(|error| EngineError::Internal(format!("no thread for a grammar: {error}")))?;
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 }
 
@@ -69,8 +77,10 @@ fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
         Grammar::Regex(source) | Grammar::Lark(source) => source.len(),
         Grammar::Choice(choices) => choices.iter().map(String::len).sum(),
     };
-    if size > MAX_SOURCE {
-        return Err(EngineError::Grammar(format!("its source has {size} bytes, at most {MAX_SOURCE} are allowed")));
+    if size > MAX_GRAMMAR_BYTES {
+        return Err(EngineError::Grammar(format!(
+            "its source has {size} bytes, at most {MAX_GRAMMAR_BYTES} are allowed"
+        )));
     }
     Ok(match grammar {
         Grammar::JsonObject => TopLevelGrammar::from_json_schema(spaced(json!({"type": "object"}))),
@@ -87,8 +97,8 @@ fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
     })
 }
 
-/// A schema whose white space is bounded, unless it says otherwise itself.
-fn spaced(mut schema: Value) -> Value {
+/// A schema for `%json` of a Lark grammar, or by itself, whose white space is bounded unless it says otherwise itself.
+pub fn spaced(mut schema: Value) -> Value {
     if let Value::Object(fields) = &mut schema {
         fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": JSON_SPACE}));
     }

@@ -156,6 +156,37 @@ fn a_grammar_that_cannot_be_is_refused() {
     assert!(answer(&engine, ask(Grammar::JsonObject, 1, 5)).is_ok());
 }
 
+/// Rules and references that lead to one another would take the process with them, or a thread for hours.
+#[test]
+fn deep_grammars_are_compiled_or_refused() {
+    let engine = noisy(1);
+    let rules = |n: usize| {
+        let links: Vec<String> = (0..n).map(|i| format!("a{i}: a{}", i + 1)).collect();
+        Grammar::Lark(format!("start: a0\n{}\na{n}: \"x\"", links.join("\n")))
+    };
+    let references = |n: usize, around: usize| {
+        let mut defs = serde_json::Map::new();
+        for i in 0..n {
+            let mut link = json!({"$ref": format!("#/$defs/a{}", i + 1)});
+            for _ in 0..around {
+                link = json!({"type": "object", "properties": {"x": link}, "required": ["x"]});
+            }
+            defs.insert(format!("a{i}"), link);
+        }
+        defs.insert(format!("a{n}"), json!({"const": "x"}));
+        Grammar::JsonSchema(json!({"$ref": "#/$defs/a0", "$defs": defs}))
+    };
+    assert_eq!(answer(&engine, ask(rules(20_000), 1, 5)).expect("compiled").0, "x");
+    assert_eq!(answer(&engine, ask(references(2_000, 0), 1, 5)).expect("compiled").0, "\"x\"");
+    assert!(answer(&engine, ask(references(300, 20), 1, 5)).is_ok());
+    let patterns: serde_json::Map<_, _> = (0..300).map(|i| (format!("^a{i}$"), json!(true))).collect();
+    let patterns = Grammar::JsonSchema(json!({"type": "object", "patternProperties": patterns}));
+    for grammar in [rules(40_000), references(9_000, 0), references(1_000, 20), patterns] {
+        let error = answer(&engine, ask(grammar, 1, 5)).expect_err("refused");
+        assert!(matches!(&error, EngineError::Grammar(reason) if reason.contains("at most")), "{error}");
+    }
+}
+
 #[test]
 fn the_grammar_begins_after_the_thinking_and_a_budget_closes_that() {
     let engine = noisy(4);
