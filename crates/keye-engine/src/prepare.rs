@@ -111,7 +111,7 @@ impl Preparer {
         let shared = &self.shared;
         let give_up = || shared.stopping() || branches.iter().all(|branch| branch.events.cancelled());
         let matcher = request.grammar.as_ref().map(|grammar| self.grammars.compile(grammar)).transpose()?;
-        let mut media = Vec::new();
+        let (mut media, mut tokens) = (Vec::new(), 0);
         for (index, item) in request.conversation.media().iter().enumerate() {
             let mut progress = |progress: keye_media::Progress| {
                 let tell = |events: &EventSender| events.stage(Stage::Media { index, progress: progress.clone() });
@@ -121,6 +121,11 @@ impl Preparer {
             let (loaded, hit) = self.media.load(&self.loader, item, &mut progress, &give_up)?;
             let mut stats = shared.stats();
             *(if hit { &mut stats.media_hits } else { &mut stats.media_misses }) += 1;
+            // Many media that could never be answered about are not held until the prompt is made.
+            tokens += loaded.patches.len() / self.processor.config.vision.spatial_merge_size.pow(2).max(1);
+            if tokens >= shared.max_model_len {
+                return Err(EngineError::ContextLength { tokens, max: shared.max_model_len });
+            }
             media.push(loaded);
         }
         if give_up() {

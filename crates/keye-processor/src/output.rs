@@ -84,21 +84,28 @@ fn leading_part<'a>(text: &'a str, open: &str, close: &str) -> (Option<String>, 
 /// The inside of the last `\boxed{}` whose braces balance; `\{` and `\}` are characters, not braces.
 fn boxed(text: &str) -> Option<String> {
     const OPEN: &str = "\\boxed{";
-    text.rmatch_indices(OPEN).find_map(|(at, _)| {
-        let inside = &text[at + OPEN.len()..];
-        let (mut depth, mut escaped) = (1usize, false);
-        for (i, c) in inside.char_indices() {
-            match c {
-                _ if escaped => escaped = false,
-                '\\' => escaped = true,
-                '{' => depth += 1,
-                '}' if depth == 1 => return Some(inside[..i].trim().to_owned()),
-                '}' => depth -= 1,
-                _ => {}
+    // Where the braces that are open begin inside, and which of them are boxes.
+    let (mut open, mut last) = (Vec::new(), None::<(usize, usize)>);
+    let mut at = 0;
+    while let Some(c) = text[at..].chars().next() {
+        match c {
+            _ if text[at..].starts_with(OPEN) => {
+                at += OPEN.len();
+                open.push((at, true));
+                continue;
             }
+            '\\' if !text[at + 1..].starts_with(OPEN) => at += text[at + 1..].chars().next().map_or(0, char::len_utf8),
+            '{' => open.push((at + 1, false)),
+            '}' => {
+                if let Some((begin, true)) = open.pop() {
+                    last = last.max(Some((begin, at)));
+                }
+            }
+            _ => {}
         }
-        None
-    })
+        at += c.len_utf8();
+    }
+    last.map(|(begin, end)| text[begin..end].trim().to_owned())
 }
 
 /// Where a piece of streamed text belongs.
@@ -287,6 +294,8 @@ mod tests {
             ("no opening tag</think> x", answer(None, Some("no opening tag"), "x", None)),
             ("<think>a</think>b</think>c", answer(None, Some("a</think>b"), "c", None)),
             ("<answer>1</answer><answer>2</answer> bye", answer(None, None, "2", None)),
+            ("\\\\boxed{1} \\boxed{2 \\boxed{3", answer(None, None, "\\\\boxed{1} \\boxed{2 \\boxed{3", Some("1"))),
+            ("\\boxed{1 \\boxed{2}}", answer(None, None, "\\boxed{1 \\boxed{2}}", Some("2"))),
             ("\\boxed{1} or \\boxed{2 \\} {x}} \\boxed{3", {
                 answer(None, None, "\\boxed{1} or \\boxed{2 \\} {x}} \\boxed{3", Some("2 \\} {x}"))
             }),

@@ -34,6 +34,23 @@ const QWEN2_SPLIT: &str =
 /// and what follows would silently get other ids than the reference gives.
 const MAX_WHITESPACE: usize = 500_000;
 
+/// Most bytes of one text: the tokenizer takes some twenty times as much memory.
+const MOST_BYTES: usize = 32 << 20;
+/// Most tokens of one text, more than any model's context; the tokenizer takes some 200 bytes for each.
+const MOST_TOKENS: usize = 1 << 20;
+/// A longer text is counted in parts before it is tokenised as a whole.
+const PART: usize = 1 << 20;
+
+/// Parts of at most [`PART`] bytes, cut between characters.
+fn parts(mut text: &str) -> impl Iterator<Item = &str> {
+    std::iter::from_fn(move || {
+        let end = (0..=text.len().min(PART)).rev().find(|at| text.is_char_boundary(*at))?;
+        let (part, rest) = text.split_at(end);
+        text = rest;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
 fn longest_whitespace(text: &str) -> usize {
     let (mut run, mut longest) = (0, 0);
     for c in text.chars() {
@@ -151,8 +168,35 @@ impl Tokenizer {
     /// Ids of `text`; nothing is put in front or behind.
     ///
     /// # Errors
-    /// [`ProcessorError::Prompt`] for a run of white space so long that the split regex would give up on it.
+    /// [`ProcessorError::Prompt`] for a run of white space so long that the split regex would give up on it, and for a text of
+    /// more tokens than any model takes, before they are made.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ProcessorError> {
+        if text.len() > PART {
+            self.check_length(text)?;
+        }
+        self.encode_whole(text)
+    }
+
+    fn check_length(&self, text: &str) -> Result<(), ProcessorError> {
+        let too_long = |found: &str, most: usize| {
+            let reason = format!("the text has {found}, at most {most} are tokenised; shorten it");
+            Err(ProcessorError::Prompt(reason))
+        };
+        if text.len() > MOST_BYTES {
+            return too_long(&format!("{} bytes", text.len()), MOST_BYTES);
+        }
+        let mut tokens = 0usize;
+        for part in parts(text) {
+            // A cut may add a few tokens.
+            tokens += self.encode_whole(part)?.len().saturating_sub(16);
+            if tokens > MOST_TOKENS {
+                return too_long(&format!("more than {MOST_TOKENS} tokens"), MOST_TOKENS);
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_whole(&self, text: &str) -> Result<Vec<u32>, ProcessorError> {
         if text.len() > MAX_WHITESPACE && longest_whitespace(text) > MAX_WHITESPACE {
             let reason = format!("cannot tokenise more than {MAX_WHITESPACE} white-space characters in a row");
             return Err(ProcessorError::Prompt(reason));
@@ -370,6 +414,19 @@ mod tests {
         let spaces = |n: usize| format!("a{}x{}", " ".repeat(n), " ".repeat(600_000 - n));
         assert!(tokenizer.encode(&spaces(300_000)).is_ok());
         assert!(tokenizer.encode(&spaces(500_001)).is_err());
+    }
+
+    #[test]
+    fn texts_of_more_tokens_than_any_context_are_refused_in_parts() {
+        let tokenizer = Tokenizer::load(&fixture()).unwrap();
+        let long = "a\u{e4} ".repeat(700_000);
+        assert!(parts(&long).all(|part| part.len() <= PART) && parts(&long).collect::<String>() == long);
+        let error = tokenizer.encode(&long).unwrap_err().to_string();
+        assert!(error.contains("more than 1048576 tokens"), "{error}");
+        let error = tokenizer.encode(&"x".repeat(MOST_BYTES + 1)).unwrap_err().to_string();
+        assert!(error.contains("33554433 bytes"), "{error}");
+        let fits = "word ".repeat(250_000);
+        assert_eq!(tokenizer.encode(&fits).unwrap(), tokenizer.encode_whole(&fits).unwrap());
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub struct ToolCallSplitter {
     names: Vec<String>,
     /// Text that may be the beginning of a tag, or a call that is not whole yet.
     pending: String,
+    /// Bytes of the call in `pending` whose closing tags are known to stand in strings.
+    searched: usize,
     /// White space that is shown only if more text follows.
     space: String,
     /// Nothing since the last call, or since the beginning.
@@ -66,7 +68,7 @@ pub struct ToolCallSplitter {
 impl ToolCallSplitter {
     /// A splitter that knows the names of the tools.
     pub fn new(names: Vec<String>) -> Self {
-        Self { names, pending: String::new(), space: String::new(), fresh: true }
+        Self { names, pending: String::new(), searched: 0, space: String::new(), fresh: true }
     }
 
     /// Takes the next piece of text; returns what is settled, in order.
@@ -95,12 +97,14 @@ impl ToolCallSplitter {
                     return pieces;
                 }
                 (taken, Some(call)) => {
+                    self.searched = 0;
                     self.space.clear();
                     self.fresh = true;
                     pieces.push(ToolPiece::Call(call));
                     rest = &tail[taken..];
                 }
                 (taken, None) => {
+                    self.searched = 0;
                     self.text(&tail[..taken], &mut pieces);
                     rest = &tail[taken..];
                 }
@@ -123,8 +127,9 @@ impl ToolCallSplitter {
     }
 
     /// Bytes of the tail that are settled (0: more text is needed) and the call in them.
-    fn call(&self, format: Format, inside: &str) -> (usize, Option<ToolCall>) {
-        for (at, _) in inside.match_indices(format.close) {
+    fn call(&mut self, format: Format, inside: &str) -> (usize, Option<ToolCall>) {
+        while let Some(at) = inside.get(self.searched..).and_then(|rest| rest.find(format.close)) {
+            let at = self.searched + at;
             let end = format.open.len() + at + format.close.len();
             if let Some(call) = self.parse(format, inside[..at].trim()) {
                 return (end, Some(call));
@@ -137,6 +142,7 @@ impl ToolCallSplitter {
             if !inside.get(json..at + format.close.len()).is_some_and(is_open) {
                 return (end, None);
             }
+            self.searched = at + format.close.len();
         }
         (0, None)
     }
@@ -194,8 +200,9 @@ impl Conversation {
         // DeepSeek's template puts arguments behind the name as text, unless it looks at what they are or prints json.
         let source = template.source();
         let as_text = source.contains(SEPARATOR) && (!source.contains("tojson") || source.contains("is string"));
+        let mut room = MOST_ARGUMENTS;
         for message in copy.messages.iter_mut().filter(|_| !as_text) {
-            parse_arguments(message);
+            parse_arguments(message, &mut room);
         }
         if !template.source().contains("tool_call") {
             copy.messages = copy.messages.drain(..).map(calls_as_text).collect();
@@ -208,14 +215,21 @@ impl Conversation {
     }
 }
 
-/// OpenAI's clients send arguments as a string of json; templates of this family print objects.
-fn parse_arguments(message: &mut Value) {
+/// Bytes of arguments that become json: a conversation with more fits no model, and values take thirty times their text.
+const MOST_ARGUMENTS: usize = 4 << 20;
+
+/// OpenAI's clients send arguments as a string of json; templates of this family print objects. Text of more than `room`
+/// bytes stays as it is.
+fn parse_arguments(message: &mut Value, room: &mut usize) {
     let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
     for call in calls {
         let Some(arguments) = call.get_mut("function").and_then(|function| function.get_mut("arguments")) else {
             continue;
         };
-        if let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok()) {
+        let Some(text) = arguments.as_str() else { continue };
+        let Some(left) = room.checked_sub(text.len()) else { continue };
+        *room = left;
+        if let Ok(object) = serde_json::from_str::<Map<_, _>>(text) {
             *arguments = object.into();
         }
     }

@@ -144,6 +144,11 @@ fn errors_come_where_they_are_found() {
     assert!(matches!(missing, Err(EngineError::Media(_))), "{missing:?}");
     let long = text_of(engine.submit(request(vec![], &"word and ".repeat(400), 5)).expect("room"));
     assert!(matches!(long, Err(EngineError::ContextLength { max: 256, .. })), "{long:?}");
+    // Too many pictures are given up at the first that does not fit: what follows is not looked at.
+    let mut pictures = vec![picture("inputs/wide.png"); 300];
+    pictures.push(picture("no/such.png"));
+    let many = text_of(engine.submit(request(pictures, "x", 5)).expect("room"));
+    assert!(matches!(many, Err(EngineError::ContextLength { max: 256, .. })), "{many:?}");
     assert_eq!(text_of(engine.submit(request(vec![], "Hello", 5)).expect("room")).expect("no error").0.len(), 5);
     wait_for(|| engine.stats().waiting == 0);
 }
