@@ -79,7 +79,12 @@ impl Encoder {
             return None;
         }
         let job = self.jobs.remove(0);
-        let worked = guarded(|| Ok(runner.encode_step(job.feature, &job.media.patches, flops, &mut NoTap)?));
+        let worked = guarded(|| {
+            let progress = runner.encode_step(job.feature, &job.media.patches, flops, &mut NoTap)?;
+            // A device has only been told of it; how much it does between two tokens is measured by the time that it takes.
+            runner.synchronize()?;
+            Ok(progress)
+        });
         let progress = match worked {
             Ok(progress) => progress,
             Err(error) => return Some((job.key, Err(error))),
