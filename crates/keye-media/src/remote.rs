@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
@@ -12,6 +14,12 @@ use crate::source::within_limit;
 use crate::{MediaError, Progress};
 
 const REDIRECTS: u32 = 3;
+/// Between two looks at whether the caller gave up, while nothing arrives.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Longest time to connect, and from there to the head of the response.
+const SILENCE: Duration = Duration::from_secs(60);
+/// Fetches at the same time, those included that were given up and wait for a silent server.
+const MOST: usize = 64;
 
 /// Resolves names and asks the policy about what they resolve to. Redirects come by here too, and connections are made to
 /// the addresses returned, so there is no second look-up that could answer differently.
@@ -43,8 +51,24 @@ impl Resolver for PolicyResolver {
     }
 }
 
-/// Streams the body into an unlinked temporary file. At most three redirects, `limit` bytes, and all before `deadline`. With a
-/// policy, every host on the way has to pass it and proxies of the environment are not used.
+/// What arrives.
+enum Part {
+    /// Bytes of the body, if the server says so.
+    Total(Option<u64>),
+    Bytes(Vec<u8>),
+}
+
+/// A fetch on a thread of its own: a server that says nothing holds that thread, not the one that waits for it.
+struct Fetch {
+    url: String,
+    policy: Option<RemotePolicy>,
+    limit: u64,
+    deadline: Instant,
+}
+
+/// Streams the body into an unlinked temporary file. At most three redirects, `limit` bytes, and all before `deadline`; ends soon
+/// after `progress` returns false. With a policy, every host on the way has to pass it and proxies of the environment are not
+/// used.
 pub(crate) fn fetch(
     url: &str,
     policy: Option<&RemotePolicy>,
@@ -53,44 +77,102 @@ pub(crate) fn fetch(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<File, MediaError> {
     let failed = |source: std::io::Error| MediaError::Read { input: url.to_owned(), source };
-    let left = deadline.saturating_duration_since(Instant::now());
-    let builder = ureq::Agent::config_builder()
-        .max_redirects(REDIRECTS)
-        .timeout_global(Some(left))
-        .user_agent(concat!("keye/", env!("CARGO_PKG_VERSION")));
-    let agent = match policy {
-        None => builder.build().into(),
-        Some(policy) => {
-            let resolver = PolicyResolver { policy: policy.clone(), inner: DefaultResolver::default() };
-            ureq::Agent::with_parts(builder.proxy(None).build(), DefaultConnector::new(), resolver)
+    let running = Running::begin().ok_or_else(|| failed(std::io::Error::other("too many media are being fetched")))?;
+    let (sender, receiver) = sync_channel(4);
+    let fetch = Fetch { url: url.to_owned(), policy: policy.cloned(), limit, deadline };
+    let work = move || {
+        let _running = running;
+        if let Err(error) = fetch.run(&sender) {
+            // Nobody is there when the caller gave up.
+            let _ = sender.send(Err(error));
         }
     };
-    let mut response = agent.get(url).call().map_err(|error| match error {
-        ureq::Error::Other(other) if other.is::<Refused>() => {
-            MediaError::Denied { input: url.to_owned(), reason: other.to_string() }
-        }
-        error => failed(std::io::Error::other(error)),
-    })?;
-    let total = response.body().content_length();
-    within_limit(url, total.unwrap_or(0), limit)?;
-    let mut body = response.body_mut().as_reader();
+    std::thread::Builder::new().name("keye-fetch".into()).spawn(work).map_err(failed)?;
     let mut file = tempfile::tempfile().map_err(failed)?;
-    let mut buffer = vec![0; 64 << 10];
-    let mut done = 0;
+    let (mut done, mut total) = (0, None);
     loop {
+        let part = receiver.recv_timeout(PATIENCE);
         if !progress(Progress::Fetching { done, total }) {
             return Err(MediaError::Cancelled);
         }
-        let n = body.read(&mut buffer).map_err(failed)?;
-        if n == 0 {
-            break;
+        match part {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+            Ok(Err(error)) => return Err(error),
+            Ok(Ok(Part::Total(claimed))) => total = claimed,
+            Ok(Ok(Part::Bytes(bytes))) => {
+                done += bytes.len() as u64;
+                file.write_all(&bytes).map_err(failed)?;
+            }
         }
-        done += n as u64;
-        within_limit(url, done, limit)?;
-        file.write_all(&buffer[..n]).map_err(failed)?;
     }
     file.rewind().map_err(failed)?;
     Ok(file)
+}
+
+/// One of the fetches that run.
+struct Running;
+
+static FETCHES: AtomicUsize = AtomicUsize::new(0);
+
+impl Running {
+    fn begin() -> Option<Self> {
+        let more = |n: usize| (n < MOST).then_some(n + 1);
+        FETCHES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        FETCHES.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Fetch {
+    fn run(&self, sender: &SyncSender<Result<Part, MediaError>>) -> Result<(), MediaError> {
+        let url = &self.url;
+        let failed = |source: std::io::Error| MediaError::Read { input: url.clone(), source };
+        let mut response = self.agent().get(url).call().map_err(|error| match error {
+            ureq::Error::Other(other) if other.is::<Refused>() => {
+                MediaError::Denied { input: url.clone(), reason: other.to_string() }
+            }
+            error => failed(std::io::Error::other(error)),
+        })?;
+        let total = response.body().content_length();
+        within_limit(url, total.unwrap_or(0), self.limit)?;
+        let given_up = |_| MediaError::Cancelled;
+        sender.send(Ok(Part::Total(total))).map_err(given_up)?;
+        let mut body = response.body_mut().as_reader();
+        let mut done = 0;
+        loop {
+            let mut buffer = vec![0; 64 << 10];
+            let n = body.read(&mut buffer).map_err(failed)?;
+            if n == 0 {
+                return Ok(());
+            }
+            done += n as u64;
+            within_limit(url, done, self.limit)?;
+            buffer.truncate(n);
+            sender.send(Ok(Part::Bytes(buffer))).map_err(given_up)?;
+        }
+    }
+
+    fn agent(&self) -> ureq::Agent {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let builder = ureq::Agent::config_builder()
+            .max_redirects(REDIRECTS)
+            .timeout_global(Some(left))
+            .timeout_connect(Some(SILENCE.min(left)))
+            .timeout_recv_response(Some(SILENCE.min(left)))
+            .user_agent(concat!("keye/", env!("CARGO_PKG_VERSION")));
+        match &self.policy {
+            None => builder.build().into(),
+            Some(policy) => {
+                let resolver = PolicyResolver { policy: policy.clone(), inner: DefaultResolver::default() };
+                ureq::Agent::with_parts(builder.proxy(None).build(), DefaultConnector::new(), resolver)
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -158,6 +240,21 @@ mod tests {
             fetch(&format!("{server}/ok"), None, 100, Instant::now() + Duration::from_secs(5), &mut |_| false);
         assert!(matches!(cancelled, Err(MediaError::Cancelled)));
     }
+
+    #[test]
+    fn a_server_that_says_nothing_can_be_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let begin = Instant::now();
+        let mut looks = 0;
+        let result = fetch(&url, None, 100, begin + Duration::from_secs(600), &mut |_| {
+            looks += 1;
+            looks < 3
+        });
+        assert!(matches!(result, Err(MediaError::Cancelled)));
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    }
+
     #[test]
     fn a_policy_holds_for_the_first_host_and_for_every_redirect() {
         let inner = serve(|_| "HTTP/1.1 200 OK\r\ncontent-length: 6\r\nconnection: close\r\n\r\nsecret".into());

@@ -44,11 +44,24 @@ impl Source {
     /// The source's name in errors.
     pub(crate) fn name(&self) -> String {
         match self {
-            Source::Path(path) => path.display().to_string(),
+            Source::Path(path) => path_name(path),
             Source::Url(url) => url.clone(),
             Source::Bytes(_) => DATA.to_owned(),
             Source::Frames(_) => "frame list".to_owned(),
         }
+    }
+}
+
+/// A path, cut where it is far longer than any: base64 without the head of a data URL is taken for one.
+fn path_name(path: &Path) -> String {
+    const LONGEST: usize = 4096;
+    let name = path.display().to_string();
+    match name.char_indices().nth(60) {
+        Some((at, _)) if name.len() > LONGEST => {
+            let head = &name[..at];
+            format!("{head}... ({} bytes: no path is as long; bytes are sent as data:TYPE;base64,DATA)", name.len())
+        }
+        _ => name,
     }
 }
 
@@ -272,6 +285,12 @@ mod tests {
     fn open(source: Source, access: &Access, limits: &Limits) -> Result<Vec<u8>, MediaError> {
         let opener = Opener { access, limits, deadline: Instant::now() + limits.time };
         opener.open(&source, &mut |_| true)?.into_bytes("test", u64::MAX).map(|bytes| bytes.to_vec())
+    }
+
+    #[test]
+    fn base64_that_is_taken_for_a_path_is_not_told_whole() {
+        let name = Source::parse(&"iVBORw0KGgo".repeat(1000)).unwrap().name();
+        assert!(name.len() < 200 && name.contains("11000 bytes") && name.contains("data:TYPE;base64"), "{name}");
     }
 
     #[test]
