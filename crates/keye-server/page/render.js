@@ -22,6 +22,9 @@ const TIME = new RegExp(
   "giu",
 );
 
+/** Stretches of time as models mark them, made readable. */
+const readable = (text) => text.replace(/<\|clip_time_start\|>\[([\d.]+), ?([\d.]+)\]<\|clip_time_end\|>/gu, "$1–$2 s");
+
 /**
  * Splits a text at the times in it: strings, and `{text, time}` with seconds. Known are `3.2s`, `5 seconds`, `1 min 20 s`,
  * `00:12`, `1:02:03.5` and ranges of them; what is later than `longest` is no time.
@@ -97,7 +100,7 @@ const DASHES = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/u;
 
 /** Splits markdown into blocks: `{kind, source, ...}`. */
 function blocks(text) {
-  const lines = text.replace(/\r\n?/gu, "\n").split("\n");
+  const lines = readable(text).replace(/\r\n?/gu, "\n").split("\n");
   const found = [];
   let at = 0;
   const take = (kind, end, more = {}) => {

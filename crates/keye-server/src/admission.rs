@@ -1,10 +1,13 @@
 //! Places for requests and room for their bodies: what does not fit is told to come again.
 
+use std::future::poll_fn;
+use std::ops::Deref;
+use std::pin::pin;
 use std::sync::Arc;
 
-use axum::body::Bytes;
 use axum::extract::Request;
 use axum::http::{StatusCode, header};
+use futures_core::Stream;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::app::App;
@@ -14,7 +17,21 @@ use crate::error::ApiError;
 #[derive(Debug, Default)]
 pub(crate) struct Lease {
     streams: Vec<OwnedSemaphorePermit>,
-    body: Option<OwnedSemaphorePermit>,
+    body: Option<Arc<OwnedSemaphorePermit>>,
+}
+
+/// A body that arrived. Its room is given back when both it and the lease are gone: it may outlive a client that went away.
+pub(crate) struct Body {
+    bytes: Vec<u8>,
+    _room: Arc<OwnedSemaphorePermit>,
+}
+
+impl Deref for Body {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 const UNIT: usize = 1024;
@@ -33,14 +50,15 @@ impl Lease {
     }
 
     /// Reads a json body within the limits of size, time and memory.
-    pub async fn read_body(&mut self, app: &App, request: Request) -> Result<Bytes, ApiError> {
+    pub async fn read_body(&mut self, app: &App, request: Request) -> Result<Body, ApiError> {
         let (parts, body) = request.into_parts();
         let text = |name| parts.headers.get(name).map(|value| value.to_str().unwrap_or_default());
-        // Pages of other origins can post text and forms without being asked for consent, json not.
-        let kind = text(header::CONTENT_TYPE).unwrap_or("application/json");
+        // Pages of other origins can post text, forms and bytes without a type without being asked for consent, json not.
+        let kind = text(header::CONTENT_TYPE).unwrap_or_default();
         let essence = kind.split(';').next().unwrap_or_default().trim();
         if !essence.eq_ignore_ascii_case("application/json") {
-            let message = format!("expected content-type application/json, found {essence:.60}");
+            let found = if essence.is_empty() { "none" } else { essence };
+            let message = format!("expected content-type application/json, found {found:.60}");
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
         let most = app.config.body_bytes;
@@ -52,18 +70,29 @@ impl Lease {
         if claimed.is_some_and(|length| length > most as u64) {
             return Err(too_large());
         }
-        let reserve = claimed.map_or(most, |length| length as usize);
-        let units = |bytes: usize| u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&app.bodies).try_acquire_many_owned(units(reserve));
-        let mut permit =
-            permit.map_err(|_| ApiError::busy("too many bytes of requests are being held; try again later"))?;
-        let whole = tokio::time::timeout(app.config.body_timeout, axum::body::to_bytes(body, most)).await;
-        let whole =
-            whole.map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive"))?;
-        let cut_short = || ApiError::invalid("body", "the body ended too early");
-        let whole = whole.map_err(|_| if claimed.is_some() { cut_short() } else { too_large() })?;
-        drop(permit.split(units(reserve).saturating_sub(units(whole.len())) as usize));
-        self.body = Some(permit);
-        Ok(whole)
+        let mut room = Arc::clone(&app.bodies).try_acquire_many_owned(0).map_err(|_| ApiError::stopping())?;
+        let mut bytes = Vec::with_capacity(claimed.map_or(0, |length| length.min(1 << 20) as usize));
+        let mut stream = pin!(body.into_data_stream());
+        let read = async {
+            while let Some(part) = poll_fn(|context| stream.as_mut().poll_next(context)).await {
+                let part = part.map_err(|_| ApiError::invalid("body", "the body ended too early"))?;
+                let length = bytes.len() + part.len();
+                if length > most {
+                    return Err(too_large());
+                }
+                // Room is taken for what is there, not for what is claimed and may never come.
+                let more = length.div_ceil(UNIT) - bytes.len().div_ceil(UNIT);
+                let more = Arc::clone(&app.bodies).try_acquire_many_owned(more as u32);
+                let full = |_| ApiError::busy("too many bytes of requests are being held; try again later");
+                room.merge(more.map_err(full)?);
+                bytes.extend_from_slice(&part);
+            }
+            Ok(())
+        };
+        let in_time = tokio::time::timeout(app.config.body_timeout, read).await;
+        in_time.map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body took too long to arrive"))??;
+        let room = Arc::new(room);
+        self.body = Some(Arc::clone(&room));
+        Ok(Body { bytes, _room: room })
     }
 }

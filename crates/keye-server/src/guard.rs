@@ -68,6 +68,10 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
     let preflight = method == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if preflight {
         StatusCode::NO_CONTENT.into_response()
+    } else if !is_ours(&app, &request) {
+        let message = "this name is not the server's: a page of another name could reach it here, since it asks for no key; \
+                       call it localhost or by its address, start it with --api-key, or allow the name with --cors-origin";
+        ApiError { code: Some("unknown_host"), ..ApiError::new(StatusCode::FORBIDDEN, message) }.into_response()
     } else if !is_open(&route) && !has_key(&app, request.headers()) {
         let message = "the API key is missing or wrong; send it as: Authorization: Bearer KEY";
         let error = ApiError::new(StatusCode::UNAUTHORIZED, message);
@@ -123,6 +127,23 @@ fn allowed_origin(app: &App, headers: &HeaderMap) -> Option<HeaderValue> {
     let origin = headers.get(header::ORIGIN)?;
     let known = |allowed: &String| allowed == "*" || allowed.as_bytes() == origin.as_bytes();
     app.config.cors_origins.iter().any(known).then(|| origin.clone())
+}
+
+/// Whether a request calls the server by a name of its own. A page whose name was made to lead to 127.0.0.1 is of the same
+/// origin as a server there, so one that asks for no key looks at the name.
+fn is_ours(app: &App, request: &Request) -> bool {
+    if app.needs_key() || !app.config.host.is_loopback() {
+        return true;
+    }
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let Some(authority) = host.or(request.uri().authority().map(|authority| authority.as_str())) else { return true };
+    let Ok(authority) = authority.parse::<axum::http::uri::Authority>() else { return false };
+    let name = authority.host();
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    let origin =
+        |allowed: &String| allowed == "*" || allowed.split_once("://").is_some_and(|(_, at)| at == authority.as_str());
+    let local = name.eq_ignore_ascii_case("localhost") || name.to_ascii_lowercase().ends_with(".localhost");
+    local || address.is_ok() || app.config.cors_origins.iter().any(origin)
 }
 
 fn has_key(app: &App, headers: &HeaderMap) -> bool {

@@ -121,6 +121,8 @@ impl ResponseAnswer {
     fn text(&mut self, kind: Kind, text: String, events: &mut Vec<Value>) {
         if self.open.as_ref().is_none_or(|open| open.kind != kind) {
             self.close(events);
+            // Of the tokens before it, such as closing tags, only the last is part of this text.
+            self.logprobs.drain(..self.logprobs.len().saturating_sub(1));
             let open = Open { kind, id: new_id(kind.prefix()), text: String::new(), logprobs: Vec::new() };
             let (index, id, item) = (self.output.len(), open.id.clone(), open.item("in_progress", false));
             events.push(self.event("output_item.added", json!({"output_index": index, "item": item})));
@@ -170,6 +172,7 @@ impl ResponseAnswer {
 
     fn call(&mut self, call: &ToolCall, events: &mut Vec<Value>) {
         self.close(events);
+        self.logprobs.clear();
         let (id, index) = (new_id("fc"), self.output.len());
         let arguments = Value::from(call.arguments.clone()).to_string();
         let mut item = json!({

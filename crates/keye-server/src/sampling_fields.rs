@@ -48,7 +48,10 @@ impl Common {
 type Harmless = fn(&Value) -> bool;
 
 /// Fields that would change the answer, with the values that change nothing.
-const UNSUPPORTED: [(&str, Harmless); 24] = [
+const UNSUPPORTED: [(&str, Harmless); 26] = [
+    // vLLM's way to set fps and the like; here they stand beside the medium, in its `preprocess_kwargs`.
+    ("mm_processor_kwargs", is_empty),
+    ("media_io_kwargs", is_empty),
     ("prompt_logprobs", is_off),
     ("logit_bias", is_empty),
     ("best_of", |value| value.as_f64() == Some(1.0)),
@@ -99,7 +102,8 @@ pub(crate) fn read(fields: &Fields, app: &App) -> Result<Common, ApiError> {
     }
     let ceilings = &app.config.ceilings;
     let choices = fields.whole("n")?.unwrap_or(1);
-    let most = ceilings.choices;
+    // More than there are places could never be answered, however often it is tried.
+    let most = ceilings.choices.min(app.config.max_streams);
     let choices = usize::try_from(choices).ok().filter(|n| (1..=most).contains(n));
     let choices = choices.ok_or_else(|| ApiError::invalid("n", format!("n: expected 1 to {most}")))?;
     let stream = fields.bool("stream")?.unwrap_or(false);

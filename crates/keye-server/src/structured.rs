@@ -1,10 +1,10 @@
 //! The form that an answer has to have, under the names of OpenAI, vLLM and SGLang.
 
-use keye_engine::Grammar;
+use keye_engine::{Grammar, MAX_GRAMMAR_BYTES};
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::{self, Fields};
 use crate::gbnf;
 
 /// Reads them, with the name that was used; two at once contradict each other.
@@ -60,8 +60,11 @@ pub(crate) fn format_grammar(format: &Map<String, Value>, name: &str) -> Result<
 fn of_kind(name: &str, kind: &str, value: &Value) -> Result<Grammar, ApiError> {
     let wrong = |expected: &str| ApiError::invalid(name, format!("{name}: expected {expected}"));
     match (kind, value) {
+        (_, Value::String(text)) if text.len() > MAX_GRAMMAR_BYTES => {
+            Err(wrong(&format!("at most {MAX_GRAMMAR_BYTES} bytes, found {}", text.len())))
+        }
         ("json", Value::Object(_)) => Ok(Grammar::JsonSchema(value.clone())),
-        ("json", Value::String(text)) => match serde_json::from_str(text) {
+        ("json", Value::String(text)) => match fields::parse(text.as_bytes()) {
             Ok(schema @ Value::Object(_)) => Ok(Grammar::JsonSchema(schema)),
             _ => Err(wrong("a schema, an object or its json")),
         },
@@ -137,6 +140,8 @@ mod tests {
             (json!({"response_format": {"type": "yaml"}}), "response_format"),
             (json!({"response_format": {"type": "json_schema"}}), "response_format"),
             (json!({"guided_json": "{"}), "guided_json"),
+            (json!({"guided_json": format!("{{\"a\":[0{}]}}", ",0".repeat(600_000))}), "guided_json"),
+            (json!({"ebnf": format!("root ::= \"{}\"", "a".repeat(2 << 20))}), "ebnf"),
             (json!({"guided_choice": [1]}), "guided_choice"),
             (json!({"ebnf": "root ::= \"a"}), "ebnf"),
             (json!({"structured_outputs": {"magic": 1}}), "structured_outputs"),

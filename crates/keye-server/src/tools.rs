@@ -1,6 +1,6 @@
 //! Tools that the model may or has to call.
 
-use keye_engine::Grammar;
+use keye_engine::{Grammar, spaced};
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -95,6 +95,7 @@ impl Tools {
 
     fn or_json(&self, schema: &Value) -> Result<Option<Grammar>, ApiError> {
         let all: Vec<usize> = (0..self.names.len()).collect();
+        let schema = spaced(schema.clone());
         Ok(Some(Grammar::Lark(format!("start: text | calls\ntext: %json {schema}\ncalls: {}", self.calls(&all)))))
     }
 
@@ -127,7 +128,7 @@ impl Tools {
         schema.insert("properties".into(), json!({"name": {"const": self.names[index]}, "arguments": parameters}));
         schema.insert("required".into(), json!(["name", "arguments"]));
         schema.insert("additionalProperties".into(), false.into());
-        Value::Object(schema)
+        spaced(Value::Object(schema))
     }
 }
 
@@ -162,12 +163,21 @@ mod tests {
             required.contains("call_0: %json {\"$defs\":{\"n\":{\"type\":\"integer\"}},\"type\":\"object\""),
             "{required}"
         );
+        assert_eq!(
+            required.matches("whitespace_pattern").count(),
+            2,
+            "an answer cannot consist of white space: {required}"
+        );
         let single = json!({"tool_choice": "required", "parallel_tool_calls": false});
         assert!(lark(tools(single).unwrap(), None).starts_with("start: call\n"));
         let named = json!({"tool_choice": {"type": "function", "function": {"name": "go"}}});
         let named = lark(tools(named).unwrap(), None);
         assert!(named.contains("body: call_1\n") && !named.contains("look"), "{named}");
-        assert!(lark(auto, Some(Grammar::JsonObject)).starts_with("start: text | calls\n"));
+        let either = lark(auto, Some(Grammar::JsonObject));
+        assert!(
+            either.starts_with("start: text | calls\n") && either.matches("whitespace_pattern").count() == 3,
+            "{either}"
+        );
     }
 
     #[test]

@@ -78,7 +78,7 @@ def one():
             answer.close()
     elif kind == "half":
         with socket.create_connection((URL.hostname, URL.port)) as half:
-            half.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{"mess')
+            half.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"mess')
             time.sleep(random.random() / 10)
     elif kind == "bad":
         answer = requests.post(CHAT, data=random.randbytes(200), headers={"content-type": "application/json"})

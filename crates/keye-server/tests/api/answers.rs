@@ -173,7 +173,10 @@ fn a_client_that_goes_away_frees_its_blocks() {
     let text = body.to_string();
     let address = server.address;
     let mut socket = std::net::TcpStream::connect(address).expect("a connection");
-    let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{text}", text.len());
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{text}",
+        text.len()
+    );
     std::io::Write::write_all(&mut socket, head.as_bytes()).expect("sent");
     crate::support::wait_for("a running request", || server.engine.stats().running == 1);
     drop(socket);

@@ -31,6 +31,8 @@ fn fields_that_would_change_the_answer_are_refused_by_name() {
         ("min_tokens", json!(3)),
         ("continue_final_message", json!(true)),
         ("separate_reasoning", json!(false)),
+        ("mm_processor_kwargs", json!({"fps": 1})),
+        ("media_io_kwargs", json!({"video": {"num_frames": 4}})),
     ] {
         let refused = server.chat(&hello_with(field, value.clone()));
         assert_eq!(refused.error(), (400, field.into()), "{field} {value}");
@@ -123,6 +125,13 @@ fn wrong_values_are_refused_by_name() {
     let form = [("content-type", "text/plain")];
     let refused = request(server.address, "POST", "/v1/chat/completions", &form, &hello().to_string());
     assert_eq!(refused.error().0, 415);
+    // A page can send bytes without a type to any server.
+    let untyped = "POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 15\r\nconnection: close\r\n\r\n{\"prompt\": \"x\"}";
+    let mut socket = std::net::TcpStream::connect(server.address).expect("a connection");
+    std::io::Write::write_all(&mut socket, untyped.as_bytes()).expect("sent");
+    let mut answer = String::new();
+    std::io::Read::read_to_string(&mut socket, &mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 415"), "{answer}");
     let charset = [("content-type", "Application/JSON; charset=utf-8")];
     assert_eq!(request(server.address, "POST", "/tokenize", &charset, "{\"prompt\": \"x\"}").status, 200);
 }
@@ -139,23 +148,39 @@ fn bodies_have_limits() {
     let endless = format!("1388\r\n{}\r\n", "x".repeat(5000));
     assert_eq!(request(server.address, "POST", "/tokenize", &chunked, &endless).error().0, 413);
     // Two bodies that are on their way hold all the bytes that there are.
-    let waiting: Vec<std::net::TcpStream> = (0..2)
-        .map(|_| {
-            let mut socket = std::net::TcpStream::connect(server.address).expect("a connection");
-            let head = "POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 4096\r\n\r\n{";
-            std::io::Write::write_all(&mut socket, head.as_bytes()).expect("sent");
-            socket
-        })
-        .collect();
-    crate::support::wait_for("a full house", || server.post("/tokenize", &json!({"prompt": "x"})).status == 429);
+    let mut waiting = Vec::new();
+    crate::support::wait_for("a full house", || {
+        // One that comes beside the question below may be refused itself.
+        waiting.push(begin_body(&server, 4095));
+        server.post("/tokenize", &json!({"prompt": "x"})).status == 429
+    });
     drop(waiting);
     crate::support::wait_for("room again", || server.post("/tokenize", &json!({"prompt": "x"})).status == 200);
+}
+
+/// A connection whose body of 4096 bytes has come as far as this.
+fn begin_body(server: &TestServer, sent: usize) -> std::net::TcpStream {
+    let mut socket = std::net::TcpStream::connect(server.address).expect("a connection");
+    let head =
+        "POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 4096\r\n\r\n";
+    std::io::Write::write_all(&mut socket, format!("{head}{}", " ".repeat(sent)).as_bytes()).expect("sent");
+    socket
+}
+
+#[test]
+fn bodies_hold_what_came_and_not_what_they_claim() {
+    let server = TestServer::start(ServerConfig { body_bytes: 4096, total_body_bytes: 8192, ..config() });
+    let waiting: Vec<std::net::TcpStream> = (0..7).map(|_| begin_body(&server, 1)).collect();
+    for _ in 0..20 {
+        assert_eq!(server.post("/tokenize", &json!({"prompt": "x"})).status, 200);
+    }
+    drop(waiting);
 }
 
 #[test]
 fn streams_have_places_and_others_come_again() {
     let server = TestServer::start(ServerConfig { max_streams: 2, ..config() });
-    assert_eq!(server.chat(&hello_with("n", json!(3))).error().0, 429);
+    assert_eq!(server.chat(&hello_with("n", json!(3))).error(), (400, "n".into()), "never, however often it is tried");
     let mut first = server.long_stream();
     first.wait_for_text();
     assert_eq!(server.chat(&hello()).status, 200);

@@ -107,6 +107,31 @@ fn keys() {
 }
 
 #[test]
+fn a_server_without_a_key_answers_to_its_own_names_only() {
+    let by = |server: &TestServer, name: &str| {
+        let mut socket = std::net::TcpStream::connect(server.address).expect("a connection");
+        let text = format!("GET /health HTTP/1.1\r\nhost: {name}\r\nconnection: close\r\n\r\n");
+        std::io::Write::write_all(&mut socket, text.as_bytes()).expect("sent");
+        let mut answer = String::new();
+        std::io::Read::read_to_string(&mut socket, &mut answer).expect("an answer");
+        answer.split(' ').nth(1).and_then(|status| status.parse::<u16>().ok()).expect("a status")
+    };
+    let open = TestServer::start(ServerConfig { cors_origins: vec!["http://keye.lan:8000".into()], ..config() });
+    for name in
+        ["localhost", "LocalHost:8000", "127.0.0.1:1", "[::1]:8000", "a.localhost", "192.168.0.7", "keye.lan:8000"]
+    {
+        assert_eq!(by(&open, name), 200, "{name}");
+    }
+    for name in
+        ["evil.example", "evil.example:8000", "localhost.evil.example", "keye.lan", "127.0.0.1.evil.example", "a b"]
+    {
+        assert!([400, 403].contains(&by(&open, name)), "{name}");
+    }
+    let keyed = TestServer::start(ServerConfig { api_keys: vec!["k".into()], ..config() });
+    assert_eq!(by(&keyed, "keye.example"), 200);
+}
+
+#[test]
 fn origins_and_request_ids() {
     let server = TestServer::start(ServerConfig { cors_origins: vec!["https://a.example".into()], ..config() });
     let from =

@@ -18,7 +18,7 @@ fn streams_finish_and_nothing_new_is_taken() {
     stream.wait_for_text();
     // A body that was on its way when the word came.
     let mut late = TcpStream::connect(server.address).expect("a connection");
-    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n";
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n";
     std::io::Write::write_all(&mut late, head.as_bytes()).expect("sent");
     server.shutdown.stop();
     wait_for("a closed port", || TcpStream::connect(server.address).is_err());

@@ -50,8 +50,7 @@ fn https_is_spoken_with_the_certificate() {
     let socket = TcpStream::connect(server.address).expect("a connection");
     let mut stream = StreamOwned::new(connection, socket);
     let body = r#"{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3, "stream": true}"#;
-    let head =
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n";
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n";
     write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len()).expect("sent");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an orderly end");
@@ -59,7 +58,7 @@ fn https_is_spoken_with_the_certificate() {
 
     // Who speaks plain HTTP is let go, and nobody else notices.
     let mut plain = TcpStream::connect(server.address).expect("a connection");
-    plain.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").expect("sent");
+    plain.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n").expect("sent");
     let mut answer = Vec::new();
     let _ = plain.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
