@@ -105,7 +105,7 @@ impl Hub {
         }
         if self.offline {
             bail!(
-                "HF_HUB_OFFLINE is set and {} does not hold all of {id}@{revision}; unset it to download",
+                "{} does not hold all of {id}@{revision}, and --offline or HF_HUB_OFFLINE keeps it from being downloaded",
                 self.cache.display()
             );
         }

@@ -132,12 +132,17 @@ impl ModelArgs {
 
     /// The model's name.
     pub fn name(&self) -> &str {
-        self.model.as_deref().unwrap_or(NANO)
+        self.named().unwrap_or(NANO)
+    }
+
+    /// An empty `KEYE_MODEL`, as build and container files leave it, names nothing.
+    fn named(&self) -> Option<&str> {
+        self.model.as_deref().filter(|name| !name.is_empty())
     }
 
     /// As [`Self::name`]; `status` tells when nobody named it.
     pub fn chosen(&self, status: &mut Status) -> &str {
-        if self.model.is_none() {
+        if self.named().is_none() {
             status.line(UNNAMED);
         }
         self.name()
@@ -218,31 +223,31 @@ pub fn warn_of_disk(keye: &Keye, status: &mut Status) {
 #[command(next_help_heading = "Media (for all items that take the option; NAME#OPTION=VALUE is for one item)")]
 pub struct MediaArgs {
     /// Frames per second to look at
-    #[arg(long, value_name = "FPS", conflicts_with = "nframes")]
+    #[arg(long, value_name = "FPS", allow_negative_numbers = true, conflicts_with = "nframes")]
     pub fps: Option<f64>,
     /// Exact number of frames to look at
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub nframes: Option<u32>,
     /// Fewest frames
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub min_frames: Option<u32>,
     /// Most frames
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub max_frames: Option<u32>,
     /// Fewest pixels of a picture or frame
-    #[arg(long, value_name = "PIXELS")]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub min_pixels: Option<u64>,
     /// Most pixels of a picture or frame
-    #[arg(long, value_name = "PIXELS")]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub max_pixels: Option<u64>,
     /// Budget of pixels over a whole clip
-    #[arg(long, value_name = "PIXELS")]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub total_pixels: Option<u64>,
     /// Start of the part of a clip to look at, in seconds
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     pub start: Option<f64>,
     /// End of the part of a clip to look at, in seconds
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
     pub end: Option<f64>,
     /// Turn pictures upright as their EXIF tag says (the reference does not)
     #[arg(long)]
@@ -306,19 +311,19 @@ pub struct SamplingArgs {
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
     pub greedy: bool,
     /// Temperature; 0 is greedy
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Choose among the K best; 0 is off
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<u32>,
     /// Choose among the best that together have probability P; 1 is off
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Leave out what has less than P times the probability of the best
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Divides logits of tokens that have been seen; 1 is off
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// Subtracted from logits of tokens that the answer has
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -327,13 +332,13 @@ pub struct SamplingArgs {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub frequency_penalty: Option<f32>,
     /// Same seed, same answer [default: a new one each time]
-    #[arg(long)]
+    #[arg(long, value_name = "SEED", allow_negative_numbers = true)]
     pub seed: Option<u64>,
     /// The answer ends before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
     /// Most tokens of an answer
-    #[arg(long, value_name = "N", default_value = "4096")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value = "4096")]
     pub max_tokens: usize,
     /// Keep going where the model would end
     #[arg(long)]
@@ -407,7 +412,7 @@ pub fn name_of(item: &MediaItem) -> String {
     match &item.source {
         Source::Path(path) => path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
         Source::Url(url) => url.clone(),
-        Source::Bytes(_) => "standard input".into(),
+        Source::Bytes(_) => "standard input or a data URL".into(),
         Source::Frames(frames) => format!("{} frames", frames.len()),
     }
 }

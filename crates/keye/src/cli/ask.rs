@@ -30,12 +30,12 @@ Examples:
   curl -s https://example.org/cat.jpg | keye ask -m ./model - \"Which breed?\"
   keye ask -m ./model \"What is the capital of France?\"            no media at all
 
-Media are files, URLs (naming one is the consent to fetch it) or - for standard input. Pictures and clips are told apart by
-content, URLs by extension; image:NAME and video:NAME decide it. A file is read as NAME#OPTION=VALUE&... unless a file of that
-whole name exists; options are fps, nframes, min_frames, max_frames, min_pixels, max_pixels, resized_height, resized_width,
+Media are files, URLs (naming one is the consent to fetch it) or - for standard input. Pictures and clips are told apart by \
+content, URLs by extension; image:NAME and video:NAME decide it. A file is read as NAME#OPTION=VALUE&... unless a file of that \
+whole name exists; options are fps, nframes, min_frames, max_frames, min_pixels, max_pixels, resized_height, resized_width, \
 total_pixels, video_total_pixels, min_frame_similarity, video_start, video_end, exif, and t=START,END in seconds.
 
-The answer goes to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot
+The answer goes to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot \
 be loaded, 4 media cannot be read, 130 interrupted.";
 
 /// Ask one question about any number of images and videos

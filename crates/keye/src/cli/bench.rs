@@ -26,7 +26,7 @@ Examples:
   keye bench --write-checkpoint /tmp/keye-8b --preset keye-vl-1.5-8b --quant int4
   keye bench --write-checkpoint /tmp/tiny --preset keye-tiny --dtype f32
 
-Fractions: decode's is of the memory reads measured in the same run (weights and cache that a token reads), the others'
+Fractions: decode's is of the memory reads measured in the same run (weights and cache that a token reads), the others' \
 of the int8 multiply-adds (f32 on a machine without).";
 
 /// Measure speed beside the machine's limits, on random weights of the real sizes; or write such weights

@@ -63,6 +63,8 @@ struct Chat<'a> {
     /// Go with the next question.
     pending: Vec<MediaItem>,
     think: ThinkMode,
+    /// The first question that was not answered.
+    failure: Option<anyhow::Error>,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -81,6 +83,7 @@ pub fn run(args: Args) -> Result<()> {
         conversation: conversation(args.system.as_deref()),
         pending: Vec::new(),
         think: args.sampling.think_mode(),
+        failure: None,
     };
     pending.into_iter().for_each(|item| chat.add(item));
     if io::stdin().is_terminal() {
@@ -98,7 +101,11 @@ pub fn run(args: Args) -> Result<()> {
             question => chat.question(question)?,
         }
     }
-    Ok(())
+    match chat.failure {
+        // Whoever types has seen it; a script sees the exit code.
+        Some(error) if !io::stdin().is_terminal() => Err(error.context("a question was not answered")),
+        _ => Ok(()),
+    }
 }
 
 /// The next line of standard input, with a prompt where somebody types.
@@ -193,6 +200,7 @@ impl Chat<'_> {
                     self.status.line("the media of this question are dropped; /add them again");
                     self.pending.clear();
                 }
+                self.failure.get_or_insert(error);
             }
         }
         Ok(())

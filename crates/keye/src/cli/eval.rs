@@ -26,7 +26,7 @@ Examples:
   keye eval world -m ./model-int8 --clips ./clips --json > int8.json
   keye eval compare f32.json int8.json --svg accuracy.svg
 
-Scores are in percent: right answers; for `when` the overlap of the two times, for `reading` the letters that are right, for
+Scores are in percent: right answers; for `when` the overlap of the two times, for `reading` the letters that are right, for \
 captions the things named; +- is the standard error. `chance` is what guessing would score; `--text-only` is what the questions alone give away.";
 
 /// Measure how well a model answers

@@ -15,8 +15,8 @@ Examples:
   keye gpu-check --only timings --json
   CUDA_VISIBLE_DEVICES=1 keye gpu-check
 
-Needs NVIDIA's driver and nothing else; NVRTC for chips that this program carries no kernels for; cuBLASLt is measured where it
-is found. Answers may differ from the CPU's by rounding, which is told. Exit code 0: nothing is wrong. 1: something is, or there is
+Needs NVIDIA's driver and nothing else; NVRTC for chips that this program carries no kernels for; cuBLASLt is measured where it \
+is found. Answers may differ from the CPU's by rounding, which is told. Exit code 0: nothing is wrong. 1: something is, or there is \
 no GPU.";
 
 /// Check an NVIDIA GPU: every operation against the CPU, a model's answers, timings beside the chip's own limits

@@ -28,7 +28,7 @@ Examples:
   keye inspect ./model --json | jq -e .weights.complete
   keye inspect --preset keye-vl-671b
 
-The plan for devices divides the decoder's matrices among them, leaves a fifth of their memory to activations and holds the
+The plan for devices divides the decoder's matrices among them, leaves a fifth of their memory to activations and holds the \
 cache in bf16. --preset plans a published model from its sizes alone. Weights are not read, only the headers of their files. Exit code 3 when tensors are missing or have wrong shapes.";
 
 /// Say what a checkpoint is, how large, and whether it is whole

@@ -108,11 +108,11 @@ struct LimitFlags {
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1 << 22))]
     max_bodies: Option<u32>,
     /// Most tokens of an answer; requests that ask for more get this many [default: what fits]
-    #[arg(long, value_name = "N")]
-    max_tokens: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
     /// Most choices (n) of a request
-    #[arg(long, value_name = "N", default_value = "16")]
-    max_choices: usize,
+    #[arg(long, value_name = "N", default_value = "16", value_parser = clap::value_parser!(u16).range(1..))]
+    max_choices: u16,
     /// Most images and clips of a request
     #[arg(long, value_name = "N", default_value = "64")]
     max_media: usize,
@@ -132,7 +132,7 @@ struct LimitFlags {
     #[arg(long, value_name = "MIB", default_value = "2048", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     max_media_size: u32,
     /// Time to fetch and decode one image or clip, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = clap::value_parser!(u32).range(1..))]
     media_timeout: u32,
     /// Time for open streams to finish after the word to stop, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "30")]
@@ -203,6 +203,16 @@ impl Args {
         if !(limits.max_fps > 0.0 && limits.max_fps.is_finite()) {
             return Err(Usage("--max-fps has to be above 0".into()).into());
         }
+        if self.served_model_name.as_deref() == Some("") {
+            return Err(Usage("--served-model-name is empty: leave it out for what --model says".into()).into());
+        }
+        for origin in &self.cors_origin {
+            let host = origin.split_once("://").map_or("", |(_, host)| host);
+            if origin != "*" && (host.is_empty() || host.contains('/')) {
+                let expected = "expected *, or a scheme and a host like https://example.org, without a path";
+                return Err(Usage(format!("--cors-origin {origin}: {expected}")).into());
+            }
+        }
         Ok(ServerConfig {
             host: self.host,
             port: self.port,
@@ -228,8 +238,8 @@ impl Args {
                 pixels: limits.max_pixels,
                 total_pixels: limits.max_total_pixels,
                 media: limits.max_media,
-                max_tokens: limits.max_tokens,
-                choices: limits.max_choices,
+                max_tokens: limits.max_tokens.map(|n| n as usize),
+                choices: limits.max_choices.into(),
                 media_bytes: u64::from(limits.max_media_size) << 20,
                 media_time: Duration::from_secs(limits.media_timeout.into()),
             },

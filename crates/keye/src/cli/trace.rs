@@ -31,9 +31,9 @@ Examples:
   keye trace --model DIR --request r.json --out t.safetensors --pixels golden.safetensors --compare golden.safetensors
   keye trace --model DIR --inputs inputs.safetensors --generate 8 --attention dense --out t.safetensors
 
-The request is {\"messages\": [...]} as transformers and OpenAI clients write it; other fields are ignored, URLs are refused.
---inputs is for Keye-VL-2.0 and 671B checkpoints without tokenizer: input_ids I64 [n], and where there are pads pixel_values and
-image_grid_thw, pixel_values_videos and video_grid_thw (F32 patches, I64 [n, 3]). They are written back unchanged.
+The request is {\"messages\": [...]} as transformers and OpenAI clients write it; other fields are ignored, URLs are refused. \
+--inputs is for Keye-VL-2.0 and 671B checkpoints without tokenizer: input_ids I64 [n], and where there are pads pixel_values and \
+image_grid_thw, pixel_values_videos and video_grid_thw (F32 patches, I64 [n, 3]). They are written back unchanged. \
 Exit code 1 when --compare finds whole numbers or shapes that differ.";
 
 /// Bytes of a request with its data URLs.

@@ -41,7 +41,9 @@ fn a_question_that_fails_leaves_the_chat_as_it_was() {
     let model = model();
     let arguments = ["chat", "-m", &model, "--greedy", "--max-tokens", "4", "--max-model-len", "128"];
     let lines = format!("{}\nHello\n", "long ".repeat(400));
-    let run = keye_with(&arguments, Some(lines.as_bytes())).ok();
-    assert_eq!(run.stderr.lines().filter(|line| line.starts_with("keye: ")).count(), 1, "{run:#?}");
+    let run = keye_with(&arguments, Some(lines.as_bytes()));
+    // Once where it happened, and once in the end, since a script sees the exit code only.
+    assert_eq!(run.code, 2, "{run:#?}");
+    assert_eq!(run.stderr.lines().filter(|line| line.starts_with("keye: ")).count(), 2, "{run:#?}");
     assert_eq!(run.stderr.lines().filter(|line| line.starts_with("prompt ")).count(), 1, "{run:#?}");
 }

@@ -192,7 +192,7 @@ fn downloads_what_is_needed_and_then_does_without_the_server() {
     assert_eq!(get(&offline).unwrap(), dir);
     fs::remove_file(dir.join("model-2.safetensors")).unwrap();
     let incomplete = get(&offline).unwrap_err();
-    assert!(incomplete.contains("HF_HUB_OFFLINE is set") && incomplete.contains("org/name@main"), "{incomplete}");
+    assert!(incomplete.contains("--offline or HF_HUB_OFFLINE") && incomplete.contains("org/name@main"), "{incomplete}");
     assert!(get(&hub).unwrap_err().contains("cannot read org/name@main from http://127.0.0.1"));
 }
 
