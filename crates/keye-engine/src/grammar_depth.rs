@@ -10,7 +10,7 @@ use crate::{EngineError, Grammar};
 /// Most levels: a thousand definitions that lead to one another, each thirty deep.
 const MOST_LEVELS: usize = 30_000;
 /// Most patterns of `patternProperties` in all. The compiler compares every two, and each comparison copies all.
-const MOST_PATTERNS: usize = 256;
+const MOST_PATTERNS: usize = 128;
 /// Stack of a level: twice what the deepest of rules, tokens, groups, references and nested objects took.
 const LEVEL_STACK: usize = 8 << 10;
 /// Stack that any grammar gets.
