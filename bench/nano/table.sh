@@ -33,7 +33,7 @@ measure "$a/square.json" "$model" --square 112
 measure "$a/int8.json" "$out/int8"
 measure "$a/int4.json" "$out/int4"
 stages=
-for stage in ${STAGES:-projector captions-3 anneal captions-4 clips sft sft-2 sft-3 sft-4}; do
+for stage in ${STAGES:-projector captions-3 anneal captions-4 clips sft sft-2 sft-3 sft-4 sft-5 sft-6 sft-7}; do
     [ -d "$runs/$stage/model" ] || continue
     measure "$out/stages/$stage.json" "$runs/$stage/model"
     stages="$stages $out/stages/$stage.json"
