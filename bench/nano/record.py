@@ -13,7 +13,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 GROUP = 10
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1600, 300, 40, 40, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1900, 300, 40, 40, 12
 NARROWEST = 600  # steps: a shorter stage has a panel of this width
 MEANS = ("loss", "gradient_norm", "tokens", "targets", "patches", "seconds", "gflops")
 
