@@ -31,35 +31,13 @@ fn the_suite_notices_a_wrong_result() {
     assert!(conformance::run(&cpu, 0.0).unwrap().iter().any(|check| !check.passed()));
 }
 
-/// A GPU, or else, where KEYE_GPU=1 does not ask for one, the kernels compiled for the CPU.
-#[cfg(feature = "cuda-emulator")]
-fn cuda(products: keye_backend::Products) -> Option<keye_backend::Cuda> {
-    use keye_backend::{Cuda, CudaOptions};
-    let gpu = Cuda::new(CudaOptions { products, ..CudaOptions::default() });
-    let found = match gpu {
-        Ok(gpu) => Some(gpu),
-        Err(error) if std::env::var_os("KEYE_GPU").is_some_and(|wanted| wanted == "1") => {
-            panic!("KEYE_GPU=1 asks for a GPU: {error}");
-        }
-        Err(error) => {
-            eprintln!("no GPU: {error}");
-            Cuda::emulated(products)
-        }
-    };
-    match &found {
-        Some(cuda) => eprintln!("{}", cuda.describe()),
-        None => eprintln!("skipped: neither a GPU nor a g++ to compile the kernels for the CPU with"),
-    }
-    found
-}
-
 #[cfg(feature = "cuda-emulator")]
 #[test]
 fn cuda_kernels_agree_with_the_reference() {
-    use keye_backend::Products;
+    use keye_backend::{Cuda, Products};
     // Queries and keys of the suite are large: rounded to bf16 a score is off by some hundredths, and so are weights.
     for (products, tolerance) in [(Products::F32, 2e-5), (Products::Bf16, 0.15)] {
-        let Some(cuda) = cuda(products) else { return };
+        let Some(cuda) = Cuda::for_tests(products) else { return };
         let mut checks = conformance::run(&cuda, tolerance).unwrap();
         checks.extend(conformance::run_fp8(&cuda, tolerance).unwrap());
         assert!(checks.len() > 100, "{} checks", checks.len());

@@ -85,6 +85,29 @@ impl Cuda {
         Self::on_emulator(&DEVICE, emulator::Kind::Fast, products)
     }
 
+    /// For tests: a GPU, or else [`Cuda::emulated`]; which of them is printed, and why.
+    ///
+    /// # Panics
+    /// Without a usable GPU where `KEYE_GPU=1` asks for one.
+    #[cfg(feature = "cuda-emulator")]
+    pub fn for_tests(products: Products) -> Option<Self> {
+        let found = match Self::new(CudaOptions { products, ..CudaOptions::default() }) {
+            Ok(gpu) => Some(gpu),
+            Err(error) if std::env::var_os("KEYE_GPU").is_some_and(|wanted| wanted == "1") => {
+                panic!("KEYE_GPU=1 asks for a GPU: {error}");
+            }
+            Err(error) => {
+                eprintln!("no GPU: {error}");
+                Self::emulated(products)
+            }
+        };
+        match &found {
+            Some(cuda) => eprintln!("{}", cuda.describe()),
+            None => eprintln!("skipped: neither a GPU nor a g++ to compile the kernels for the CPU with"),
+        }
+        found
+    }
+
     /// As [`Cuda::emulated`], slower still: a launch panics when threads race for memory, or load from shared memory what
     /// their block has not stored.
     #[cfg(feature = "cuda-emulator")]
