@@ -25,7 +25,15 @@ pub(crate) fn stack(grammar: &Grammar) -> Result<usize, EngineError> {
         Grammar::JsonObject | Grammar::Regex(_) | Grammar::Choice(_) => 0,
         Grammar::JsonSchema(schema) => levels_of_schema(schema)?,
         // Rules, and what is in brackets; the schemas of `%json` have a colon for every reference.
-        Grammar::Lark(source) => source.bytes().filter(|byte| b":([{".contains(byte)).count(),
+        Grammar::Lark(source) => {
+            for (at, tag) in source.match_indices("%json") {
+                let mut schemas = serde_json::Deserializer::from_str(&source[at + tag.len()..]).into_iter::<Value>();
+                if let Some(Ok(schema)) = schemas.next() {
+                    levels_of_schema(&schema)?;
+                }
+            }
+            source.bytes().filter(|byte| b":([{".contains(byte)).count()
+        }
     };
     if levels > MOST_LEVELS {
         let message =

@@ -180,8 +180,10 @@ fn deep_grammars_are_compiled_or_refused() {
     assert_eq!(answer(&engine, ask(references(2_000, 0), 1, 5)).expect("compiled").0, "\"x\"");
     assert!(answer(&engine, ask(references(300, 20), 1, 5)).is_ok());
     let patterns: serde_json::Map<_, _> = (0..300).map(|i| (format!("^a{i}$"), json!(true))).collect();
-    let patterns = Grammar::JsonSchema(json!({"type": "object", "patternProperties": patterns}));
-    for grammar in [rules(40_000), references(9_000, 0), references(1_000, 20), patterns] {
+    let patterns = json!({"type": "object", "patternProperties": patterns});
+    let inside = Grammar::Lark(format!("start: call\ncall: %json {patterns}\n"));
+    let patterns = Grammar::JsonSchema(patterns);
+    for grammar in [rules(40_000), references(9_000, 0), references(1_000, 20), patterns, inside] {
         let error = answer(&engine, ask(grammar, 1, 5)).expect_err("refused");
         assert!(matches!(&error, EngineError::Grammar(reason) if reason.contains("at most")), "{error}");
     }
