@@ -3,22 +3,25 @@
 //! `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` mean what they mean there. All files of a checkpoint come from
 //! one commit, and a branch points to that commit only once all of them are there.
 
+mod cache;
+mod fetch;
+mod http;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
 
 use crate::disk::free_bytes;
+use crate::units::bytes_text;
+use cache::{Etag, Repo};
+use fetch::{Fetch, RETRIES};
+use http::{Client, Failure, segment};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-/// How often a file is asked for again after the connection broke, and how long to wait before that, times the attempt.
-const RETRIES: u32 = 5;
-const RETRY_WAIT: Duration = Duration::from_millis(500);
 
 /// How far a download is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,10 +43,34 @@ pub struct Hub {
     pub endpoint: String,
     /// The cache: `models--org--name` directories.
     pub cache: PathBuf,
-    /// Sent to the endpoint, never shown.
+    /// Sent to the endpoint and to nobody whom it names, never shown.
     pub token: Option<String>,
     /// Use the cache only.
     pub offline: bool,
+    /// How long to wait for a server.
+    pub patience: Patience,
+}
+
+/// How long to wait for a server.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For a connection, the head of an answer, and between the bytes of a body.
+    pub silence: Duration,
+    /// Before a second attempt; before later ones, as many times as there have been attempts.
+    pub retry: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { silence: Duration::from_secs(60), retry: Duration::from_millis(500) }
+    }
+}
+
+impl Patience {
+    /// The wait after the failure of so many attempts.
+    fn after(&self, attempts: u32, failure: &Failure) -> Duration {
+        (self.retry * attempts).max(failure.wait())
+    }
 }
 
 /// The local directory of `model`: an existing directory, or a hub id `org/name` or `org/name@revision`, which is downloaded.
@@ -69,6 +96,7 @@ impl Hub {
             cache: variable("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
             token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()),
             offline: variable("HF_HUB_OFFLINE").is_some_and(is_on),
+            patience: Patience::default(),
         })
     }
 
@@ -83,11 +111,6 @@ impl Hub {
             bail!("{model} is a file; {neither}");
         }
         let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
-        let is_word = |word: &str| {
-            !word.is_empty()
-                && !word.starts_with('.')
-                && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-        };
         let is_id = id.split_once('/').is_some_and(|(org, name)| is_word(org) && is_word(name));
         if !is_id || !revision.split('/').all(is_word) {
             bail!("{model:?} is not there; {neither}");
@@ -98,9 +121,10 @@ impl Hub {
 
     /// The cached directory of `revision` of `id`, downloaded where something of it is missing.
     pub fn snapshot(&self, id: &str, revision: &str, progress: &mut OnDownload<'_>) -> Result<PathBuf> {
-        let cached = self.cached(id, revision);
-        let is_commit = revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit());
-        if let Some(dir) = cached.as_ref().filter(|_| self.offline || is_commit) {
+        let repo = Repo::new(&self.cache, id)?;
+        let cached = cached(&repo, revision);
+        let has_length_of_commit = revision.len() == 40;
+        if let Some(dir) = cached.as_ref().filter(|_| self.offline || (has_length_of_commit && is_commit(revision))) {
             return Ok(dir.clone());
         }
         if self.offline {
@@ -109,66 +133,49 @@ impl Hub {
                 self.cache.display()
             );
         }
-        let cache = std::path::absolute(&self.cache)?;
-        // Retries are ours: hf-hub's own would append to a file what it already has.
-        let api = ApiBuilder::from_cache(Cache::new(cache))
-            .with_endpoint(self.endpoint.trim_end_matches('/').to_owned())
-            .with_token(self.token.clone())
-            .with_retries(0)
-            .with_user_agent("keye", env!("CARGO_PKG_VERSION"))
-            .build()?;
-        let listing = match self.listing(&api, id, revision) {
+        let client = Client::new(self);
+        let listing = match self.listing(&client, id, revision, cached.is_none()) {
             Ok(listing) => listing,
             // Without a connection the cache is as good as it gets; a refusal is not a missing connection.
-            Err(error) => match (status(&error), cached) {
-                (None | Some(500..), Some(dir)) => return Ok(dir),
-                _ => return Err(self.explain(error, id, revision, None)),
+            Err(failure) => match cached {
+                Some(dir) if failure.may_pass() || matches!(failure, Failure::Answer(_)) => return Ok(dir),
+                _ => return Err(self.explain(&failure, id, revision, None)),
             },
         };
-        self.download(&api, id, revision, &listing, progress)
+        self.download(&client, &repo, id, revision, &listing, progress)
     }
 
-    fn repo(&self, id: &str, revision: &str) -> Repo {
-        Repo::with_revision(id.to_owned(), RepoType::Model, revision.to_owned())
-    }
-
-    /// The snapshot to which `revision` points, if all that is needed is in it.
-    fn cached(&self, id: &str, revision: &str) -> Option<PathBuf> {
-        let cache = Cache::new(self.cache.clone()).repo(self.repo(id, revision));
-        let config = cache.get("config.json").or_else(|| {
-            let config = cache.pointer_path(revision).join("config.json");
-            config.exists().then_some(config)
-        })?;
-        let dir = config.parent()?.to_owned();
-        let shards = match fs::read(dir.join(INDEX)) {
-            Ok(index) => shards(&index).ok()?,
-            Err(_) => vec![SINGLE.to_owned()],
-        };
-        shards.iter().all(|shard| dir.join(shard).exists()).then_some(dir)
-    }
-
-    fn listing(&self, api: &Api, id: &str, revision: &str) -> Result<Listing, ApiError> {
-        let request = api.repo(self.repo(id, revision)).info_request().query("blobs", "true");
-        let mut response = request.call().map_err(Box::new)?;
-        Ok(response.body_mut().read_json().map_err(Box::new)?)
+    /// What the hub has of `revision`; a busy hub is asked again if `needed`.
+    fn listing(&self, client: &Client<'_>, id: &str, revision: &str, needed: bool) -> Result<Listing, Failure> {
+        let path = format!("/api/models/{id}/revision/{}?blobs=true", segment(revision));
+        let mut attempts = 0;
+        loop {
+            match client.json(&path) {
+                Err(failure @ Failure::Refused { .. }) if needed && failure.may_pass() && attempts < RETRIES => {
+                    attempts += 1;
+                    std::thread::sleep(self.patience.after(attempts, &failure));
+                }
+                result => return result,
+            }
+        }
     }
 
     fn download(
         &self,
-        api: &Api,
+        client: &Client<'_>,
+        repo: &Repo,
         id: &str,
         revision: &str,
         listing: &Listing,
         progress: &mut OnDownload<'_>,
     ) -> Result<PathBuf> {
-        let commit = &listing.sha;
-        if commit.is_empty() || !commit.bytes().all(|b| b.is_ascii_hexdigit()) {
+        let commit = listing.sha.as_str();
+        if !is_commit(commit) {
             bail!("{}: expected a commit, found {commit:?}", self.endpoint);
         }
-        let cache = Cache::new(std::path::absolute(&self.cache)?).repo(self.repo(id, revision));
-        let dir = cache.pointer_path(commit);
-        let repo = api.repo(self.repo(id, commit));
-        let mut fetch = Fetch { hub: self, api, id, revision, repo, dir: &dir, done: 0, total: 0, progress };
+        let dir = repo.snapshot(commit);
+        let mut fetch = Fetch { client, patience: &self.patience, repo, id, commit, done: 0, total: 0, progress };
+        let explain = |failure: &Failure, file: &File| self.explain(failure, id, revision, Some(&file.rfilename));
 
         let has = |name: &str| listing.siblings.iter().any(|file| file.rfilename == name);
         let mut files: Vec<&File> = listing.siblings.iter().filter(|file| is_small_file(&file.rfilename)).collect();
@@ -176,7 +183,7 @@ impl Hub {
         let shards = if has(INDEX) {
             let index = files.iter().position(|file| file.rfilename == INDEX).map(|at| files.remove(at));
             let index = index.with_context(|| format!("{id}: {INDEX} is not listed"))?;
-            let path = fetch.file(index)?;
+            let path = fetch.file(index).map_err(|failure| explain(&failure, index))?;
             shards(&fs::read(&path)?).with_context(|| format!("{id}: {INDEX}"))?
         } else {
             vec![SINGLE.to_owned()]
@@ -185,129 +192,66 @@ impl Hub {
             let file = listing.siblings.iter().find(|file| file.rfilename == *shard);
             files.push(file.with_context(|| format!("{id}@{revision} has no file {shard}: no safetensors weights"))?);
         }
-        let missing: u64 =
-            files.iter().filter(|file| !dir.join(&file.rfilename).exists()).filter_map(|file| file.size).sum();
+        let missing: u64 = files.iter().map(|file| missing(repo, commit, file)).sum();
         let free = free_bytes(&self.cache).unwrap_or(u64::MAX);
         if missing > free {
-            let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+            let (missing, free) = (bytes_text(missing), bytes_text(free));
             bail!(
-                "{id} needs {:.1} GB more, {} has room for {:.1} GB; HF_HUB_CACHE names another place",
-                gigabytes(missing),
-                self.cache.display(),
-                gigabytes(free)
+                "{id} needs {missing} more, {} has room for {free}; HF_HUB_CACHE names another place",
+                self.cache.display()
             );
         }
         fetch.total = fetch.done + files.iter().filter_map(|file| file.size).sum::<u64>();
         for file in files {
-            fetch.file(file)?;
+            fetch.file(file).map_err(|failure| explain(&failure, file))?;
         }
-        cache.create_ref(commit).with_context(|| format!("cannot write to {}", self.cache.display()))?;
+        repo.point(revision, commit).with_context(|| format!("cannot write to {}", self.cache.display()))?;
         Ok(dir)
     }
 
-    /// What an error of the hub means for the user.
-    fn explain(&self, error: ApiError, id: &str, revision: &str, file: Option<&str>) -> anyhow::Error {
+    /// What a failure means for the user.
+    fn explain(&self, failure: &Failure, id: &str, revision: &str, file: Option<&str>) -> anyhow::Error {
         let what = file.map_or_else(|| format!("{id}@{revision}"), |file| format!("{file} of {id}@{revision}"));
         let endpoint = &self.endpoint;
-        match status(&error) {
-            Some(code @ (401 | 403)) if self.token.is_none() => anyhow!(
+        match failure {
+            Failure::Refused { code, at: Some(at), .. } => {
+                anyhow!("{at}, where {endpoint} keeps {what}, answered {code}")
+            }
+            Failure::Refused { code: code @ (401 | 403), .. } if self.token.is_none() => anyhow!(
                 "{endpoint} does not show {what} without a token ({code}): it is private, gated or does not exist; set HF_TOKEN"
             ),
-            Some(code @ (401 | 403)) => anyhow!(
+            Failure::Refused { code: code @ (401 | 403), .. } => anyhow!(
                 "{endpoint} refuses {what} to the token of HF_TOKEN ({code}): it has expired, or may not read this model"
             ),
-            Some(404) => anyhow!("{endpoint} has no {what} (404)"),
-            Some(code) => anyhow!("{endpoint} answered {code} for {what}"),
-            None => anyhow::Error::from(error).context(format!("cannot read {what} from {endpoint}")),
-        }
-    }
-}
-
-/// One checkpoint's download.
-struct Fetch<'a, 'b> {
-    hub: &'a Hub,
-    api: &'a Api,
-    id: &'a str,
-    revision: &'a str,
-    repo: ApiRepo,
-    dir: &'a Path,
-    done: u64,
-    total: u64,
-    progress: &'a mut OnDownload<'b>,
-}
-
-impl Fetch<'_, '_> {
-    /// The file in the cache, downloaded unless it is there; what an earlier attempt left is taken up.
-    fn file(&mut self, file: &File) -> Result<PathBuf> {
-        let name = file.rfilename.as_str();
-        let path = self.dir.join(name);
-        let mut attempt = 0;
-        while !path.exists() {
-            let watch =
-                Watch { file: name, before: self.done, here: 0, total: self.total, progress: &mut *self.progress };
-            let error = match self.repo.download_with_progress(name, watch) {
-                Ok(found) => {
-                    let size = fs::metadata(&found)?.len();
-                    let Some(expected) = file.size.filter(|expected| *expected != size) else { break };
-                    self.discard(&found);
-                    ApiError::IoError(std::io::Error::other(format!("expected {expected} bytes, found {size}")))
-                }
-                Err(error) => error,
-            };
-            // 416: a part that is already whole or too long, which hf-hub would ask for again and again.
-            let is_bad_part = status(&error) == Some(416) || matches!(error, ApiError::InvalidResume);
-            if is_bad_part {
-                self.discard_part(name);
+            Failure::Refused { code: 404, .. } => anyhow!("{endpoint} has no {what} (404)"),
+            Failure::Refused { code, .. } => anyhow!("{endpoint} answered {code} for {what}"),
+            Failure::Here(reason) | Failure::Held(reason) => anyhow!("{what}: {reason}"),
+            Failure::Broken(reason) | Failure::Answer(reason) | Failure::Damaged(reason) => {
+                anyhow!("{reason}").context(format!("cannot read {what} from {endpoint}"))
             }
-            let refused = matches!(status(&error), Some(400..500)) && !is_bad_part;
-            attempt += 1;
-            if refused || attempt > RETRIES || matches!(error, ApiError::LockAcquisition(_)) {
-                return Err(self.hub.explain(error, self.id, self.revision, Some(name)));
-            }
-            std::thread::sleep(RETRY_WAIT * attempt);
-        }
-        self.done += file.size.unwrap_or(0);
-        (self.progress)(Download { file: name, done: self.done, total: self.total.max(self.done) });
-        Ok(path)
-    }
-
-    /// Takes away a file of the wrong size and what it points to.
-    fn discard(&self, path: &Path) {
-        // What stays is found again by the next attempt.
-        if let Ok(blob) = fs::canonicalize(path) {
-            let _ = fs::remove_file(blob);
-        }
-        let _ = fs::remove_file(path);
-    }
-
-    fn discard_part(&self, name: &str) {
-        if let Ok(metadata) = self.api.metadata(&self.repo.url(name)) {
-            let cache = Cache::new(self.hub.cache.clone()).repo(self.hub.repo(self.id, self.revision));
-            let _ = fs::remove_file(cache.blob_path(metadata.etag()).with_extension("part"));
         }
     }
 }
 
-struct Watch<'a, 'b> {
-    file: &'a str,
-    before: u64,
-    here: u64,
-    total: u64,
-    progress: &'a mut OnDownload<'b>,
+/// The snapshot to which `revision` points, if all that is needed is in it.
+fn cached(repo: &Repo, revision: &str) -> Option<PathBuf> {
+    let pointed = repo.commit(revision).map(|commit| repo.snapshot(&commit));
+    let has_config = |dir: &PathBuf| dir.join("config.json").exists();
+    let dir = pointed.filter(has_config).or_else(|| Some(repo.snapshot(revision)).filter(has_config))?;
+    let shards = match fs::read(dir.join(INDEX)) {
+        Ok(index) => shards(&index).ok()?,
+        Err(_) => vec![SINGLE.to_owned()],
+    };
+    shards.iter().all(|shard| dir.join(shard).exists()).then_some(dir)
 }
 
-impl hf_hub::api::Progress for Watch<'_, '_> {
-    fn init(&mut self, _size: usize, _filename: &str) {
-        self.here = 0;
+/// Bytes of a listed file that are still to come.
+fn missing(repo: &Repo, commit: &str, file: &File) -> u64 {
+    let size = file.size.unwrap_or(0);
+    if repo.snapshot(commit).join(&file.rfilename).exists() {
+        return 0;
     }
-
-    fn update(&mut self, size: usize) {
-        self.here += size as u64;
-        let done = self.before + self.here;
-        (self.progress)(Download { file: self.file, done, total: self.total.max(done) });
-    }
-
-    fn finish(&mut self) {}
+    size - file.etag().map_or(0, |etag| repo.present(&etag, size))
 }
 
 #[derive(Deserialize)]
@@ -320,6 +264,33 @@ struct Listing {
 struct File {
     rfilename: String,
     size: Option<u64>,
+    /// Git's number of it.
+    #[serde(rename = "blobId")]
+    blob_id: Option<String>,
+    lfs: Option<Lfs>,
+}
+
+/// Where a large file is kept.
+#[derive(Deserialize)]
+struct Lfs {
+    sha256: Option<String>,
+}
+
+impl File {
+    /// The name of its blob, by the listing; the answer that brings it has the last word.
+    fn etag(&self) -> Option<Etag> {
+        let sha256 = self.lfs.as_ref().and_then(|lfs| lfs.sha256.as_ref());
+        sha256.or(self.blob_id.as_ref()).and_then(|tag| Etag::parse(tag))
+    }
+}
+
+/// A part of an id, a revision or a cache's path that stays where it is put.
+fn is_word(word: &str) -> bool {
+    !word.is_empty() && !word.starts_with('.') && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
+fn is_commit(commit: &str) -> bool {
+    (1..=64).contains(&commit.len()) && commit.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 /// Configuration, template and tokenizer files; never code or other weights.
@@ -348,13 +319,29 @@ fn shards(index: &[u8]) -> Result<Vec<String>> {
     }
 }
 
-/// The HTTP status with which the hub refused.
-fn status(error: &ApiError) -> Option<u16> {
-    match error {
-        ApiError::RequestError(error) => match **error {
-            ureq::Error::StatusCode(code) => Some(code),
-            _ => None,
-        },
-        _ => None,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_needs_no_room() {
+        let cache = tempfile::tempdir().unwrap();
+        let repo = Repo::new(cache.path(), "org/name").unwrap();
+        let file = |json: &str| serde_json::from_str::<File>(json).unwrap();
+        let sha256 = "a".repeat(64);
+        let large = file(&format!(
+            r#"{{"rfilename": "a", "size": 100, "blobId": "b1", "lfs": {{"sha256": "{sha256}", "pointerSize": 9}}}}"#
+        ));
+        let small = file(r#"{"rfilename": "b", "size": 10, "blobId": "b2"}"#);
+        let unknown = file(r#"{"rfilename": "c", "size": 10}"#);
+        let room = || [&large, &small, &unknown].map(|file| missing(&repo, "0", file));
+        assert_eq!(room(), [100, 10, 10]);
+        let blobs = cache.path().join("models--org--name/blobs");
+        fs::create_dir_all(&blobs).unwrap();
+        fs::write(blobs.join(format!("{sha256}.part")), [0; 40]).unwrap();
+        fs::write(blobs.join("b2.part"), [0; 11]).unwrap();
+        fs::create_dir_all(repo.snapshot("0")).unwrap();
+        fs::write(repo.snapshot("0").join("c"), "").unwrap();
+        assert_eq!(room(), [60, 0, 0]);
     }
 }
