@@ -29,6 +29,10 @@ pub(crate) fn adaptive_plan(
 }
 
 /// Pixels for a clip of so many seconds, not a whole number where a share of the budget is taken.
+///
+/// Every clip counts as the only one of its conversation, as it does in the reference's server, whose number of clips is
+/// always 1. The reference's offline helper divides the budget among the clips and takes shares for a single one only;
+/// here a clip's patches do not depend on its neighbours, so that they can be kept and shared by conversations.
 fn budget(seconds: f64, options: &ItemOptions, config: &VideoConfig) -> f64 {
     let whole = options.video_total_pixels.unwrap_or(config.total_pixels) as f64;
     let share = config.budget_shares.iter().find(|(longest, _)| seconds <= *longest);

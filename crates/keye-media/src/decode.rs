@@ -41,7 +41,7 @@ impl Frames {
         let modern = programs.is_modern(watch)?;
         // The explicit size does nothing, unless a clip changes its size midway: then all frames get the first size.
         let (w, h) = (clip.width, clip.height);
-        let order = accelerator(programs, clip).map_or(String::new(), |_| format!("format={},", clip.pixel_format));
+        let order = hardware(programs, clip).map_or(String::new(), |_| format!("format={},", clip.pixel_format));
         let filter = format!("select='{}',{order}scale={w}:{h},format=rgb24", select(indices));
         let mut args = decoder_options(programs, clip, limits, modern);
         let script = match filter.len() <= MAX_ARGUMENT {
@@ -110,7 +110,7 @@ pub(crate) fn count(
     while let Some(block) = output.next(watch)? {
         watch.check()?;
         counted += block.iter().filter(|b| **b == b'\n').count() as u64;
-        watch.limit("number of frames", counted.saturating_sub(1), limits.source_frames)?;
+        watch.limit("the number of frames", counted.saturating_sub(1), limits.source_frames)?;
         text.extend_from_slice(&block);
         output.give_back(block);
     }
@@ -120,14 +120,14 @@ pub(crate) fn count(
     stamps.sort_unstable_by(f64::total_cmp);
     let Some(&first) = stamps.first() else {
         let (codec, message) = (&clip.codec, first_message(&messages));
-        let by = accelerator(programs, clip).map_or(String::new(), |name| format!(" (by KEYE_HWACCEL={name})"));
+        let by = hardware(programs, clip).map_or(String::new(), |name| format!(" (by KEYE_HWACCEL={name})"));
         return Err(watch.unreadable(format!("no frame of its {codec} video can be decoded{by}: {message}")));
     };
     Ok(stamps.into_iter().map(|ms| (ms - first) / 1000.0).collect())
 }
 
 /// What decodes this clip beside the CPU.
-fn accelerator<'a>(programs: &'a Programs, clip: &Clip) -> Option<&'a str> {
+fn hardware<'a>(programs: &'a Programs, clip: &Clip) -> Option<&'a str> {
     let exact = matches!(clip.pixel_format.as_str(), "yuv420p" | "yuv420p10le");
     programs.accelerator.as_deref().filter(|_| exact)
 }
@@ -137,8 +137,14 @@ fn decoder_options(programs: &Programs, clip: &Clip, limits: &Limits, modern: bo
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).to_string();
     let mut args: Vec<OsString> =
         ["-nostdin", "-hide_banner", "-loglevel", "error", "-threads", &threads].map(Into::into).into();
-    if let Some(name) = accelerator(programs, clip) {
+    if let Some(name) = hardware(programs, clip) {
         args.extend(["-hwaccel", name].map(Into::into));
+    }
+    // Filters built anew where the size or format of frames changes would number them from 0 again. `scale` takes any
+    // frame, the filters that turn pictures do not: they stay out where the container names no angle. Where it does,
+    // and frames change as well, those after the change may be other ones than wanted.
+    if !clip.turned {
+        args.extend(["-noautorotate", "-reinit_filter", "0"].map(Into::into));
     }
     args.extend(input_options(clip.demuxer, limits));
     let stream = format!("0:{}", clip.stream);

@@ -23,7 +23,7 @@ pub enum MediaError {
     /// Not a picture or clip that can be read.
     #[error("{input}: {reason}")]
     Unreadable {
-        /// The path, URL or "data".
+        /// The path, the URL, or how many bytes of data there were.
         input: String,
         /// What was found.
         reason: String,
@@ -31,7 +31,7 @@ pub enum MediaError {
     /// An option that is wrong, or that this variant does not take.
     #[error("{input}: option {option}: {reason}")]
     Option {
-        /// The path, URL or "data".
+        /// The path, the URL, or how many bytes of data there were.
         input: String,
         /// The option's name.
         option: &'static str,
@@ -39,9 +39,9 @@ pub enum MediaError {
         reason: String,
     },
     /// Above one of [`crate::Limits`].
-    #[error("{input}: {what} is {found}, the limit is {limit}")]
+    #[error("{input}: {what} is {found}, the limit is {limit}{}", remedy(what))]
     Limit {
-        /// The path, URL or "data".
+        /// The path, the URL, or how many bytes of data there were.
         input: String,
         /// What was measured.
         what: &'static str,
@@ -58,12 +58,51 @@ pub enum MediaError {
         /// Why.
         error: std::io::Error,
     },
+    /// Too much is being done at this moment; nothing is known to be wrong with the source.
+    #[error("{input}: not fetched: {reason}; try again later")]
+    Busy {
+        /// The URL.
+        input: String,
+        /// What there is too much of.
+        reason: String,
+    },
     /// `ffmpeg` or `ffprobe` is missing or failed.
     #[error("{0}")]
     Ffmpeg(String),
     /// The caller gave up.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl MediaError {
+    /// The same about a frame of a list, told by its place in it.
+    pub(crate) fn of_frame(mut self, index: usize) -> Self {
+        match &mut self {
+            Self::Read { input, .. }
+            | Self::Denied { input, .. }
+            | Self::Unreadable { input, .. }
+            | Self::Option { input, .. }
+            | Self::Limit { input, .. }
+            | Self::Busy { input, .. } => *input = format!("frame {index} ({input})"),
+            Self::Temporary { .. } | Self::Ffmpeg(_) | Self::Cancelled => {}
+        }
+        self
+    }
+}
+
+/// What brings an item within a limit.
+fn remedy(what: &str) -> &'static str {
+    match what {
+        "the number of bytes" => "; give a smaller file, or serve with a higher --max-media-size",
+        "the number of frames" => "; give a shorter clip or fewer frames",
+        "the number of sampled frames" => "; sample fewer by fps, nframes or max_frames",
+        "the number of pixels" | "the number of pixels of a frame" => "; scale it down first",
+        "the number of patches" | "the number of patches after resizing" => {
+            "; lower min_pixels or max_pixels, and for clips fps, nframes or max_frames"
+        }
+        "the time in seconds" => "; give a shorter or smaller clip, or serve with a higher --media-timeout",
+        _ => "",
+    }
 }
 
 /// An option or clip that cannot be served, before the input's name is known.
@@ -83,5 +122,20 @@ impl Refusal {
     /// The error for the input of that name.
     pub(crate) fn of(self, input: &str) -> MediaError {
         MediaError::Option { input: input.to_owned(), option: self.option, reason: self.reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_tells_what_to_do() {
+        let text = |what| MediaError::Limit { input: "a.mp4".into(), what, found: 9, limit: 8 }.to_string();
+        assert_eq!(
+            text("the number of sampled frames"),
+            "a.mp4: the number of sampled frames is 9, the limit is 8; sample fewer by fps, nframes or max_frames"
+        );
+        assert!(text("the time in seconds").ends_with("serve with a higher --media-timeout"));
     }
 }

@@ -71,7 +71,7 @@ impl Watch<'_> {
         if Instant::now() >= self.deadline {
             let limit = self.time.as_secs();
             let found = limit.saturating_add(1);
-            return Err(MediaError::Limit { input: self.input.into(), what: "time in seconds", found, limit });
+            return Err(MediaError::Limit { input: self.input.into(), what: "the time in seconds", found, limit });
         }
         Ok(())
     }
@@ -111,10 +111,14 @@ impl Programs {
             beside.is_file().then(|| beside.into_os_string())
         });
         let ffprobe = locate("ffprobe", "KEYE_FFPROBE", ffprobe_named)?;
-        Ok(Self { ffmpeg, ffprobe, accelerator: accelerator(std::env::var_os("KEYE_HWACCEL"))? })
+        Ok(Self { ffmpeg, ffprobe, accelerator: named_accelerator(std::env::var_os("KEYE_HWACCEL"))? })
     }
 
-    /// True when `ffmpeg` is of release 8 or later, which dropped `-vsync` and `-filter_script`. Asked once a program.
+    /// True when `ffmpeg` is of release 8 or later, which dropped `-vsync` and `-filter_script`, or does not say. Asked
+    /// once a program.
+    ///
+    /// # Errors
+    /// A program that cannot be run or fails; it is asked anew the next time.
     pub fn is_modern(&self, watch: &mut Watch) -> Result<bool, MediaError> {
         static KNOWN: Mutex<Option<HashMap<PathBuf, bool>>> = Mutex::new(None);
         let known = |map: &mut Option<HashMap<PathBuf, bool>>| map.get_or_insert_default().get(&self.ffmpeg).copied();
@@ -129,13 +133,14 @@ impl Programs {
             }
             output.give_back(block);
         }
-        let modern = libavutil_major(&String::from_utf8_lossy(&text)).is_none_or(|major| major >= 60);
-        KNOWN
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_default()
-            .insert(self.ffmpeg.clone(), modern);
-        Ok(modern)
+        let (status, messages) = output.finish(watch)?;
+        if !status.success() {
+            let (program, message) = (self.ffmpeg.display(), first_message(&messages));
+            return Err(MediaError::Ffmpeg(format!("{program} -version failed ({status}): {message}")));
+        }
+        let Some(major) = libavutil_major(&String::from_utf8_lossy(&text)) else { return Ok(true) };
+        let mut map = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(*map.get_or_insert_default().entry(self.ffmpeg.clone()).or_insert(major >= 60))
     }
 }
 
@@ -153,7 +158,7 @@ fn missing(program: &str, variable: &str, what: &str) -> MediaError {
     ))
 }
 
-fn accelerator(named: Option<OsString>) -> Result<Option<String>, MediaError> {
+fn named_accelerator(named: Option<OsString>) -> Result<Option<String>, MediaError> {
     let Some(named) = named.filter(|name| !name.is_empty()) else { return Ok(None) };
     let known = named.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_alphanumeric()));
     let found = || MediaError::Ffmpeg(format!("KEYE_HWACCEL: expected auto, cuda or vaapi, found {named:?}"));
@@ -385,10 +390,10 @@ mod tests {
 
     #[test]
     fn an_accelerator_is_a_word() {
-        assert_eq!(accelerator(None).unwrap(), None);
-        assert_eq!(accelerator(Some("".into())).unwrap(), None);
-        assert_eq!(accelerator(Some("cuda".into())).unwrap().as_deref(), Some("cuda"));
-        let error = accelerator(Some("cuda -i /etc/passwd".into())).unwrap_err().to_string();
+        assert_eq!(named_accelerator(None).unwrap(), None);
+        assert_eq!(named_accelerator(Some("".into())).unwrap(), None);
+        assert_eq!(named_accelerator(Some("cuda".into())).unwrap().as_deref(), Some("cuda"));
+        let error = named_accelerator(Some("cuda -i /etc/passwd".into())).unwrap_err().to_string();
         assert!(error.contains("KEYE_HWACCEL: expected auto, cuda or vaapi"), "{error}");
     }
 

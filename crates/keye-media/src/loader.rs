@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use crate::ffmpeg::Watch;
 use crate::options::Target;
 use crate::smart_resize::IMAGE_FACTOR;
 use crate::source::Opener;
@@ -32,7 +33,8 @@ pub struct Access {
 pub struct Limits {
     /// Bytes of a source.
     pub bytes: u64,
-    /// Pixels of a picture or frame before resizing.
+    /// Pixels of a picture or frame before resizing, as its header has them. Each takes up to 16 bytes of memory while
+    /// it is decoded.
     pub source_pixels: u64,
     /// Frames of a source clip that may be decoded.
     pub source_frames: u64,
@@ -40,6 +42,8 @@ pub struct Limits {
     pub frames: u32,
     /// Patches of one item.
     pub patches: u64,
+    /// Bytes of a clip's frames that wait on disk for their size; a clip with more is decoded twice.
+    pub spilled_bytes: u64,
     /// Wall-clock time for one item, fetching and decoding.
     pub time: Duration,
 }
@@ -52,6 +56,7 @@ impl Default for Limits {
             source_frames: 60 * 3600 * 12,
             frames: 16_384,
             patches: 4_000_000,
+            spilled_bytes: 4 << 30,
             time: Duration::from_secs(3600),
         }
     }
@@ -122,11 +127,12 @@ impl Loader {
 
         let deadline = Instant::now() + self.limits.time;
         let opener = Opener { access: &self.access, limits: &self.limits, deadline };
+        let mut watch = Watch { input: &name, deadline, time: self.limits.time, progress, done: 0, total: 0 };
         match (item.kind, &item.source) {
             (MediaKind::Image, source) => {
-                let opened = opener.open(source, progress)?;
+                let opened = opener.open(source, watch.progress)?;
                 let upright = item.options.exif == Some(true);
-                let picture = still::decode(opened, &name, self.config.image.alpha, upright, &self.limits)?;
+                let picture = still::decode(opened, &mut watch, self.config.image.alpha, upright, &self.limits)?;
                 let range = PixelRange::of_pictures(&self.config.image);
                 let picture = still::first_stage(picture, &name, &item.options, range, &self.limits)?;
                 let picture = still::processor_stage(picture, &name, &self.config.processor, &self.limits)?;
@@ -137,22 +143,21 @@ impl Loader {
                 Ok(patches::assemble(MediaKind::Image, vec![frame], pixels, patch, None))
             }
             (MediaKind::Video, Source::Frames(list)) => {
-                let mut fetch = |frame: &FrameItem, upright: bool| {
-                    let name = frame.source.name();
-                    if Instant::now() >= deadline {
-                        return Err(self.too_slow(&name));
-                    }
+                let fetch = |frame: &FrameItem, upright: bool, watch: &mut Watch| {
+                    let (name, done, total) = (frame.source.name(), watch.done, watch.total);
                     // What is told of a list is how many of its frames are done.
-                    let opened = opener.open(&frame.source, &mut |_| true)?;
-                    let picture = still::decode(opened, &name, self.config.image.alpha, upright, &self.limits)?;
-                    Ok((name, picture))
+                    let mut progress = |_: Progress| (watch.progress)(Progress::Decoding { done, total });
+                    let opened = opener.open(&frame.source, &mut progress)?;
+                    let time = self.limits.time;
+                    let mut watch = Watch { input: &name, deadline, time, progress: &mut progress, done, total };
+                    still::decode(opened, &mut watch, self.config.image.alpha, upright, &self.limits)
                 };
-                frames::load(self, list, &item.options, &mut fetch, progress)
+                frames::load(self, list, &item.options, &fetch, &mut watch)
             }
             (MediaKind::Video, source) => {
-                let opened = opener.open(source, progress)?;
+                let opened = opener.open(source, watch.progress)?;
                 let file = opened.into_file().map_err(crate::spill::temporary)?;
-                crate::video::load_clip(self, &item.options, &name, &file, deadline, progress)
+                crate::video::load_clip(self, &item.options, &name, &file, deadline, watch.progress)
             }
         }
     }
@@ -171,10 +176,5 @@ impl Loader {
                 ),
             }),
         }
-    }
-
-    fn too_slow(&self, name: &str) -> MediaError {
-        let limit = self.limits.time.as_secs();
-        MediaError::Limit { input: name.to_owned(), what: "the time in seconds", found: limit + 1, limit }
     }
 }

@@ -7,7 +7,7 @@ use crate::ffmpeg::Watch;
 use crate::options::{self, Target};
 use crate::patches;
 use crate::sampling::{reference_timestamp, slow_fast_plan};
-use crate::slow_fast::{SlowFast, SlowFastClip};
+use crate::slow_fast::{Passes, SlowFast, SlowFastClip};
 use crate::still::{self, Picture, PixelRange};
 use crate::{Frame, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Progress, TimestampRule, VideoRule};
 
@@ -23,7 +23,8 @@ pub struct RgbClip<'a> {
     pub fps: f64,
     /// Number of frames.
     pub frames: u64,
-    /// A frame by its number: `[height, width, 3]`. Only the sampled ones are asked for, in order.
+    /// A frame by its number: `[height, width, 3]`. Only the sampled ones are asked for, in order; those of a clip too
+    /// long for [`Limits::spilled_bytes`](crate::Limits::spilled_bytes) twice.
     pub frame: &'a mut dyn FnMut(u64) -> Vec<u8>,
 }
 
@@ -69,17 +70,27 @@ impl Loader {
         let deadline = Instant::now() + time;
         let mut watch =
             Watch { input: clip.name, deadline, time, progress: &mut progress, done: 0, total: total as u32 };
-        watch.limit("sampled frames", total as u64, u64::from(self.limits.frames))?;
+        watch.limit("the number of sampled frames", total as u64, u64::from(self.limits.frames))?;
         let size = (clip.height, clip.width);
+        let mut each = |take: &mut Take, watch: &mut Watch| {
+            watch.done = 0;
+            plan.indices.iter().try_for_each(|&index| {
+                let rgb = (clip.frame)(index);
+                check_bytes(clip.name, size, rgb.len())?;
+                take(&rgb, watch)?;
+                watch.done += 1;
+                Ok(())
+            })
+        };
         let mut frames = SlowFast::new(self, options, size, total, &watch)?;
-        for &index in &plan.indices {
-            let rgb = (clip.frame)(index);
-            check_bytes(clip.name, size, rgb.len())?;
-            frames.push(&rgb, &mut watch)?;
-            watch.done += 1;
-        }
-        let Some(SlowFastClip { kinds, sizes, pixels }) = frames.finish(&mut watch)? else {
-            return Err(unreadable("it has no frame"));
+        each(&mut |rgb, watch| frames.push(rgb, watch), &mut watch)?;
+        let SlowFastClip { kinds, sizes, pixels } = match frames.finish(&mut watch)? {
+            Passes::None => return Err(unreadable("it has no frame")),
+            Passes::One(clip) => clip,
+            Passes::Two(mut again) => {
+                each(&mut |rgb, watch| again.push(rgb, watch), &mut watch)?;
+                again.finish(&watch)?
+            }
         };
         let timestamp = |index: u64| match self.timestamps {
             TimestampRule::True => (index as f64 / clip.fps) as f32,
@@ -97,8 +108,11 @@ impl Loader {
     }
 }
 
+/// Takes a frame, `[height, width, 3]`.
+type Take<'a> = dyn FnMut(&[u8], &mut Watch) -> Result<(), MediaError> + 'a;
+
 fn check_bytes(name: &str, (height, width): (u32, u32), found: usize) -> Result<(), MediaError> {
-    let expected = u64::from(height) * u64::from(width) * 3;
+    let expected = (u64::from(height) * u64::from(width)).saturating_mul(3);
     match expected == found as u64 && expected > 0 {
         true => Ok(()),
         false => Err(MediaError::Unreadable {

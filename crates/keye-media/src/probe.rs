@@ -22,10 +22,15 @@ pub(crate) struct Clip {
     pub height: u32,
     /// Width of a frame as shown, in pixels.
     pub width: u32,
+    /// True when the container says how to turn the picture, be it by nothing.
+    pub turned: bool,
     /// Average frames per second, as the container has it (what decord's `get_avg_fps` gives).
     pub fps: f64,
     /// Presentation time of every frame in seconds, ascending, the first one 0.
     pub times: Vec<f64>,
+    /// True when there may be packets that give no frame, so that a frame's number is not its packet's: packets that
+    /// share their time or have none, and VP8, whose hidden frames are packets of their own.
+    pub uncounted: bool,
 }
 
 impl Clip {
@@ -66,7 +71,8 @@ struct Stream {
     average: Option<f64>,
     base: Option<(i64, i64)>,
     default: bool,
-    rotation: f64,
+    /// In degrees, where the container has an angle.
+    rotation: Option<f64>,
 }
 
 #[derive(Debug, Default)]
@@ -87,9 +93,10 @@ pub(crate) fn probe(
     limits: &Limits,
     watch: &mut Watch,
 ) -> Result<Clip, MediaError> {
+    // Side data as a whole: its parts have one name in release 4.4 and another one in later ones.
     let entries = "packet=stream_index,pts,dts,flags:\
          stream=index,codec_name,pix_fmt,width,height,avg_frame_rate,r_frame_rate,time_base:\
-         stream_disposition=default:stream_side_data=rotation:stream_tags=rotate";
+         stream_disposition=default:stream_side_data_list:stream_tags=rotate";
     let mut args: Vec<OsString> = ["-hide_banner", "-v", "error"].map(Into::into).into();
     args.extend(input_options(demuxer, limits));
     // V: video streams that are no cover pictures.
@@ -110,7 +117,7 @@ pub(crate) fn probe(
             return Err(watch.unreadable("ffprobe answered with a line without end"));
         }
         watch.check()?;
-        watch.limit("number of frames", report.counted, limits.source_frames)?;
+        watch.limit("the number of frames", report.counted, limits.source_frames)?;
     }
     let (status, messages) = output.finish(watch)?;
     report.read(&String::from_utf8_lossy(&rest));
@@ -125,7 +132,7 @@ fn refusal(watch: &Watch, demuxer: &str, messages: &str, limits: &Limits) -> Med
         let mut sides = size.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
         let found = sides.next().unwrap_or(0u64).saturating_mul(sides.next().unwrap_or(0));
         let limit = limits.source_pixels;
-        return MediaError::Limit { input: watch.input.into(), what: "pixels of a frame", found, limit };
+        return MediaError::Limit { input: watch.input.into(), what: "the number of pixels of a frame", found, limit };
     }
     let message = first_message(messages);
     if messages.contains("moov atom not found") {
@@ -143,6 +150,12 @@ impl Report {
         match fields.next() {
             Some("packet") => self.read_packet(fields),
             Some("stream") => self.read_stream(fields),
+            // Release 4.4 has side data on lines of their own, after their stream.
+            Some("side_data") => {
+                if let (Some(stream), Some(angle)) = (self.streams.last_mut(), fields.find_map(rotation)) {
+                    stream.rotation = Some(angle);
+                }
+            }
             _ => {}
         }
     }
@@ -170,7 +183,8 @@ impl Report {
     fn read_stream<'a>(&mut self, fields: impl Iterator<Item = &'a str>) {
         let mut stream = Stream::default();
         let mut real = None;
-        for (name, value) in fields.filter_map(|field| field.split_once('=')) {
+        for field in fields {
+            let Some((name, value)) = field.split_once('=') else { continue };
             match name {
                 "index" => stream.index = value.parse().unwrap_or(0),
                 "codec_name" => stream.codec = value.into(),
@@ -181,10 +195,9 @@ impl Report {
                 "r_frame_rate" => real = rate(value),
                 "time_base" => stream.base = ratio(value).filter(|(n, d)| *n > 0 && *d > 0),
                 "disposition:default" => stream.default = value == "1",
-                "rotation" => stream.rotation = value.parse().unwrap_or(0.0),
                 // Old files carry the angle as a tag; ffmpeg turns it into side data, so this is for its old releases.
-                "tag:rotate" if stream.rotation == 0.0 => stream.rotation = value.parse().unwrap_or(0.0),
-                _ => {}
+                "tag:rotate" => stream.rotation = stream.rotation.or(value.parse().ok()),
+                _ => stream.rotation = rotation(field).or(stream.rotation),
             }
         }
         stream.average = stream.average.or(real);
@@ -201,11 +214,11 @@ impl Report {
         if stream.width == 0 || stream.height == 0 {
             return Err(refusal(watch, demuxer, messages, limits));
         }
-        let (width, height) = match is_quarter_turn(stream.rotation) {
+        let (width, height) = match stream.rotation.is_some_and(is_quarter_turn) {
             true => (stream.height, stream.width),
             false => (stream.width, stream.height),
         };
-        watch.limit("pixels of a frame", u64::from(width) * u64::from(height), limits.source_pixels)?;
+        watch.limit("the number of pixels of a frame", u64::from(width) * u64::from(height), limits.source_pixels)?;
         if packets.is_empty() {
             return Err(watch.unreadable("the video has no frame"));
         }
@@ -215,17 +228,35 @@ impl Report {
         });
         let fps = stream.average.or_else(|| average(measured.as_deref()?)).unwrap_or(25.0);
         let times = measured.unwrap_or_else(|| (0..packets.len()).map(|i| i as f64 / fps).collect());
+        let (turned, uncounted) = (stream.rotation.is_some(), stream.codec == "vp8" || !has_own_times(&packets));
         let Stream { index, codec, pixel_format, .. } = stream;
-        Ok(Clip { demuxer, stream: index, codec, pixel_format, height, width, fps, times })
+        Ok(Clip { demuxer, stream: index, codec, pixel_format, height, width, turned, fps, times, uncounted })
     }
 }
 
-/// Presentation times in the stream's unit, ascending: `pts` where every packet has one, else `dts`.
+/// Presentation times in the stream's unit, ascending: `pts` where every packet has one, else `dts`. `None` without,
+/// and when the clock starts again on the way, as it does where transport streams were written one after another.
 fn ticks(packets: &[Packet]) -> Option<Vec<i64>> {
+    if !packets.iter().filter_map(|p| p.dts).is_sorted() {
+        return None;
+    }
     let all = |pick: fn(&Packet) -> Option<i64>| packets.iter().map(pick).collect::<Option<Vec<i64>>>();
     let mut ticks = all(|p| p.pts).or_else(|| all(|p| p.dts))?;
     ticks.sort_unstable();
     Some(ticks)
+}
+
+/// Whether every packet has a presentation time that no other one has.
+fn has_own_times(packets: &[Packet]) -> bool {
+    let mut times: Vec<Option<i64>> = packets.iter().map(|p| p.pts).collect();
+    times.sort_unstable();
+    times.first().is_none_or(Option::is_some) && times.windows(2).all(|pair| pair[0] != pair[1])
+}
+
+/// The angle in a field of side data: `rotation=90`, with its section's name in front from release 8 on.
+fn rotation(field: &str) -> Option<f64> {
+    let (name, value) = field.split_once('=')?;
+    (name == "rotation" || name.ends_with(":rotation")).then(|| value.parse().ok()).flatten()
 }
 
 /// Mean rate of frames at these times.
@@ -287,6 +318,56 @@ mod tests {
         )
         .unwrap();
         assert_eq!((clip.times.as_slice(), clip.fps, clip.height, clip.width), (&[0.0, 1.0, 2.0][..], 1.0, 64, 48));
+    }
+
+    const STREAM: &str = "stream|index=0|codec_name=h264|width=64|height=48|avg_frame_rate=10/1|time_base=1/1000|\
+                          disposition:default=1";
+
+    /// How releases 5.1, 8 and 4.4 print an angle.
+    #[test]
+    fn an_angle_is_found_wherever_a_release_prints_it() {
+        let packet = "packet|stream_index=0|pts=0|dts=0|flags=K_";
+        let matrix = r"side_data_type=Display Matrix|displaymatrix=\n00000000:    0   -65536   0\n";
+        let same_line = [format!("{STREAM}|side_data|{matrix}|rotation=-90")];
+        let named = [format!(
+            "{STREAM}|side_datum/display_matrix:side_data_type=Display Matrix|side_datum/display_matrix:rotation=90"
+        )];
+        let own_line = [STREAM.to_owned(), format!("side_data|{matrix}|rotation=90")];
+        for lines in [&same_line[..], &named, &own_line] {
+            let lines: Vec<&str> = [packet].into_iter().chain(lines.iter().map(String::as_str)).collect();
+            let clip = clip_of(&lines, &Limits::default()).unwrap();
+            assert_eq!((clip.height, clip.width, clip.turned), (64, 48, true), "{lines:?}");
+        }
+        let flat = clip_of(&[packet, STREAM], &Limits::default()).unwrap();
+        assert_eq!((flat.height, flat.width, flat.turned), (48, 64, false));
+    }
+
+    fn packets(stamps: &[(&str, &str)]) -> Vec<String> {
+        stamps.iter().map(|(pts, dts)| format!("packet|stream_index=0|pts={pts}|dts={dts}|flags=__")).collect()
+    }
+
+    #[test]
+    fn a_clock_that_starts_again_tells_no_time() {
+        let lines =
+            packets(&[("200", "0"), ("400", "100"), ("300", "200"), ("200", "0"), ("400", "100"), ("300", "200")]);
+        let lines: Vec<&str> = lines.iter().map(String::as_str).chain([STREAM]).collect();
+        let clip = clip_of(&lines, &Limits::default()).unwrap();
+        assert_eq!(clip.times, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]);
+    }
+
+    #[test]
+    fn packets_that_may_give_no_frame_are_told() {
+        let vp8 = STREAM.replace("h264", "vp8");
+        for (stamps, stream, uncounted) in [
+            ([("0", "0"), ("200", "100"), ("100", "200")], STREAM, false),
+            ([("0", "0"), ("100", "100"), ("100", "100")], STREAM, true),
+            ([("0", "0"), ("N/A", "100"), ("200", "200")], STREAM, true),
+            ([("0", "0"), ("100", "100"), ("200", "200")], &vp8, true),
+        ] {
+            let lines = packets(&stamps);
+            let lines: Vec<&str> = lines.iter().map(String::as_str).chain([stream]).collect();
+            assert_eq!(clip_of(&lines, &Limits::default()).unwrap().uncounted, uncounted, "{lines:?}");
+        }
     }
 
     #[test]

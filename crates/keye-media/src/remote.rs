@@ -11,15 +11,18 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 use crate::remote_policy::RemotePolicy;
 use crate::source::within_limit;
+use crate::spill::temporary;
 use crate::{MediaError, Progress};
 
 const REDIRECTS: u32 = 3;
 /// Between two looks at whether the caller gave up, while nothing arrives.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// Longest time to connect, and from there to the head of the response.
+/// Longest time to look a name up, and to connect: what cannot be interrupted.
+const CONNECTING: Duration = Duration::from_secs(20);
+/// Longest time from there to the head of the response, and between two parts of the body.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Fetches at the same time, those included that were given up and wait for a silent server.
-const MOST: usize = 64;
+/// Of all fetches, those included that were given up while they connect.
+static SLOTS: Slots = Slots { used: AtomicUsize::new(0), most: 64 };
 
 /// Resolves names and asks the policy about what they resolve to. Redirects come by here too, and connections are made to
 /// the addresses returned, so there is no second look-up that could answer differently.
@@ -61,14 +64,25 @@ enum Part {
 /// A fetch on a thread of its own: a server that says nothing holds that thread, not the one that waits for it.
 struct Fetch {
     url: String,
-    policy: Option<RemotePolicy>,
+    agent: ureq::Agent,
     limit: u64,
-    deadline: Instant,
+}
+
+/// Ends the connections of a fetch when nobody waits for it any more, so that its thread ends too.
+struct HangUp(ureq::Agent);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        self.0.clone().shutdown();
+    }
 }
 
 /// Streams the body into an unlinked temporary file. At most three redirects, `limit` bytes, and all before `deadline`; ends soon
 /// after `progress` returns false. With a policy, every host on the way has to pass it and proxies of the environment are not
 /// used.
+///
+/// # Errors
+/// [`MediaError::Busy`] when as many are fetched already as may be; what the policy or the server said; limits; cancelling.
 pub(crate) fn fetch(
     url: &str,
     policy: Option<&RemotePolicy>,
@@ -76,10 +90,22 @@ pub(crate) fn fetch(
     deadline: Instant,
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<File, MediaError> {
-    let failed = |source: std::io::Error| MediaError::Read { input: url.to_owned(), source };
-    let running = Running::begin().ok_or_else(|| failed(std::io::Error::other("too many media are being fetched")))?;
+    fetch_in(&SLOTS, url, agent(policy, deadline), limit, progress)
+}
+
+fn fetch_in(
+    slots: &'static Slots,
+    url: &str,
+    agent: ureq::Agent,
+    limit: u64,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<File, MediaError> {
+    let busy = |reason: String| MediaError::Busy { input: url.to_owned(), reason };
+    let running = slots.take().ok_or_else(|| busy(format!("{} sources are being fetched already", slots.most)))?;
+    let mut file = tempfile::tempfile().map_err(temporary)?;
     let (sender, receiver) = sync_channel(4);
-    let fetch = Fetch { url: url.to_owned(), policy: policy.cloned(), limit, deadline };
+    let _hang_up = HangUp(agent.clone());
+    let fetch = Fetch { url: url.to_owned(), agent, limit };
     let work = move || {
         let _running = running;
         if let Err(error) = fetch.run(&sender) {
@@ -87,8 +113,8 @@ pub(crate) fn fetch(
             let _ = sender.send(Err(error));
         }
     };
-    std::thread::Builder::new().name("keye-fetch".into()).spawn(work).map_err(failed)?;
-    let mut file = tempfile::tempfile().map_err(failed)?;
+    let thread = std::thread::Builder::new().name("keye-fetch".into()).spawn(work);
+    thread.map_err(|error| busy(format!("no thread can be started for it: {error}")))?;
     let (mut done, mut total) = (0, None);
     loop {
         let part = receiver.recv_timeout(PATIENCE);
@@ -102,29 +128,33 @@ pub(crate) fn fetch(
             Ok(Ok(Part::Total(claimed))) => total = claimed,
             Ok(Ok(Part::Bytes(bytes))) => {
                 done += bytes.len() as u64;
-                file.write_all(&bytes).map_err(failed)?;
+                file.write_all(&bytes).map_err(temporary)?;
             }
         }
     }
-    file.rewind().map_err(failed)?;
+    file.rewind().map_err(temporary)?;
     Ok(file)
 }
 
+/// How many fetches run and may run at the same time.
+struct Slots {
+    used: AtomicUsize,
+    most: usize,
+}
+
 /// One of the fetches that run.
-struct Running;
+struct Running(&'static Slots);
 
-static FETCHES: AtomicUsize = AtomicUsize::new(0);
-
-impl Running {
-    fn begin() -> Option<Self> {
-        let more = |n: usize| (n < MOST).then_some(n + 1);
-        FETCHES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self)
+impl Slots {
+    fn take(&'static self) -> Option<Running> {
+        let more = |n: usize| (n < self.most).then_some(n + 1);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Running(self))
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        FETCHES.fetch_sub(1, Ordering::Relaxed);
+        self.0.used.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -132,7 +162,7 @@ impl Fetch {
     fn run(&self, sender: &SyncSender<Result<Part, MediaError>>) -> Result<(), MediaError> {
         let url = &self.url;
         let failed = |source: std::io::Error| MediaError::Read { input: url.clone(), source };
-        let mut response = self.agent().get(url).call().map_err(|error| match error {
+        let mut response = self.agent.get(url).call().map_err(|error| match error {
             ureq::Error::Other(other) if other.is::<Refused>() => {
                 MediaError::Denied { input: url.clone(), reason: other.to_string() }
             }
@@ -156,21 +186,23 @@ impl Fetch {
             sender.send(Ok(Part::Bytes(buffer))).map_err(given_up)?;
         }
     }
+}
 
-    fn agent(&self) -> ureq::Agent {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        let builder = ureq::Agent::config_builder()
-            .max_redirects(REDIRECTS)
-            .timeout_global(Some(left))
-            .timeout_connect(Some(SILENCE.min(left)))
-            .timeout_recv_response(Some(SILENCE.min(left)))
-            .user_agent(concat!("keye/", env!("CARGO_PKG_VERSION")));
-        match &self.policy {
-            None => builder.build().into(),
-            Some(policy) => {
-                let resolver = PolicyResolver { policy: policy.clone(), inner: DefaultResolver::default() };
-                ureq::Agent::with_parts(builder.proxy(None).build(), DefaultConnector::new(), resolver)
-            }
+fn agent(policy: Option<&RemotePolicy>, deadline: Instant) -> ureq::Agent {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let builder = ureq::Agent::config_builder()
+        .max_redirects(REDIRECTS)
+        .timeout_global(Some(left))
+        .timeout_resolve(Some(CONNECTING.min(left)))
+        .timeout_connect(Some(CONNECTING.min(left)))
+        .timeout_recv_response(Some(SILENCE.min(left)))
+        .timeout_per_read(Some(SILENCE.min(left)))
+        .user_agent(concat!("keye/", env!("CARGO_PKG_VERSION")));
+    match policy {
+        None => builder.build().into(),
+        Some(policy) => {
+            let resolver = PolicyResolver { policy: policy.clone(), inner: DefaultResolver::default() };
+            ureq::Agent::with_parts(builder.proxy(None).build(), DefaultConnector::new(), resolver)
         }
     }
 }
@@ -253,6 +285,80 @@ mod tests {
         });
         assert!(matches!(result, Err(MediaError::Cancelled)));
         assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    }
+
+    /// Says that there is a body, and never sends it.
+    fn stalled() -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let mut open = Vec::new();
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\n");
+                open.push(stream);
+            }
+        });
+        url
+    }
+
+    #[test]
+    fn a_fetch_that_was_given_up_leaves_its_slot() {
+        static FEW: Slots = Slots { used: AtomicUsize::new(0), most: 3 };
+        let get = |url: &str, progress: &mut dyn FnMut(Progress) -> bool| {
+            let agent = agent(None, Instant::now() + Duration::from_secs(600));
+            fetch_in(&FEW, url, agent, 100, progress)
+        };
+        let stalled = stalled();
+        let begin = Instant::now();
+        let waiting = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..FEW.most {
+                scope.spawn(|| {
+                    let mut told = false;
+                    let result = get(&stalled, &mut |progress| {
+                        if !told && matches!(progress, Progress::Fetching { total: Some(_), .. }) {
+                            told = true;
+                            waiting.fetch_add(1, Ordering::Relaxed);
+                        }
+                        waiting.load(Ordering::Relaxed) <= FEW.most
+                    });
+                    assert!(matches!(result, Err(MediaError::Cancelled)), "{result:?}");
+                });
+            }
+            while waiting.load(Ordering::Relaxed) < FEW.most && begin.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let error = get(&stalled, &mut |_| true).unwrap_err();
+            waiting.fetch_add(FEW.most, Ordering::Relaxed);
+            assert!(matches!(error, MediaError::Busy { .. }) && error.to_string().contains("3 sources"), "{error}");
+        });
+        let server = serve(|_| "HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello".into());
+        loop {
+            match get(&server, &mut |_| true) {
+                Err(MediaError::Busy { .. }) if begin.elapsed() < Duration::from_secs(30) => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                result => break assert!(result.is_ok(), "{result:?}"),
+            }
+        }
+    }
+
+    /// The folder belongs to a process, so one of its own looks.
+    #[test]
+    fn a_missing_folder_for_temporary_files_is_not_the_sources_fault() {
+        const MISSING: &str = "/nonexistent/keye";
+        if std::env::temp_dir() == std::path::Path::new(MISSING) {
+            let server = serve(|_| "HTTP/1.1 200 OK\r\ncontent-length: 1\r\nconnection: close\r\n\r\nx".into());
+            let error = get(&server, 100).unwrap_err();
+            assert!(matches!(error, MediaError::Temporary { .. }) && error.to_string().contains(MISSING), "{error}");
+            return;
+        }
+        let name = "remote::tests::a_missing_folder_for_temporary_files_is_not_the_sources_fault";
+        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+        let again = again.args([name, "--exact"]).env("TMPDIR", MISSING).output().unwrap();
+        let said = String::from_utf8_lossy(&again.stdout);
+        assert!(again.status.success() && said.contains("1 passed"), "{said}");
     }
 
     #[test]

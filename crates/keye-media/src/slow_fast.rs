@@ -2,7 +2,8 @@
 //!
 //! The sizes of slow and fast frames depend on how many there are of each, because they share a budget. They only shrink as
 //! frames come, so they are settled as soon as all frames to come could be slow without changing them: for most clips up
-//! to a minute early on, for clips of up to 85 frames at once. Until then frames are put aside on disk ([`Spill`]).
+//! to a minute early on, for clips of up to 85 frames at once. Until then frames are put aside on disk ([`Spill`]); where
+//! these would be more bytes than the limit allows, the clip is only classified, and decoded a second time ([`Passes`]).
 
 use crate::ffmpeg::Watch;
 use crate::patches;
@@ -24,7 +25,27 @@ pub(crate) struct SlowFast<'a> {
     kinds: Vec<FrameKind>,
     /// Frames that wait for their size.
     spill: Option<Spill>,
+    /// True when there was no room for those.
+    twice: bool,
     settled: Option<Settled>,
+}
+
+/// How often the frames have to be decoded.
+pub(crate) enum Passes<'a> {
+    /// There was no frame.
+    None,
+    /// Once.
+    One(SlowFastClip),
+    /// All of them again.
+    Two(Box<SecondPass<'a>>),
+}
+
+/// Takes the frames again, now that their sizes are known.
+pub(crate) struct SecondPass<'a> {
+    loader: &'a Loader,
+    kinds: Vec<FrameKind>,
+    came: usize,
+    settled: Settled,
 }
 
 /// What came out.
@@ -61,7 +82,7 @@ impl<'a> SlowFast<'a> {
         let similarity = options.min_frame_similarity.unwrap_or(loader.config.video.min_frame_similarity);
         let classifier = Classifier::new(h, w, similarity).map_err(|reason| watch.unreadable(reason))?;
         let (kinds, remaining) = (Vec::with_capacity(total), total as u64);
-        Ok(Self { loader, options, h, w, remaining, classifier, kinds, spill: None, settled: None })
+        Ok(Self { loader, options, h, w, remaining, classifier, kinds, spill: None, twice: false, settled: None })
     }
 
     /// Takes the next frame, `[h, w, 3]`.
@@ -70,30 +91,43 @@ impl<'a> SlowFast<'a> {
         self.kinds.push(kind);
         self.remaining = self.remaining.saturating_sub(1);
         let waiting = self.kinds.len() - 1;
-        if self.settled.is_none() && self.is_settled() {
+        if self.settled.is_none() && !self.twice && self.is_settled() {
             self.settle(waiting, watch)?;
         }
         match &mut self.settled {
             Some(settled) => settled.take(rgb, kind, self.loader, watch),
-            None => match &mut self.spill {
-                Some(spill) => spill.write(rgb),
-                None => self.spill.insert(Spill::new()?).write(rgb),
-            },
+            None if self.twice => Ok(()),
+            None => self.put_aside(rgb),
         }
     }
 
-    /// After the last frame. `None` when there was no frame.
-    pub fn finish(mut self, watch: &mut Watch) -> Result<Option<SlowFastClip>, MediaError> {
+    /// Puts a frame on disk, or gives up all that are there when the limit leaves no room for it.
+    fn put_aside(&mut self, rgb: &[u8]) -> Result<(), MediaError> {
+        let mut spill = match self.spill.take() {
+            Some(spill) => spill,
+            None => Spill::new()?,
+        };
+        self.twice = spill.bytes().saturating_add(rgb.len() as u64) > self.loader.limits.spilled_bytes;
+        if !self.twice {
+            spill.write(rgb)?;
+            self.spill = Some(spill);
+        }
+        Ok(())
+    }
+
+    /// After the last frame.
+    pub fn finish(mut self, watch: &mut Watch) -> Result<Passes<'a>, MediaError> {
         if self.kinds.is_empty() {
-            return Ok(None);
+            return Ok(Passes::None);
+        }
+        if self.twice {
+            let settled = self.sized(watch)?;
+            return Ok(Passes::Two(Box::new(SecondPass { loader: self.loader, kinds: self.kinds, came: 0, settled })));
         }
         if self.settled.is_none() {
             self.settle(self.kinds.len(), watch)?;
         }
-        Ok(self.settled.map(|mut settled| {
-            settled.pixels.shrink_to_fit();
-            SlowFastClip { kinds: self.kinds, sizes: settled.sizes, pixels: settled.pixels }
-        }))
+        Ok(self.settled.map_or(Passes::None, |settled| Passes::One(settled.clip(self.kinds))))
     }
 
     /// Slow and fast frames that came.
@@ -111,25 +145,32 @@ impl<'a> SlowFast<'a> {
         now == most(slow + self.remaining, fast) && now == most(slow, fast + self.remaining)
     }
 
-    /// The sizes are those of the frames that came; the first `waiting` of these are on disk.
-    fn settle(&mut self, waiting: usize, watch: &mut Watch) -> Result<(), MediaError> {
+    /// What resizes frames to the sizes that follow from those that came.
+    fn sized(&self, watch: &Watch) -> Result<Settled, MediaError> {
         let (slow, fast) = self.counts();
         let sizes = slow_fast_sizes(self.h, self.w, slow, fast, self.options, &self.loader.config.video);
         let sizes = sizes.map_err(|reason| watch.unreadable(reason))?;
+        let patch = self.loader.config.processor.patch_size;
+        // Before memory is taken and work is done that a limit makes useless.
+        let of = |size, frames| patches_of(size, patch).saturating_mul(frames);
+        let known = of(sizes.slow, slow).saturating_add(of(sizes.fast, fast));
+        watch.limit("the number of patches", known, self.loader.limits.patches)?;
         let resizer = |(to_h, to_w)| Resizer::new(self.h, self.w, to_h, to_w, Kernel::Bilinear, Mode::Int16);
-        let mut settled = Settled {
+        Ok(Settled {
             slow: resizer(sizes.slow),
             fast: resizer(sizes.fast),
             sizes,
-            patch: self.loader.config.processor.patch_size,
+            patch,
             patches: 0,
             pixels: Vec::new(),
             resized: Vec::new(),
             scratch: Scratch::default(),
-        };
-        // Before work is done that a limit makes useless.
-        let known = self.kinds.iter().map(|kind| settled.patches_of(*kind)).fold(0, u64::saturating_add);
-        watch.limit("patches", known, self.loader.limits.patches)?;
+        })
+    }
+
+    /// The sizes are those of the frames that came; the first `waiting` of these are on disk.
+    fn settle(&mut self, waiting: usize, watch: &mut Watch) -> Result<(), MediaError> {
+        let mut settled = self.sized(watch)?;
         if let Some(mut spill) = self.spill.take() {
             let mut frame = vec![0; self.h as usize * self.w as usize * 3];
             spill.rewind()?;
@@ -144,6 +185,33 @@ impl<'a> SlowFast<'a> {
     }
 }
 
+impl SecondPass<'_> {
+    /// Takes the next frame, `[h, w, 3]`.
+    pub fn push(&mut self, rgb: &[u8], watch: &Watch) -> Result<(), MediaError> {
+        if let Some(kind) = self.kinds.get(self.came) {
+            self.settled.take(rgb, *kind, self.loader, watch)?;
+        }
+        self.came += 1;
+        Ok(())
+    }
+
+    /// After the last frame.
+    ///
+    /// # Errors
+    /// Another number of frames than in the first pass.
+    pub fn finish(self, watch: &Watch) -> Result<SlowFastClip, MediaError> {
+        let (first, second) = (self.kinds.len(), self.came);
+        match first == second {
+            true => Ok(self.settled.clip(self.kinds)),
+            false => Err(watch.unreadable(format!("decoding it twice gave {first} frames, then {second}"))),
+        }
+    }
+}
+
+fn patches_of((h, w): (u32, u32), patch: u32) -> u64 {
+    u64::from(h / patch) * u64::from(w / patch)
+}
+
 impl Settled {
     fn size(&self, kind: FrameKind) -> (u32, u32) {
         match kind {
@@ -152,15 +220,15 @@ impl Settled {
         }
     }
 
-    fn patches_of(&self, kind: FrameKind) -> u64 {
-        let (h, w) = self.size(kind);
-        u64::from(h / self.patch) * u64::from(w / self.patch)
+    fn clip(mut self, kinds: Vec<FrameKind>) -> SlowFastClip {
+        self.pixels.shrink_to_fit();
+        SlowFastClip { kinds, sizes: self.sizes, pixels: self.pixels }
     }
 
     fn take(&mut self, rgb: &[u8], kind: FrameKind, loader: &Loader, watch: &Watch) -> Result<(), MediaError> {
-        self.patches = self.patches.saturating_add(self.patches_of(kind));
-        watch.limit("patches", self.patches, loader.limits.patches)?;
         let (height, width) = self.size(kind);
+        self.patches = self.patches.saturating_add(patches_of((height, width), self.patch));
+        watch.limit("the number of patches", self.patches, loader.limits.patches)?;
         let resizer = if kind == FrameKind::Slow { &self.slow } else { &self.fast };
         resizer.run(rgb, &mut self.resized, &mut self.scratch);
         let more = self.resized.len();
@@ -184,7 +252,10 @@ mod tests {
         let deadline = std::time::Instant::now() + time;
         let mut watch = Watch { input: "test", deadline, time, progress: &mut progress, done: 0, total: 0 };
         let loader = Loader::new(MediaConfig::slow_fast());
-        let mut settled_at = Vec::new();
+        // Room for three frames, which is too little for some of these clips.
+        let mut short = loader.clone();
+        short.limits.spilled_bytes = 3 * 200 * 300 * 3;
+        let (mut settled_at, mut twice) = (Vec::new(), 0);
         // From a budget that binds every clip to one that binds none.
         for budget in [4, 12, 40, 130] {
             for pattern in [0u64, 1, 0b1010_1010_1010, 0b1111_1100_0000, 0b0000_0011_1111, 0xfff] {
@@ -200,7 +271,7 @@ mod tests {
                     frames.push(&came[i], &mut watch).unwrap();
                     settled = settled.or(frames.settled.is_some().then_some(i));
                 }
-                let clip = frames.finish(&mut watch).unwrap().unwrap();
+                let Passes::One(clip) = frames.finish(&mut watch).unwrap() else { panic!("the disk has room") };
                 let slow = clip.kinds.iter().filter(|kind| **kind == FrameKind::Slow).count() as u64;
                 let sizes = slow_fast_sizes(200, 300, slow, 12 - slow, &options, &loader.config.video).unwrap();
                 assert_eq!(clip.sizes, sizes, "{budget} {pattern:b}");
@@ -213,8 +284,25 @@ mod tests {
                 }
                 assert!(clip.pixels == pixels, "{budget} {pattern:b}");
                 settled_at.push(settled);
+
+                let mut frames = SlowFast::new(&short, &options, size, 12, &watch).unwrap();
+                for rgb in &came {
+                    frames.push(rgb, &mut watch).unwrap();
+                    assert!(frames.spill.as_ref().is_none_or(|spill| spill.bytes() <= short.limits.spilled_bytes));
+                }
+                let again = match frames.finish(&mut watch).unwrap() {
+                    Passes::Two(mut second) => {
+                        twice += 1;
+                        came.iter().for_each(|rgb| second.push(rgb, &watch).unwrap());
+                        second.finish(&watch).unwrap()
+                    }
+                    Passes::One(clip) => clip,
+                    Passes::None => panic!("frames came"),
+                };
+                assert!(again.pixels == pixels && again.kinds == clip.kinds, "{budget} {pattern:b}");
             }
         }
+        assert!((1..24).contains(&twice), "{twice} clips were decoded twice");
         settled_at.sort();
         settled_at.dedup();
         assert!(settled_at.len() > 2, "the clips test one case only: {settled_at:?}");

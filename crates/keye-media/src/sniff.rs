@@ -12,6 +12,9 @@ pub(crate) fn demuxer(head: &[u8]) -> Result<&'static str, String> {
     if head.is_empty() {
         return Err("the file is empty".into());
     }
+    if let Some(reason) = unread_picture(head) {
+        return Err(reason);
+    }
     if let Some(picture) = still_picture(head) {
         return Err(format!("a still picture ({picture}), not a video: give it as an image or in a list of frames"));
     }
@@ -67,24 +70,39 @@ fn container(head: &[u8]) -> Option<&'static str> {
     (synced(0, 188) || synced(4, 192)).then_some("mpegts")
 }
 
-fn still_picture(head: &[u8]) -> Option<&'static str> {
-    const BRANDS: [&[u8; 4]; 5] = [b"avif", b"heic", b"heix", b"mif1", b"heim"];
-    if at(head, 4, b"ftyp") && BRANDS.iter().any(|brand| at(head, 8, *brand)) {
-        return Some("HEIF");
-    }
-    if at(head, 0, b"RIFF") && at(head, 8, b"WEBP") {
-        return Some("WebP");
-    }
-    let magics: [(&[u8], &str); 8] = [
-        (b"\x89PNG\r\n\x1a\n", "PNG"),
-        (b"\xFF\xD8\xFF", "JPEG"),
-        (b"II*\0", "TIFF"),
-        (b"MM\0*", "TIFF"),
+/// What to do with a picture in a format that is known by name only.
+pub(crate) fn unread_picture(head: &[u8]) -> Option<String> {
+    const BRANDS: [(&[u8; 4], &str); 10] = [
+        (b"avif", "AVIF"),
+        (b"avis", "AVIF"),
+        (b"heic", "HEIF"),
+        (b"heix", "HEIF"),
+        (b"heim", "HEIF"),
+        (b"heis", "HEIF"),
+        (b"hevc", "HEIF"),
+        (b"hevx", "HEIF"),
+        (b"mif1", "HEIF"),
+        (b"msf1", "HEIF"),
+    ];
+    const MAGICS: [(&[u8], &str); 5] = [
         (b"\xFF\x0A", "JPEG XL"),
         (b"\0\0\0\x0CJXL ", "JPEG XL"),
         (b"\0\0\0\x0CjP  ", "JPEG 2000"),
+        (b"\xFF\x4F\xFF\x51", "JPEG 2000"),
         (b"8BPS", "PSD"),
     ];
+    let brand = BRANDS.iter().find(|(brand, _)| at(head, 4, b"ftyp") && at(head, 8, *brand)).map(|(_, name)| name);
+    let name = brand.or_else(|| MAGICS.iter().find(|(magic, _)| at(head, 0, magic)).map(|(_, name)| name))?;
+    Some(format!("a picture in the format {name}, which is not read; convert it to PNG or JPEG"))
+}
+
+/// The name of a picture's format that is read.
+fn still_picture(head: &[u8]) -> Option<&'static str> {
+    if at(head, 0, b"RIFF") && at(head, 8, b"WEBP") {
+        return Some("WebP");
+    }
+    let magics: [(&[u8], &str); 4] =
+        [(b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xFF\xD8\xFF", "JPEG"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF")];
     let found = magics.iter().find(|(magic, _)| at(head, 0, magic)).map(|(_, name)| *name);
     // "BM" alone is too short to tell: the two reserved words of a bitmap are zero.
     found.or_else(|| (at(head, 0, b"BM") && at(head, 6, &[0; 4])).then_some("BMP"))
@@ -167,7 +185,8 @@ mod tests {
             (&b""[..], "empty"),
             (b"\x89PNG\r\n\x1a\n", "a still picture (PNG)"),
             (b"\xFF\xD8\xFF\xE0", "a still picture (JPEG)"),
-            (b"\0\0\0\x20ftypavif", "a still picture (HEIF)"),
+            (b"\0\0\0\x20ftypavif", "the format AVIF, which is not read; convert"),
+            (b"\0\0\0\x20ftypheic", "the format HEIF, which is not read; convert"),
             (b"RIFF\0\0\0\0WEBPVP8 ", "a still picture (WebP)"),
             (b"RIFF\0\0\0\0WAVEfmt ", "an audio file (WAV)"),
             (b"\x7FELF", "expected MP4/MOV"),

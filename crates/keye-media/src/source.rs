@@ -1,18 +1,16 @@
 //! Naming and opening sources.
 
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use base64::Engine;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{DecodeSliceError, Engine};
 
 use crate::{Access, Limits, MediaError, Progress, Source};
-
-/// How data URLs are named in errors.
-const DATA: &str = "data";
 
 impl Source {
     /// Reads a source as the messages of `keye-vl-utils` name it: `http://` or `https://`, `file://` and a path (the
@@ -27,15 +25,17 @@ impl Source {
         } else if scheme("file://") {
             Ok(Source::Path(PathBuf::from(&text["file://".len()..])))
         } else if scheme("data:") {
-            let unreadable = |reason: String| MediaError::Unreadable { input: DATA.into(), reason };
+            let input = || format!("data URL of {} characters", text.len());
+            let unreadable = |reason: String| MediaError::Unreadable { input: input(), reason };
             let Some((head, body)) = text.split_once(',') else {
-                return Err(unreadable("a data URL without a comma; expected data:TYPE;base64,DATA".into()));
+                return Err(unreadable("it has no comma; expected data:TYPE;base64,DATA".into()));
             };
             if !head.to_ascii_lowercase().ends_with(";base64") {
-                return Err(unreadable(format!("{head:.60}: a data URL must be base64: data:TYPE;base64,DATA")));
+                return Err(unreadable(format!("it begins with {head:.60}; expected data:TYPE;base64,DATA")));
             }
-            let bytes = decode_base64(body).map_err(|e| unreadable(format!("the data URL is no base64: {e}")))?;
-            Ok(Source::Bytes(bytes.into()))
+            let bytes =
+                decode_base64(body).map_err(|e| unreadable(format!("what follows the comma is no base64: {e}")))?;
+            Ok(Source::Bytes(bytes))
         } else {
             Ok(Source::Path(PathBuf::from(text)))
         }
@@ -46,8 +46,11 @@ impl Source {
         match self {
             Source::Path(path) => path_name(path),
             Source::Url(url) => url.clone(),
-            Source::Bytes(_) => DATA.to_owned(),
-            Source::Frames(_) => "frame list".to_owned(),
+            Source::Bytes(bytes) => format!("data of {} bytes", bytes.len()),
+            Source::Frames(list) => match list.first() {
+                Some(first) => format!("list of {} frames from {}", list.len(), first.source.name()),
+                None => "list of no frames".to_owned(),
+            },
         }
     }
 }
@@ -65,21 +68,36 @@ fn path_name(path: &Path) -> String {
     }
 }
 
-/// Base64 of either alphabet, with or without padding and white space.
-fn decode_base64(text: &str) -> Result<Vec<u8>, base64::DecodeError> {
+/// Base64 of either alphabet, with or without padding and white space. Bodies are large: what is plain already is decoded
+/// in place, and straight into the memory that is kept.
+fn decode_base64(text: &str) -> Result<Arc<[u8]>, String> {
     let config = GeneralPurposeConfig::new()
         .with_decode_padding_mode(DecodePaddingMode::Indifferent)
         .with_decode_allow_trailing_bits(true);
-    let plain: Vec<u8> = text
-        .bytes()
-        .filter(|b| !b.is_ascii_whitespace())
-        .map(|b| match b {
-            b'-' => b'+',
-            b'_' => b'/',
-            other => other,
-        })
-        .collect();
-    GeneralPurpose::new(&base64::alphabet::STANDARD, config).decode(plain)
+    let plain = match text.bytes().any(|b| b.is_ascii_whitespace() || b == b'-' || b == b'_') {
+        false => Cow::Borrowed(text.as_bytes()),
+        true => Cow::Owned(text.bytes().filter(|b| !b.is_ascii_whitespace()).map(standard).collect()),
+    };
+    // Four characters are three bytes; a last group of two or three is one byte or two.
+    let padding = plain.iter().rev().take_while(|b| **b == b'=').count();
+    let length = (plain.len() - padding) / 4 * 3 + ((plain.len() - padding) % 4).saturating_sub(1);
+    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, length).collect();
+    let target = Arc::get_mut(&mut bytes).ok_or("its memory is shared")?;
+    match GeneralPurpose::new(&base64::alphabet::STANDARD, config).decode_slice(&*plain, target) {
+        Ok(decoded) if decoded == length => Ok(bytes),
+        Ok(decoded) => Err(format!("{decoded} bytes came of {length}")),
+        Err(DecodeSliceError::DecodeError(error)) => Err(error.to_string()),
+        Err(DecodeSliceError::OutputSliceTooSmall) => Err(format!("it is longer than {length} bytes")),
+    }
+}
+
+/// A character of the URL alphabet in the standard one.
+fn standard(character: u8) -> u8 {
+    match character {
+        b'-' => b'+',
+        b'_' => b'/',
+        other => other,
+    }
 }
 
 /// A source that passed the rules of [`Access`] and the limit of bytes.
@@ -110,11 +128,31 @@ impl Opener<'_> {
                 within_limit(&name, bytes.len() as u64, self.limits.bytes)?;
                 Ok(Opened::Bytes(bytes.clone()))
             }
-            Source::Path(path) => self.open_path(path, &name).map(Opened::File),
+            Source::Path(path) => self.open_path(path, &name).map_err(|e| self.unescaped(path, e)).map(Opened::File),
             Source::Url(url) => self.fetch(url, progress).map(Opened::File),
             Source::Frames(_) => {
                 Err(MediaError::Unreadable { input: name, reason: "a frame list inside a frame list".into() })
             }
+        }
+    }
+
+    /// Says so when a file is missing only because `file://` URLs are not unescaped. The other file passes the same rules,
+    /// so that nothing is told about files that may not be opened.
+    fn unescaped(&self, path: &Path, error: MediaError) -> MediaError {
+        match error {
+            MediaError::Read { input, source } if source.kind() == ErrorKind::NotFound => {
+                let other = path.to_str().and_then(percent_decoded);
+                let found = other.filter(|other| self.open_path(Path::new(other), other).is_ok());
+                let source = match found {
+                    Some(other) => std::io::Error::new(
+                        ErrorKind::NotFound,
+                        format!("there is no such file, but there is {other}: names are not unescaped, so give that"),
+                    ),
+                    None => source,
+                };
+                MediaError::Read { input, source }
+            }
+            error => error,
         }
     }
 
@@ -232,6 +270,18 @@ pub(crate) fn within_limit(name: &str, found: u64, limit: u64) -> Result<(), Med
     Ok(())
 }
 
+/// A name without its escapes (`%20`), if it has any and is text then.
+fn percent_decoded(name: &str) -> Option<String> {
+    let (first, rest) = name.split_once('%')?;
+    let mut bytes = first.as_bytes().to_vec();
+    for part in rest.split('%') {
+        let digits = part.get(..2).filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).ok()
+}
+
 /// Whether a path, read letter by letter, leads out of `root`.
 fn leaves(path: &Path, root: &Path) -> bool {
     let path = match path.is_absolute() {
@@ -281,6 +331,7 @@ fn path_of(_file: &File) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::FrameItem;
 
     fn open(source: Source, access: &Access, limits: &Limits) -> Result<Vec<u8>, MediaError> {
         let opener = Opener { access, limits, deadline: Instant::now() + limits.time };
@@ -302,6 +353,30 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_is_missing_only_for_its_escapes_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        std::fs::write(root.join("a b.txt"), "in").unwrap();
+        std::fs::write(folder.path().join("out é.txt"), "out").unwrap();
+        let access = Access { root: Some(root), confine: true, ..Access::default() };
+        let told =
+            |name: &str| open(Source::parse(name).unwrap(), &access, &Limits::default()).unwrap_err().to_string();
+        assert!(told("file://a%20b.txt").contains("there is a b.txt"), "{}", told("file://a%20b.txt"));
+        for name in ["file://a%20c.txt", "file://%2e%2e/out%20%C3%A9.txt", "file://100%.txt", "file://%é"] {
+            assert!(told(name).contains("cannot read") && !told(name).contains("there is"), "{}", told(name));
+        }
+    }
+
+    #[test]
+    fn errors_tell_data_and_lists_apart() {
+        let list = ["a.png", "b.png"].map(|name| FrameItem { source: Source::Path(name.into()), options: None });
+        assert_eq!(Source::Frames(list.into()).name(), "list of 2 frames from a.png");
+        assert_eq!(Source::Frames(Vec::new()).name(), "list of no frames");
+        assert_eq!(Source::parse("data:;base64,/+8A").unwrap().name(), "data of 3 bytes");
+    }
+
+    #[test]
     fn data_urls_in_all_spellings() {
         for body in ["/+8A", "/+8A\n", "_-8A", " /+ 8A"] {
             let url = format!("data:image/png;base64,{body}");
@@ -314,7 +389,18 @@ mod tests {
                 "{body:?}"
             );
         }
-        for url in ["data:image/png;base64", "data:image/png,abc", "data:;base64,é", "data:;base64,a"] {
+        let long: Vec<u8> = (0..=255).cycle().take(1000).collect();
+        for length in 995..1000 {
+            let text = base64::prelude::BASE64_STANDARD.encode(&long[..length]);
+            let lines = text.as_bytes().chunks(76).map(|line| std::str::from_utf8(line).unwrap()).collect::<Vec<_>>();
+            for text in [&text, &*lines.join("\n"), text.trim_end_matches('=')] {
+                let source = Source::parse(&format!("data:;base64,{text}")).unwrap();
+                assert_eq!(source, Source::Bytes(Arc::from(&long[..length])));
+            }
+        }
+        let bad =
+            ["data:image/png;base64", "data:image/png,abc", "data:;base64,é", "data:;base64,a", "data:;base64,a=bc"];
+        for url in bad.into_iter().chain(["data:;base64,=", "data:;base64,AAAAA", "data:;base64,AA=A"]) {
             assert!(matches!(Source::parse(url), Err(MediaError::Unreadable { .. })), "{url}");
         }
     }

@@ -8,17 +8,25 @@ use crate::MediaError;
 /// Frames of one size in a temporary file without a name; it is gone with this, or with the process.
 pub(crate) struct Spill {
     file: File,
+    bytes: u64,
 }
 
 impl Spill {
     /// An empty file in the folder for temporary files (`$TMPDIR`).
     pub fn new() -> Result<Self, MediaError> {
-        tempfile::tempfile().map(|file| Self { file }).map_err(temporary)
+        tempfile::tempfile().map(|file| Self { file, bytes: 0 }).map_err(temporary)
     }
 
     /// Adds a frame.
     pub fn write(&mut self, frame: &[u8]) -> Result<(), MediaError> {
-        self.file.write_all(frame).map_err(temporary)
+        self.file.write_all(frame).map_err(temporary)?;
+        self.bytes += frame.len() as u64;
+        Ok(())
+    }
+
+    /// Bytes of all frames so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Goes back to the first frame.

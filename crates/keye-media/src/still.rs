@@ -4,11 +4,12 @@
 //! JPEG and lossy WebP decoders differ from libjpeg-turbo's and libwebp's by a few levels in some pixels, CMYK by one.
 //! Not read: grey float TIFFs.
 
-use std::io::Cursor;
+use std::io::{BufRead, Cursor, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
 
+use crate::ffmpeg::Watch;
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
 use crate::smart_resize::{IMAGE_FACTOR, smart_resize_hub, smart_resize_utils};
 use crate::source::Opened;
@@ -49,21 +50,29 @@ impl PixelRange {
 /// counts as RGBA.
 pub(crate) fn decode(
     mut opened: Opened,
-    name: &str,
+    watch: &mut Watch,
     alpha: Alpha,
     upright: bool,
     limits: &Limits,
 ) -> Result<Picture, MediaError> {
+    let name = watch.input;
     let unreadable = |reason: String| MediaError::Unreadable { input: name.to_owned(), reason };
     let head = opened.head(sniff::HEAD).map_err(|source| MediaError::Read { input: name.to_owned(), source })?;
     let format = still_format(&head).map_err(unreadable)?;
     // Nothing in these formats takes more than 8 bytes a pixel, uncompressed.
     let most = limits.source_pixels.saturating_mul(8).saturating_add(1 << 20).min(limits.bytes);
     let bytes = opened.into_bytes(name, most)?;
+    if format == ImageFormat::Jpeg && !jpeg_ends(&bytes) {
+        let reason =
+            format!("the JPEG picture is cut off: it has no end in its {} bytes; give the whole file", bytes.len());
+        return Err(unreadable(reason));
+    }
 
+    watch.check()?;
     // Decoders are written for honest files; one that panics on a crafted file must not take the program along.
-    let decoded = catch_unwind(AssertUnwindSafe(|| decode_bytes(&bytes, format, name, upright, limits)));
+    let decoded = catch_unwind(AssertUnwindSafe(|| decode_bytes(&bytes, format, watch, upright, limits)));
     let image = decoded.unwrap_or_else(|_| Err(unreadable(format!("the {format:?} decoder gave up on it"))))?;
+    watch.check()?;
     let (height, width) = (image.height(), image.width());
     let rgb = to_rgb(image, alpha == Alpha::CompositeRgbaOnWhite && has_mode_rgba(format, &bytes), png_grey16(&bytes));
     Ok(Picture { height, width, rgb })
@@ -76,15 +85,99 @@ fn still_format(head: &[u8]) -> Result<ImageFormat, String> {
     }
     match image::guess_format(head) {
         Ok(format @ (Png | Jpeg | WebP | Gif | Bmp | Tiff)) => Ok(format),
-        _ => match sniff::demuxer(head) {
-            Ok(container) => Err(format!("it is a video ({container}), expected a picture; give it as a video item")),
-            Err(_) => Err("it is no picture in a known format (PNG, JPEG, WebP, GIF, BMP, TIFF)".into()),
+        _ => match (sniff::unread_picture(head), sniff::demuxer(head)) {
+            (Some(reason), _) => Err(reason),
+            (None, Ok(container)) => {
+                Err(format!("it is a video ({container}), expected a picture; give it as a video item"))
+            }
+            (None, Err(_)) => Err("it is no picture in a known format (PNG, JPEG, WebP, GIF, BMP, TIFF)".into()),
         },
+    }
+}
+
+/// Whether a JPEG has its end, the marker behind the last scan. The decoder fills what is missing with grey; Pillow refuses
+/// such files. What lies inside of segments is skipped with them: thumbnails have ends of their own.
+fn jpeg_ends(bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    // Up to a marker: 0xFF, any number of times, and a byte that tells which.
+    while let Some(at) = rest.iter().position(|byte| *byte == 0xff) {
+        rest = &rest[at + 1..];
+        rest = match rest {
+            [0xd9, ..] => return true,
+            // One more of the same.
+            [0xff, ..] => continue,
+            // A byte of data, or markers without a segment: TEM, restarts, the start of the picture.
+            [0x00 | 0x01 | 0xd0..=0xd8, after @ ..] => after,
+            [_, high, low, ..] => rest.get(1 + usize::from(u16::from_be_bytes([*high, *low])).max(2)..).unwrap_or(&[]),
+            _ => return false,
+        };
+    }
+    false
+}
+
+/// A picture's bytes in pieces. Between two of them the caller may stop the decoder, which would not look up otherwise: a
+/// small file can have very many pixels.
+struct Pieces<'a, 'w> {
+    bytes: Cursor<&'a [u8]>,
+    /// Bytes of this piece that are read.
+    read: usize,
+    watch: &'a mut Watch<'w>,
+    /// Why decoding was stopped.
+    stopped: &'a mut Option<MediaError>,
+}
+
+impl BufRead for Pieces<'_, '_> {
+    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
+        const PIECE: usize = 64 << 10;
+        if self.read >= PIECE && self.stopped.is_none() {
+            self.read = 0;
+            *self.stopped = self.watch.check().err();
+        }
+        if self.stopped.is_some() {
+            return Err(std::io::Error::other("stopped"));
+        }
+        let rest = self.bytes.fill_buf()?;
+        Ok(&rest[..rest.len().min(PIECE - self.read)])
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.read += amount;
+        self.bytes.consume(amount);
+    }
+}
+
+impl Read for Pieces<'_, '_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.fill_buf()?.read(into)?;
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+impl Seek for Pieces<'_, '_> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.bytes.seek(to)
     }
 }
 
 fn decode_bytes(
     bytes: &[u8],
+    format: ImageFormat,
+    watch: &mut Watch,
+    upright: bool,
+    limits: &Limits,
+) -> Result<DynamicImage, MediaError> {
+    let (name, mut stopped) = (watch.input, None);
+    let pieces = Pieces { bytes: Cursor::new(bytes), read: 0, watch, stopped: &mut stopped };
+    let decoded = decode_pieces(pieces, format, name, upright, limits);
+    match stopped {
+        Some(error) => Err(error),
+        None => decoded,
+    }
+}
+
+fn decode_pieces(
+    pieces: Pieces,
     format: ImageFormat,
     name: &str,
     upright: bool,
@@ -94,7 +187,7 @@ fn decode_bytes(
         input: name.to_owned(),
         reason: format!("the {format:?} picture cannot be decoded: {e}"),
     };
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut reader = ImageReader::with_format(pieces, format);
     let mut allocation = image::Limits::no_limits();
     allocation.max_alloc = Some(limits.source_pixels.saturating_mul(16).saturating_add(16 << 20));
     reader.limits(allocation);

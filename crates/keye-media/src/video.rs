@@ -6,7 +6,9 @@
 //!
 //! **Frames that do not come.** The packets promise a number of frames. When the decoder gives fewer of the wanted ones
 //! (a cut or damaged file, fields in packets of their own), the decodable frames are counted by decoding once, and the
-//! clip is sampled anew as if it had only those; only if even that is not kept, what came is used.
+//! clip is sampled anew as if it had only those; only if even that is not kept, what came is used. When frames are wanted
+//! from the middle only, none would be missed: then the frames are counted first, where packets may hold none
+//! ([`Clip::uncounted`]).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,7 +22,7 @@ use crate::probe::{Clip, probe};
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
 use crate::sampling::{SamplePlan, quotient_timestamp, reference_timestamp, slow_fast_plan, whole_clip_plan};
 use crate::sizes::whole_clip_size;
-use crate::slow_fast::{SlowFast, SlowFastClip};
+use crate::slow_fast::{Passes, SlowFast, SlowFastClip};
 use crate::smart_resize::smart_resize_hub;
 use crate::sniff;
 use crate::{
@@ -73,13 +75,13 @@ pub(crate) fn load_with(
     watch.check()?;
     let clip = probe(programs, file, demuxer, &loader.limits, &mut watch)?;
     let mut work = Work { programs, loader, options, file, clip, watch };
-    match work.attempt(false)? {
-        Some(media) => Ok(media),
-        None => {
-            work.clip.times = decode::count(programs, file, &work.clip, &loader.limits, &mut work.watch)?;
-            work.attempt(true)?.ok_or_else(|| work.watch.unreadable("none of the sampled frames can be decoded"))
-        }
+    if !work.may_miss_frames()?
+        && let Some(media) = work.attempt(false)?
+    {
+        return Ok(media);
     }
+    work.clip.times = decode::count(programs, file, &work.clip, &loader.limits, &mut work.watch)?;
+    work.attempt(true)?.ok_or_else(|| work.watch.unreadable("none of the sampled frames can be decoded"))
 }
 
 struct Work<'a, 'w> {
@@ -92,11 +94,17 @@ struct Work<'a, 'w> {
 }
 
 impl Work<'_, '_> {
+    /// Whether the numbers of wanted frames may be wrong, and no wanted one be missing.
+    fn may_miss_frames(&self) -> Result<bool, MediaError> {
+        let last = self.clip.times.len() as u64 - 1;
+        Ok(self.clip.uncounted && self.plan()?.indices.last().is_some_and(|index| (1..last).contains(index)))
+    }
+
     /// `None` when fewer frames came than wanted; with `accept_short`, when none came.
     fn attempt(&mut self, accept_short: bool) -> Result<Option<Media>, MediaError> {
         let plan = self.plan()?;
         let wanted = plan.indices.len();
-        self.watch.limit("sampled frames", wanted as u64, u64::from(self.loader.limits.frames))?;
+        self.watch.limit("the number of sampled frames", wanted as u64, u64::from(self.loader.limits.frames))?;
         (self.watch.done, self.watch.total) = (0, wanted as u32);
         self.watch.check()?;
         let media = match self.loader.config.video.rule {
@@ -107,7 +115,8 @@ impl Work<'_, '_> {
     }
 
     /// Which frames are sampled. Where the rate varies and true times are wanted, `video_start` and `video_end` mean
-    /// times, and the sampling rate is that of the sampled part: the reference counts frames in both cases.
+    /// times, and both the part's rate and its sampling rate are those of its own frames: the reference counts frames
+    /// and takes the whole clip's rate in all cases.
     fn plan(&self) -> Result<SamplePlan, MediaError> {
         let video = &self.loader.config.video;
         let rule = match video.rule {
@@ -124,17 +133,19 @@ impl Work<'_, '_> {
         let end = self.options.video_end.map_or(times.len(), |e| times.partition_point(|t| *t <= e));
         let part = times.get(start..end).filter(|part| !part.is_empty()).ok_or_else(|| MediaError::Option {
             input: self.watch.input.into(),
-            option: "video_start",
+            option: if self.options.video_start.is_some() { "video_start" } else { "video_end" },
             reason: format!(
-                "no frame lies in this range; the clip has {} frames until {:?} s",
+                "no frame is shown in this part of the clip; its {} frames are shown from 0 to {:.2} s",
                 times.len(),
-                times.last()
+                times.last().unwrap_or(&0.0)
             ),
         })?;
         let whole = ItemOptions { video_start: None, video_end: None, ..self.options.clone() };
-        let plan = rule(part.len() as u64, self.clip.fps, &whole, video).map_err(|r| r.of(self.watch.input))?;
-        // n frames of the part's N, which last the time from first to last and one mean gap more.
-        let real = crate::probe::average(part).map(|rate| plan.indices.len() as f64 / part.len() as f64 * rate);
+        // N frames last the time from first to last and one mean gap more.
+        let rate = crate::probe::average(part);
+        let fps = rate.filter(|_| part.len() < times.len()).unwrap_or(self.clip.fps);
+        let plan = rule(part.len() as u64, fps, &whole, video).map_err(|r| r.of(self.watch.input))?;
+        let real = rate.map(|rate| plan.indices.len() as f64 / part.len() as f64 * rate);
         Ok(SamplePlan {
             indices: plan.indices.iter().map(|index| index + start as u64).collect(),
             sample_fps: real.unwrap_or(plan.sample_fps),
@@ -157,25 +168,28 @@ impl Work<'_, '_> {
                 (size, Kernel::Bicubic, Mode::Float)
             }
         };
-        let (height, width) = size.map_err(|reason| self.watch.unreadable(reason))?;
-        let first = Resizer::new(clip.height, clip.width, height, width, kernel, mode);
+        let between = size.map_err(|reason| self.watch.unreadable(reason))?;
         // Preview's image processor resizes frames too if its limits say so; with the published ones it never has to.
         let processor = &config.processor;
-        let (height, width, second) = match processor.do_resize && !adaptive {
+        let (height, width) = match processor.do_resize && !adaptive {
             true => {
-                let hub =
-                    smart_resize_hub(height, width, processor.factor(), processor.min_pixels, processor.max_pixels);
-                let (h, w) = hub.map_err(|reason| self.watch.unreadable(reason))?;
-                let kernel = match processor.resample {
-                    Resample::Bilinear => Kernel::Bilinear,
-                    Resample::Bicubic => Kernel::Bicubic,
-                };
-                let resizer = Resizer::new(height, width, h, w, kernel, Mode::Pil22);
-                (h, w, ((h, w) != (height, width)).then_some(resizer))
+                let (min, max) = (processor.min_pixels, processor.max_pixels);
+                let hub = smart_resize_hub(between.0, between.1, processor.factor(), min, max);
+                hub.map_err(|reason| self.watch.unreadable(reason))?
             }
-            false => (height, width, None),
+            false => between,
         };
+        // Before memory is taken for the resizing to an absurd size; of the size between there is one frame at a time.
+        self.check_patches(1, between)?;
         let mut pixels = self.patch_memory(n, (height, width))?;
+        let first = Resizer::new(clip.height, clip.width, between.0, between.1, kernel, mode);
+        let second = ((height, width) != between).then(|| {
+            let kernel = match processor.resample {
+                Resample::Bilinear => Kernel::Bilinear,
+                Resample::Bicubic => Kernel::Bicubic,
+            };
+            Resizer::new(between.0, between.1, height, width, kernel, Mode::Pil22)
+        });
         let (mut resized, mut again, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
         let came = self.stream(plan, |rgb, _| {
             first.run(rgb, &mut resized, &mut scratch);
@@ -200,7 +214,14 @@ impl Work<'_, '_> {
         if came < wanted && !accept_short {
             return Ok(None);
         }
-        let Some(SlowFastClip { kinds, sizes, pixels }) = frames.finish(&mut self.watch)? else { return Ok(None) };
+        let SlowFastClip { kinds, sizes, pixels } = match frames.finish(&mut self.watch)? {
+            Passes::None => return Ok(None),
+            Passes::One(clip) => clip,
+            Passes::Two(mut again) => {
+                self.stream(plan, |rgb, watch| again.push(rgb, watch))?;
+                again.finish(&self.watch)?
+            }
+        };
         let size = |kind| match kind {
             FrameKind::Slow => sizes.slow,
             FrameKind::Fast => sizes.fast,
@@ -240,12 +261,19 @@ impl Work<'_, '_> {
         Ok(plan.indices.len())
     }
 
-    /// Memory for the patches of `n` frames of this size, if the limit allows it.
-    fn patch_memory(&self, n: usize, (h, w): (u32, u32)) -> Result<Vec<u8>, MediaError> {
+    /// The patches of `n` frames of this size, if the limit allows so many.
+    fn check_patches(&self, n: usize, (h, w): (u32, u32)) -> Result<u64, MediaError> {
         let patch = u64::from(self.loader.config.processor.patch_size);
         let total = ((u64::from(h) / patch) * (u64::from(w) / patch)).saturating_mul(n as u64);
-        self.watch.limit("patches", total, self.loader.limits.patches)?;
-        let bytes = usize::try_from(total.saturating_mul(3 * patch * patch)).unwrap_or(usize::MAX);
+        self.watch.limit("the number of patches", total, self.loader.limits.patches)?;
+        Ok(total)
+    }
+
+    /// Memory for the patches of `n` frames of this size, if the limit allows it.
+    fn patch_memory(&self, n: usize, size: (u32, u32)) -> Result<Vec<u8>, MediaError> {
+        let patch = u64::from(self.loader.config.processor.patch_size);
+        let bytes = self.check_patches(n, size)?.saturating_mul(3 * patch * patch);
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         let mut pixels = Vec::new();
         pixels
             .try_reserve_exact(bytes)

@@ -68,7 +68,9 @@ impl Conversation {
             None => return Err(error(&format!("{at}.content"), "missing")),
             Some(other) => return Err(wrong(&format!("{at}.content"), "a string or a list of parts", other)),
         };
-        let mut message = map.clone();
+        // The data URLs in content are most of a request: they are not copied.
+        let kept = |name: &str, value: &Value| if name == "content" { Value::Null } else { value.clone() };
+        let mut message: Map<_, _> = map.iter().map(|(name, value)| (name.clone(), kept(name, value))).collect();
         message.insert("role".into(), if role == "developer" { "system" } else { role }.into());
         message.insert("content".into(), content);
         Ok(Value::Object(message))

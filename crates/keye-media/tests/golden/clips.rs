@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use keye_media::{
-    FrameKind, ItemOptions, Limits, Loader, Media, MediaConfig, MediaError, MediaItem, MediaKind, Pixels, Progress,
-    Source, TimestampRule,
+    FrameItem, FrameKind, ItemOptions, Limits, Loader, Media, MediaConfig, MediaError, MediaItem, MediaKind, Pixels,
+    Progress, Source, TimestampRule,
 };
 
 use crate::make::{all_frames, ffmpeg, make, pattern};
@@ -174,6 +174,24 @@ fn variable_rates_have_true_times() {
     let media = Loader::new(MediaConfig::preview()).load(&item(&path, options), &mut |_| true).unwrap();
     assert_eq!(stamps(&media)[0], 2.0);
     assert_eq!(media.frames.last().unwrap().index, 27);
+
+    // It is sampled at its own rate: there are two frames a second, though the whole clip has more.
+    let options = ItemOptions { video_start: Some(1.9), fps: Some(2.0), ..ItemOptions::default() };
+    for config in [MediaConfig::slow_fast(), MediaConfig::adaptive()] {
+        let media = Loader::new(config).load(&item(&path, options.clone()), &mut |_| true).unwrap();
+        assert_eq!(stamps(&media), [2.0, 2.5, 3.0, 3.5, 4.0, 4.5]);
+    }
+
+    let options = ItemOptions { video_end: Some(-1.0), ..options };
+    let nothing = ItemOptions { video_start: None, ..options };
+    let error = Loader::new(MediaConfig::slow_fast()).load(&item(&path, nothing), &mut |_| true).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.ends_with(
+            "option video_end: no frame is shown in this part of the clip; its 28 frames are shown from 0 to 4.50 s"
+        ),
+        "{text}"
+    );
 }
 
 /// The first bytes of a file.
@@ -281,11 +299,15 @@ fn limits_hold_before_and_while_decoding() {
     let path = make(dir.path(), "clip.mp4", &pattern(H, W, 10, 3.0), &["-c:v", "libx264"]).unwrap();
     let most = Limits::default();
     let cases = [
-        ("pixels of a frame", Limits { source_pixels: u64::from(H * W) - 1, ..most.clone() }, u64::from(H * W)),
-        ("number of frames", Limits { source_frames: 29, ..most.clone() }, 30),
-        ("sampled frames", Limits { frames: 5, ..most.clone() }, 6),
-        ("patches", Limits { patches: 100, ..most.clone() }, 0),
-        ("time in seconds", Limits { time: std::time::Duration::ZERO, ..most.clone() }, 1),
+        (
+            "the number of pixels of a frame",
+            Limits { source_pixels: u64::from(H * W) - 1, ..most.clone() },
+            u64::from(H * W),
+        ),
+        ("the number of frames", Limits { source_frames: 29, ..most.clone() }, 30),
+        ("the number of sampled frames", Limits { frames: 5, ..most.clone() }, 6),
+        ("the number of patches", Limits { patches: 100, ..most.clone() }, 0),
+        ("the time in seconds", Limits { time: std::time::Duration::ZERO, ..most.clone() }, 1),
     ];
     for (name, limits, measured) in cases {
         for config in [MediaConfig::preview(), MediaConfig::slow_fast()] {
@@ -345,13 +367,105 @@ fn a_clip_that_changes_its_size_keeps_the_first() {
     let first = make(dir.path(), "first.ts", &pattern(H, W, 10, 2.0), &["-c:v", "libx264"]).unwrap();
     let options = ["-c:v", "libx264", "-output_ts_offset", "2"];
     let second = make(dir.path(), "second.ts", &pattern(2 * H, W, 10, 2.0), &options).unwrap();
-    let both = dir.path().join("both.ts");
-    std::fs::write(&both, [std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap()].concat()).unwrap();
-    let (media, all) = (load_as_is(&both, (H, W), 8).unwrap(), all_frames(&first, H, W));
-    assert_eq!(media.frames.len(), 8);
+    let both = joined(&first, &second);
+    // The second half is scaled as a whole.
+    let scaled = format!("scale={W}:{H}");
+    let words = ["-i", second.to_str().unwrap(), "-vf", &scaled, "-pix_fmt", "rgb24", "-f", "rawvideo", "-"];
+    let mut all = all_frames(&first, H, W);
+    all.extend(ffmpeg(&words).stdout.chunks((H * W * 3) as usize).map(<[u8]>::to_vec));
+    assert_eq!(all.len(), 40);
+    let media = load_as_is(&both, (H, W), 8).unwrap();
     assert!(media.frames.last().unwrap().timestamp.unwrap() > 3.0);
+    assert_eq!(media.frames.iter().map(|frame| frame.index).collect::<Vec<_>>(), linspace(40, 8));
     let found = frames_of(&media);
-    assert!(media.frames.iter().zip(&found).take(4).all(|(frame, pixels)| *pixels == all[frame.index]));
+    assert!(media.frames.iter().zip(&found).all(|(frame, pixels)| *pixels == all[frame.index]));
+}
+
+/// One transport stream after the other in a file.
+fn joined(first: &Path, second: &Path) -> PathBuf {
+    let target = first.with_extension("joined.ts");
+    std::fs::write(&target, [std::fs::read(first).unwrap(), std::fs::read(second).unwrap()].concat()).unwrap();
+    target
+}
+
+#[test]
+fn a_clock_that_starts_again_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), "half.ts", &pattern(H, W, 10, 2.0), &["-c:v", "libx264"]).unwrap();
+    let media = assert_exact(&joined(&path, &path), (H, W));
+    assert!(stamps(&media).iter().zip(&media.frames).all(|(t, f)| (t - f.index as f32 / 10.0).abs() < 1e-3));
+    assert_eq!(media.frames.last().unwrap().index, 39);
+}
+
+/// VP8 with its hidden frames, which are packets and no frames.
+#[test]
+fn a_part_of_a_clip_with_hidden_frames_is_the_part_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("passes");
+    let coding = ["-c:v", "libvpx", "-b:v", "200k", "-auto-alt-ref", "1", "-lag-in-frames", "25", "-passlogfile"];
+    let coding = [&coding[..], &[log.to_str().unwrap(), "-pass"]].concat();
+    let pass = |name, number| make(dir.path(), name, &pattern(H, W, 10, 8.0), &[&coding[..], &[number]].concat());
+    let Some(path) = pass("first.webm", "1").and_then(|_| pass("clip.webm", "2")) else { return };
+    let all = all_frames(&path, H, W);
+    assert_eq!(all.len(), 80);
+    let options = ItemOptions {
+        video_start: Some(4.0),
+        video_end: Some(6.0),
+        nframes: Some(6.0),
+        resized_height: Some(H),
+        resized_width: Some(W),
+        ..ItemOptions::default()
+    };
+    let media = Loader::new(MediaConfig::preview()).load(&item(&path, options), &mut |_| true).unwrap();
+    assert_eq!(stamps(&media), [4.0, 4.4, 4.8, 5.2, 5.6, 6.0]);
+    assert_eq!(media.frames.iter().map(|frame| frame.index).collect::<Vec<_>>(), [40, 44, 48, 52, 56, 60]);
+    let found = frames_of(&media);
+    assert!(media.frames.iter().zip(&found).all(|(frame, pixels)| *pixels == all[frame.index]));
+}
+
+#[test]
+fn an_absurd_size_is_refused_before_memory_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), "clip.mp4", &pattern(H, W, 10, 1.0), &["-c:v", "libx264"]).unwrap();
+    for config in [MediaConfig::preview(), MediaConfig::slow_fast(), MediaConfig::adaptive()] {
+        let options = ItemOptions { min_pixels: Some(1_000_000_000_000_000_000), ..ItemOptions::default() };
+        let error = Loader::new(config).load(&item(&path, options), &mut |_| true).unwrap_err();
+        assert!(matches!(error, MediaError::Limit { what: "the number of patches", .. }), "{error}");
+        assert!(error.to_string().contains("; lower min_pixels or max_pixels"), "{error}");
+    }
+}
+
+#[test]
+fn an_absurd_size_of_many_pictures_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), "frame.png", &pattern(28, 28, 10, 0.1), &["-frames:v", "1"]).unwrap();
+    let own = ItemOptions { max_pixels: Some(784), min_pixels: Some(784), ..ItemOptions::default() };
+    let frame = FrameItem { source: Source::Bytes(std::fs::read(path).unwrap().into()), options: Some(own) };
+    let options = ItemOptions { min_pixels: Some(10_000_000_000_000_000_000), ..ItemOptions::default() };
+    let list = MediaItem { kind: MediaKind::Video, source: Source::Frames(vec![frame; 400]), options };
+    let error = Loader::new(MediaConfig::adaptive()).load(&list, &mut |_| true).unwrap_err();
+    assert!(matches!(error, MediaError::Limit { found: u64::MAX, .. }), "{error}");
+}
+
+/// A budget that keeps sizes open to the last frame, and no room for the frames until then.
+#[test]
+fn frames_without_room_on_disk_are_decoded_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = make(dir.path(), "clip.mp4", &pattern(H, W, 10, 6.0), &["-c:v", "libx264"]).unwrap();
+    let options = ItemOptions { video_total_pixels: Some(12 * 60 * 784), ..ItemOptions::default() };
+    let load = |spilled_bytes: u64| {
+        let limits = Limits { spilled_bytes, ..Limits::default() };
+        let loader = Loader { limits, ..Loader::new(MediaConfig::slow_fast()) };
+        let mut passes = 0;
+        let media = loader.load(&item(&path, options.clone()), &mut |progress| {
+            passes += usize::from(matches!(progress, Progress::Decoding { done: 1, .. }));
+            true
+        });
+        (media.unwrap(), passes)
+    };
+    let ((roomy, once), (tight, twice)) = (load(u64::MAX), load(u64::from(2 * H * W * 3)));
+    assert!(roomy.frames.len() > 5 && twice > once, "{} frames, {once} and {twice}", roomy.frames.len());
+    assert!(roomy == tight);
 }
 
 /// Two hours by 2.0's rule: within its budget of tokens, and no more in memory than the patches that come out.

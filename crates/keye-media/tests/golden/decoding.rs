@@ -86,12 +86,14 @@ fn an_edit_list_hides_frames() {
 
 /// A program that does what `body` says when it is asked for anything but its version, after writing down its id.
 fn fake(dir: &Path, name: &str, body: &str) -> PathBuf {
+    let version = "[ \"$1\" = -version ] && exec /usr/bin/env ffmpeg -version";
+    script(dir, name, &format!("{version}\necho $$ > {}\n{body}", dir.join("pid").display()))
+}
+
+/// A program of the shell's.
+fn script(dir: &Path, name: &str, body: &str) -> PathBuf {
     let path = dir.join(name);
-    let script = format!(
-        "#!/bin/sh\n[ \"$1\" = -version ] && exec /usr/bin/env ffmpeg -version\necho $$ > {}\n{body}\n",
-        dir.join("pid").display()
-    );
-    std::fs::write(&path, script).unwrap();
+    std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     // A child that another test starts just now may still hold the script open for writing, which forbids running it.
     while std::process::Command::new(&path).arg("-version").output().is_err() {
@@ -133,7 +135,7 @@ fn a_child_that_hangs_is_ended_when_its_time_is_over() {
     {
         let start = Instant::now();
         let error = load_by(&programs, Duration::from_secs(1), &mut |_| true).unwrap_err();
-        assert!(matches!(error, MediaError::Limit { what: "time in seconds", limit: 1, .. }), "{error}");
+        assert!(matches!(error, MediaError::Limit { what: "the time in seconds", limit: 1, .. }), "{error}");
         assert!(start.elapsed() < Duration::from_secs(10));
         assert!(is_gone(dir.path()));
     }
@@ -186,6 +188,63 @@ fn nonsense_from_a_child_is_an_error() {
     let gone = Programs { ffmpeg: dir.path().join("nothing"), ..real };
     let error = load_by(&gone, LONG, &mut |_| true).unwrap_err().to_string();
     assert!(error.contains("apt-get install -y ffmpeg") && error.contains("KEYE_FFMPEG"), "{error}");
+}
+
+/// A release is asked for anew when it could not be told. This one is 4.4.
+#[test]
+fn a_failed_look_at_the_release_is_not_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let [broken, words] = ["broken", "words"].map(|name| dir.path().join(name));
+    std::fs::write(&broken, "").unwrap();
+    let body = format!(
+        "if [ \"$1\" = -version ]; then\n[ -e {} ] && exit 3\necho 'libavutil      56. 70.100 / 56. 70.100'\nelse\n\
+         echo \"$*\" >> {}\nfi",
+        broken.display(),
+        words.display()
+    );
+    let programs = Programs { ffmpeg: script(dir.path(), "ffmpeg", &body), ..Programs::find().unwrap() };
+    let error = load_by(&programs, LONG, &mut |_| true).unwrap_err();
+    assert!(matches!(&error, MediaError::Ffmpeg(text) if text.contains("-version failed")), "{error}");
+    std::fs::remove_file(broken).unwrap();
+    load_by(&programs, LONG, &mut |_| true).unwrap_err();
+    let words = read_to_string(words).unwrap();
+    assert!(words.contains("-vsync passthrough") && !words.contains("-fps_mode"), "{words}");
+}
+
+/// Release 4.4 does not know side data under the name that later ones print.
+#[test]
+fn an_old_ffprobe_understands_the_question() {
+    let dir = tempfile::tempdir().unwrap();
+    let real = Programs::find().unwrap();
+    let body = format!(
+        "case \"$*\" in *stream_side_data=*) echo \"No match for section 'stream_side_data'\" >&2; exit 1;; esac\n\
+         exec {} \"$@\"",
+        real.ffprobe.display()
+    );
+    let old = Programs { ffprobe: fake(dir.path(), "ffprobe", &body), ..real };
+    assert_eq!(load_by(&old, LONG, &mut |_| true).unwrap().frames.len(), 4);
+}
+
+/// Some packets come twice, as those of hidden frames do, and give no frame: a part of the clip is the same without them.
+#[test]
+fn packets_without_a_frame_do_not_move_a_part() {
+    let dir = tempfile::tempdir().unwrap();
+    let real = Programs::find().unwrap();
+    let path = make(dir.path(), "clip.mp4", &pattern(46, 62, 10, 8.0), &["-c:v", "libx264", "-bf", "0"]).unwrap();
+    let twice = "awk '{ print } /^packet/ && ++n % 13 == 0 { print }'";
+    let body = format!("{} \"$@\" | {twice}", real.ffprobe.display());
+    let more = Programs { ffprobe: fake(dir.path(), "ffprobe", &body), ..real.clone() };
+    let options = ItemOptions { video_start: Some(4.0), video_end: Some(6.0), ..ItemOptions::default() };
+    let load = |programs: &Programs| {
+        let (loader, file, deadline) =
+            (Loader::new(MediaConfig::slow_fast()), File::open(&path).unwrap(), Instant::now() + LONG);
+        let mut keep = |_| true;
+        let watch = Watch { input: "clip", deadline, time: LONG, progress: &mut keep, done: 0, total: 0 };
+        crate::video::load_with(programs, &loader, &options, (&file, "mov"), watch).unwrap()
+    };
+    let (by_packets, expected) = (load(&more), load(&real));
+    assert_eq!(expected.frames.iter().map(|frame| frame.index).collect::<Vec<_>>(), [40, 47, 53, 60]);
+    assert!(by_packets == expected);
 }
 
 /// Hardware gives the same pixels with both colours side by side. Here the CPU imitates it: `-hwaccel NAME` becomes a filter.

@@ -3,13 +3,18 @@
 //! nothing public shows pictures before resizing.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use crate::ffmpeg::Watch;
 use crate::source::Opened;
 use crate::still::{Picture, decode};
-use crate::{Alpha, Limits, MediaError};
+use crate::{Alpha, Limits, MediaError, Progress};
 
 fn decoded(bytes: &[u8], alpha: Alpha) -> Result<Picture, MediaError> {
-    decode(Opened::Bytes(Arc::from(bytes)), "test", alpha, false, &Limits::default())
+    let (time, mut progress) = (Duration::from_secs(60), |_: Progress| true);
+    let deadline = Instant::now() + time;
+    let mut watch = Watch { input: "test", deadline, time, progress: &mut progress, done: 0, total: 0 };
+    decode(Opened::Bytes(Arc::from(bytes)), &mut watch, alpha, false, &Limits::default())
 }
 
 /// Both rules give the same.

@@ -1,10 +1,11 @@
 //! Still pictures and frame lists from outside: the fixtures' pictures and cases, and files made to do harm.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use keye_media::{
-    FrameItem, FrameKind, ItemOptions, Limits, Loader, Media, MediaConfig, MediaError, MediaItem, MediaKind, Pixels,
-    Source, TimestampRule,
+    Access, FrameItem, FrameKind, ItemOptions, Limits, Loader, Media, MediaConfig, MediaError, MediaItem, MediaKind,
+    Pixels, Source, TimestampRule,
 };
 use serde_json::Value;
 
@@ -224,6 +225,22 @@ fn frame_lists_say_what_is_wrong() {
         let ranged = refused(list(fixture_name, &["one.png"]), ranged);
         assert!(matches!(ranged, MediaError::Option { option: "video_start", .. }), "{ranged}");
     }
+    // A frame is named with its place, whatever is wrong with it.
+    for fixture_name in [PREVIEW, SLOW_FAST] {
+        let Source::Frames(mut frames) = list(fixture_name, &["one.png", "missing.png", "one.png"]) else { panic!() };
+        let refused = |frames: &[FrameItem]| {
+            let source = Source::Frames(frames.to_vec());
+            let item = MediaItem { kind: MediaKind::Video, source, options: ItemOptions::default() };
+            loader(fixture_name).load(&item, &mut |_| true).unwrap_err().to_string()
+        };
+        let missing = refused(&frames);
+        assert!(missing.starts_with("frame 1 (") && missing.contains("missing.png): cannot read"), "{missing}");
+        frames[1].source = Source::Bytes(Arc::from(*b"text"));
+        let text = refused(&frames);
+        assert!(text.starts_with("frame 1 (data of 4 bytes): it is no picture"), "{text}");
+        frames[1].options = Some(ItemOptions { fps: Some(1.0), ..Default::default() });
+        assert!(refused(&frames).starts_with("frame 1 (data of 4 bytes): option"), "{}", refused(&frames));
+    }
     // Options of a single frame are not Preview's.
     let own = ItemOptions { resized_height: Some(280), resized_width: Some(280), ..Default::default() };
     let Source::Frames(mut frames) = list(SLOW_FAST, &["one.png", "tall.png"]) else { unreachable!() };
@@ -253,6 +270,50 @@ fn a_list_can_be_cancelled() {
         calls < 2
     });
     assert!(matches!(stopped, Err(MediaError::Cancelled)) && calls == 2);
+}
+
+#[test]
+fn a_frame_that_never_comes_can_be_given_up() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let frame = Source::Url(format!("http://{}/", listener.local_addr().unwrap()));
+    let source = Source::Frames(vec![FrameItem { source: frame, options: None }; 2]);
+    let item = MediaItem { kind: MediaKind::Video, source, options: ItemOptions::default() };
+    for config in [MediaConfig::preview(), MediaConfig::slow_fast()] {
+        let access = Access { remote: true, ..Access::default() };
+        let (begin, mut calls) = (Instant::now(), 0);
+        let stopped = Loader { access, ..Loader::new(config) }.load(&item, &mut |_| {
+            calls += 1;
+            calls < 3
+        });
+        assert!(matches!(stopped, Err(MediaError::Cancelled)), "{stopped:?}");
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    }
+}
+
+#[test]
+fn decoding_a_picture_can_be_stopped() {
+    use image::ImageFormat::{Bmp, Png, Tiff, WebP};
+    let mut state = 1u32;
+    let noise = image::RgbImage::from_fn(300, 300, |_, _| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        image::Rgb([state >> 8, state >> 16, state >> 24].map(|value| value as u8))
+    });
+    let loader = Loader::new(MediaConfig::preview());
+    let mut hashes = Vec::new();
+    for format in [Png, Bmp, Tiff, WebP] {
+        let source = Source::Bytes(encoded(&noise.clone().into(), format).into());
+        let item = MediaItem { kind: MediaKind::Image, source, options: ItemOptions::default() };
+        let mut calls = 0;
+        hashes.push(loader.load(&item, &mut |_| (calls += 1, true).1).unwrap().patches.hash);
+        assert!(calls > 4, "{format:?}: asked {calls} times");
+        for last in 1..calls {
+            let mut calls = 0;
+            let stopped = loader.load(&item, &mut |_| (calls += 1, calls < last).1);
+            assert!(matches!(stopped, Err(MediaError::Cancelled)), "{format:?} {last}: {stopped:?}");
+            assert_eq!(calls, last, "{format:?}");
+        }
+    }
+    assert!(hashes.iter().all(|hash| *hash == hashes[0]), "reading in pieces changes a picture");
 }
 
 fn load_bytes(loader: &Loader, bytes: &[u8], options: ItemOptions) -> Result<Media, MediaError> {
@@ -289,7 +350,7 @@ fn damaged_pictures_are_typed_errors() {
         for parts in 0..16 {
             let cut = &whole[..whole.len() * parts / 16];
             let result = load_bytes(&loader, cut, ItemOptions::default());
-            if parts <= 4 {
+            if parts <= 12 {
                 assert!(matches!(result, Err(MediaError::Unreadable { .. })), "{format:?} {parts}/16: {result:?}");
             }
         }
@@ -305,6 +366,46 @@ fn damaged_pictures_are_typed_errors() {
                 Ok(_) | Err(MediaError::Unreadable { .. } | MediaError::Limit { .. }) => {}
                 Err(other) => panic!("{format:?}: {other}"),
             }
+        }
+    }
+}
+
+/// What Pillow says of them. The end of a thumbnail inside is not the picture's; bytes behind the end are nobody's.
+#[test]
+fn a_jpeg_is_whole_or_refused() {
+    let loader = Loader::new(MediaConfig::preview());
+    let jpeg = encoded(&gradient(60, 40), image::ImageFormat::Jpeg);
+    let segment = [&[0xff, 0xe1][..], &(jpeg.len() as u16 + 2).to_be_bytes(), &jpeg].concat();
+    let with_thumbnail = [&jpeg[..2], &segment, &jpeg[2..]].concat();
+    for whole in [&jpeg, &with_thumbnail] {
+        let read = |bytes: &[u8]| load_bytes(&loader, bytes, ItemOptions::default());
+        assert!(read(whole).is_ok());
+        assert!(read(&[&whole[..], b"more"].concat()).is_ok());
+        assert!(read(&[&whole[..whole.len() - 2], b"\xff\xff\xff\xd9"].concat()).is_ok());
+        for missing in [1, 2, 3, 200] {
+            let error = read(&whole[..whole.len() - missing]).unwrap_err();
+            assert!(matches!(error, MediaError::Unreadable { .. }), "{error}");
+            assert!(error.to_string().contains("cut off"), "{error}");
+        }
+    }
+}
+
+/// The same advice whatever the file was given as.
+#[test]
+fn pictures_in_other_formats_are_to_be_converted() {
+    let loader = Loader::new(MediaConfig::slow_fast());
+    let cases: [(&[u8], &str); 5] = [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "AVIF"),
+        (b"\0\0\0\x0CJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0CjP  \r\n\x87\n", "JPEG 2000"),
+        (b"8BPS\0\x01", "PSD"),
+    ];
+    for (bytes, name) in cases {
+        for kind in [MediaKind::Image, MediaKind::Video] {
+            let item = MediaItem { kind, source: Source::Bytes(Arc::from(bytes)), options: ItemOptions::default() };
+            let error = loader.load(&item, &mut |_| true).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("not read; convert it to PNG or JPEG"), "{error}");
         }
     }
 }
