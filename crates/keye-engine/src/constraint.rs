@@ -4,22 +4,19 @@
 //! either one of these tags or the grammar's; inside a tag everything but an end token is allowed; after it the grammar
 //! holds. A budget closes a tag by force.
 
-use keye_processor::{ThinkMode, Tokenizer};
+use keye_processor::{ThinkMode, ThinkTag, Thinking, Tokenizer};
 use llguidance::Matcher;
 
 use crate::EngineError;
 
-/// An opening tag, and the tag that closes it.
-const TAGS: [(&str, &str); 2] = [("<think>", "</think>"), ("<analysis>", "</analysis>")];
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum State {
-    /// A tag may open here; of the tag with this number these tokens follow by force.
-    Open { tag: usize, forced: Vec<u32> },
-    /// Inside the tag with this number.
-    Inside { tag: usize },
+    /// This tag has begun; these tokens of it follow by force.
+    Open { tag: ThinkTag, forced: Vec<u32> },
+    /// Inside this tag.
+    Inside { tag: ThinkTag },
     /// The closing tag is being forced.
-    Closing { tag: usize, forced: Vec<u32> },
+    Closing { tag: ThinkTag, forced: Vec<u32> },
     /// At the beginning of an answer, where a tag may open instead.
     Start,
     /// In the answer.
@@ -50,19 +47,18 @@ impl Constraint {
         prompt: &str,
         max_thought: Option<usize>,
     ) -> Self {
-        // What follows the last role is the beginning of the answer.
-        let begun = prompt.rsplit_once("assistant").map_or(prompt, |(_, begun)| begun);
-        let open = (0..TAGS.len()).find(|tag| {
-            let (open, close) = TAGS[*tag];
-            begun.rfind(open).is_some_and(|at| !begun[at..].contains(close))
-        });
-        let closed = TAGS.iter().any(|(_, close)| begun.contains(close));
-        let state = match open {
-            Some(tag) => State::Inside { tag },
-            None if closed || (think == ThinkMode::NoThink && matcher.is_some()) => State::Answer,
-            None => State::Start,
+        let state = match Thinking::of(prompt) {
+            Thinking::Inside(tag) => State::Inside { tag },
+            Thinking::Over => State::Answer,
+            Thinking::Ahead if think == ThinkMode::NoThink && matcher.is_some() => State::Answer,
+            Thinking::Ahead => State::Start,
         };
         Self { tokenizer, matcher, end_tokens, state, tail: Vec::new(), thought: 0, max_thought }
+    }
+
+    /// Whether the answer has a form that was asked for.
+    pub fn has_form(&self) -> bool {
+        self.matcher.is_some()
     }
 
     /// Takes the logits of tokens that must not come now to minus infinity.
@@ -70,7 +66,7 @@ impl Constraint {
         if let State::Inside { tag } = self.state
             && self.max_thought.is_some_and(|max| self.thought >= max)
         {
-            let mut forced = self.tokenizer.encode(TAGS[tag].1)?;
+            let mut forced = self.tokenizer.encode(tag.close())?;
             forced.reverse();
             self.state = State::Closing { tag, forced };
         }
@@ -93,7 +89,7 @@ impl Constraint {
                 let tags = if start { self.first_tokens()? } else { Vec::new() };
                 for (id, logit) in (0u32..).zip(logits.iter_mut()) {
                     let allowed = (id as usize) < mask.len() && mask.is_allowed(id);
-                    if !allowed && !tags.contains(&id) {
+                    if !allowed && !tags.iter().any(|(_, first)| *first == id) {
                         *logit = f32::NEG_INFINITY;
                     } else if logit.is_nan() || *logit == f32::NEG_INFINITY {
                         // It may be the only way on.
@@ -113,7 +109,7 @@ impl Constraint {
         let (State::Inside { tag }, Some(_)) = (&self.state, &self.matcher) else { return true };
         let mut tail = self.tail.clone();
         tail.extend(self.tokenizer.token_bytes(token));
-        match find(&tail, TAGS[*tag].1.as_bytes()) {
+        match find(&tail, tag.close().as_bytes()) {
             Some(end) => tail[end..].iter().all(u8::is_ascii_whitespace),
             None => true,
         }
@@ -140,7 +136,7 @@ impl Constraint {
                 self.thought += 1;
                 let tag = *tag;
                 self.tail.extend(self.tokenizer.token_bytes(token));
-                let close = TAGS[tag].1.as_bytes();
+                let close = tag.close().as_bytes();
                 if find(&self.tail, close).is_some() {
                     self.close(tag);
                 } else {
@@ -158,8 +154,8 @@ impl Constraint {
         if let Some(matcher) = &mut self.matcher {
             let mask = matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
             let allowed = (token as usize) < mask.len() && mask.is_allowed(token);
-            if !allowed && let Some(tag) = self.first_tokens()?.iter().position(|first| *first == token) {
-                let mut forced = self.tokenizer.encode(TAGS[tag].0)?;
+            if !allowed && let Some((tag, _)) = self.first_tokens()?.into_iter().find(|(_, first)| *first == token) {
+                let mut forced = self.tokenizer.encode(tag.open())?;
                 forced.reverse();
                 forced.pop();
                 self.state = if forced.is_empty() { State::Inside { tag } } else { State::Open { tag, forced } };
@@ -170,11 +166,10 @@ impl Constraint {
         }
         // Without a grammar the text tells whether a tag opens; white space may stand before it.
         self.tail.extend(self.tokenizer.token_bytes(token));
-        let text = self.tail.trim_ascii_start();
-        if let Some(tag) = TAGS.iter().position(|(open, _)| text.starts_with(open.as_bytes())) {
-            self.tail = text[TAGS[tag].0.len()..].to_vec();
+        if let Some((tag, inside)) = ThinkTag::leads(&self.tail) {
+            self.tail = inside.to_vec();
             self.state = State::Inside { tag };
-        } else if !TAGS.iter().any(|(open, _)| open.as_bytes().starts_with(text)) {
+        } else if !ThinkTag::may_lead(&self.tail) {
             self.state = State::Answer;
         }
         Ok(false)
@@ -187,16 +182,19 @@ impl Constraint {
     }
 
     /// After analysis comes thinking or the answer; after thinking the answer.
-    fn close(&mut self, tag: usize) {
+    fn close(&mut self, tag: ThinkTag) {
         self.tail.clear();
-        self.state = if tag == 0 { State::Answer } else { State::Start };
+        self.state = match tag {
+            ThinkTag::Think => State::Answer,
+            ThinkTag::Analysis => State::Start,
+        };
     }
 
-    /// The first token of every tag that may open.
-    fn first_tokens(&self) -> Result<Vec<u32>, EngineError> {
+    /// The tags that may open, with the first token of each.
+    fn first_tokens(&self) -> Result<Vec<(ThinkTag, u32)>, EngineError> {
         let mut tokens = Vec::new();
-        for (open, _) in TAGS {
-            tokens.extend(self.tokenizer.encode(open)?.first());
+        for tag in ThinkTag::ALL {
+            tokens.extend(self.tokenizer.encode(tag.open())?.first().map(|first| (tag, *first)));
         }
         Ok(tokens)
     }

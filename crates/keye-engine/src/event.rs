@@ -110,8 +110,8 @@ pub struct TokenLogprob {
 pub enum Event {
     /// Work before the first token.
     Stage(Stage),
-    /// The prompt ends with an opening `<think>`: the text of the tokens begins inside thinking. At most once, before the
-    /// first token.
+    /// The prompt has opened [`ThinkTag::Think`](keye_processor::ThinkTag): the text of the tokens begins inside thinking. At
+    /// most once, before the first token.
     Thinking,
     /// A generated token. `text` is what it adds to the answer; it may be empty while a character is incomplete or while a
     /// stop string may be forming.
@@ -129,7 +129,7 @@ pub enum Event {
         reason: FinishReason,
         /// All of the text.
         text: String,
-        /// Its parts.
+        /// Its parts. Text of a [`Grammar`](crate::Grammar) is in `answer` as it is.
         answer: Answer,
         /// Counts.
         usage: Usage,

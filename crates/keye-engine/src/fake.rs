@@ -29,7 +29,10 @@ pub(crate) const SLOW_MEDIA: u8 = 0xF0;
 #[derive(Default)]
 pub(crate) struct Log {
     pub encodes: AtomicUsize,
+    /// Features that are held, those in the making included.
     pub features: AtomicUsize,
+    /// Bytes of those that are made.
+    pub feature_bytes: AtomicUsize,
     /// Tokens of every chunk of every step.
     pub steps: Mutex<Vec<Vec<usize>>>,
 }
@@ -73,6 +76,12 @@ impl FakeRunner {
 }
 
 impl FakeRunner {
+    fn note_features(&self) {
+        let rows: usize = self.features.values().map(Vec::len).sum();
+        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        self.log.feature_bytes.store(rows * self.info.feature_row_bytes, Ordering::SeqCst);
+    }
+
     /// With a real vocabulary all of which may be generated.
     pub fn with_vocabulary(mut self, vocab_size: usize) -> Self {
         self.info.vocab_size = vocab_size;
@@ -96,7 +105,7 @@ impl Runner for FakeRunner {
         self.next_feature += 1;
         let kind = (kind == MediaKind::Video) as u64;
         self.encodings.insert(id, (mix(u64::from(patches.hash[0]), kind), 0));
-        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        self.note_features();
         Ok(id)
     }
 
@@ -109,7 +118,7 @@ impl Runner for FakeRunner {
     ) -> Result<EncodeProgress, ModelError> {
         // Taken out, so that it is gone after an error.
         let (state, mut done) = self.encodings.remove(&feature).ok_or(ModelError::Media("not begun".into()))?;
-        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        self.note_features();
         // Real media have hashes of unequal bytes and are never special.
         let seed = patches.hash[0];
         let special = patches.hash == [seed; 32];
@@ -130,7 +139,7 @@ impl Runner for FakeRunner {
         } else {
             self.encodings.insert(feature, (state, done));
         }
-        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        self.note_features();
         Ok(EncodeProgress { done, total, flops: 1.0 })
     }
 
@@ -141,7 +150,7 @@ impl Runner for FakeRunner {
     fn release(&mut self, feature: FeatureId) {
         let held = self.features.remove(&feature).is_some() | self.encodings.remove(&feature).is_some();
         assert!(held, "released twice");
-        self.log.features.store(self.features.len() + self.encodings.len(), Ordering::SeqCst);
+        self.note_features();
     }
 
     fn step(&mut self, batch: &Batch, _tap: &mut dyn Tap) -> Result<Outputs, ModelError> {

@@ -37,7 +37,7 @@ impl GrammarCompiler {
         let compile = || {
             let mut matcher = Matcher::new(factory.create_parser(top_level));
             // What cannot even begin is told now.
-            matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
+            matcher.compute_mask().map_err(|error| EngineError::Grammar(beginning(&error)))?;
             Ok(matcher)
         };
         let thread = std::thread::Builder::new().name("keye-grammar".into()).stack_size(grammar_depth::stack(grammar)?);
@@ -46,6 +46,19 @@ impl GrammarCompiler {
             let thread = thread.map_err(|error| EngineError::Internal(format!("no thread for a grammar: {error}")))?;
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+}
+
+/// Why a grammar cannot begin.
+fn beginning(error: &impl std::fmt::Display) -> String {
+    match brief(error) {
+        // What the compiler says when there is nothing to begin with.
+        reason if reason.contains("NoExtensionBias") => {
+            "no text satisfies it; a schema may refer to itself only with an object or array in between, a rule only with \
+             text in between"
+                .into()
+        }
+        reason => reason,
     }
 }
 

@@ -18,6 +18,7 @@ mod constraint;
 mod embedding;
 mod encoder;
 mod engine;
+mod error;
 mod event;
 #[cfg(test)]
 mod fake;
@@ -42,8 +43,11 @@ mod worker;
 
 pub use embedding::{Embedding, EmbeddingStream};
 pub use engine::{Engine, EngineOptions, EngineStats};
+pub use error::{EngineError, Fault, MediumError, panic_text};
 pub use event::{Canceller, Event, EventStream, FinishReason, NothingYet, Stage, Timings, TokenLogprob, Usage};
 pub use grammar::{MAX_GRAMMAR_BYTES, spaced};
-pub use request::{EngineError, Grammar, MAX_LOGPROBS, Pooling, Request};
-pub use sampling::{SamplingParams, distribution, sample};
+pub use request::{Grammar, MAX_LOGPROBS, Pooling, Request};
+pub use sampling::{
+    MAX_STOP_BYTES, MAX_STOPS, MIN_P, PENALTY, REPETITION_PENALTY, SamplingParams, TEMPERATURE, distribution, sample,
+};
 pub use trace::{Trace, trace};

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keye_media::{Loader, Media};
-use keye_processor::{Processor, Prompt, opens_thinking};
+use keye_processor::{Processor, Prompt, ThinkTag, Thinking};
 
 use crate::constraint::Constraint;
 use crate::engine::{Branch, Shared, Submission};
@@ -16,7 +16,7 @@ use crate::media_cache::MediaCache;
 use crate::queue::Queue;
 use crate::sequence::{Clock, Detokenizer, PreparedRequest};
 use crate::worker::guarded;
-use crate::{EngineError, Request, Stage};
+use crate::{EngineError, MediumError, Request, Stage};
 
 /// Requests with media prepared ahead of the model, beside one in each thread's hands; more would only hold decoded media
 /// in memory.
@@ -55,7 +55,7 @@ impl Preparer {
             let prepared = match prepared {
                 Ok(prepared) => prepared,
                 Err(error) => {
-                    self.fail(branches, error);
+                    self.fail(branches, &error);
                     continue;
                 }
             };
@@ -96,13 +96,10 @@ impl Preparer {
     }
 
     /// Tells all branches.
-    fn fail(&self, branches: Vec<Branch>, error: EngineError) {
-        let again = error.again();
-        let mut error = Some(error);
+    fn fail(&self, branches: Vec<Branch>, error: &EngineError) {
         for Branch { events, place, .. } in branches {
             drop(place);
-            let error = error.take().unwrap_or_else(|| again.again());
-            let error = self.shared.why(&events, error);
+            let error = self.shared.why(&events, error.clone());
             events.end(crate::Event::Failed(error));
         }
     }
@@ -112,13 +109,15 @@ impl Preparer {
         let give_up = || shared.stopping() || branches.iter().all(|branch| branch.events.cancelled());
         let matcher = request.grammar.as_ref().map(|grammar| self.grammars.compile(grammar)).transpose()?;
         let (mut media, mut tokens) = (Vec::new(), 0);
+        let of = request.conversation.media().len();
         for (index, item) in request.conversation.media().iter().enumerate() {
             let mut progress = |progress: keye_media::Progress| {
                 let tell = |events: &EventSender| events.stage(Stage::Media { index, progress: progress.clone() });
                 branches.iter().for_each(|branch| tell(&branch.events));
                 !give_up()
             };
-            let (loaded, hit) = self.media.load(&self.loader, item, &mut progress, &give_up)?;
+            let loaded = self.media.load(&self.loader, item, &mut progress, &give_up);
+            let (loaded, hit) = loaded.map_err(|error| MediumError { index, of, error: Arc::new(error) })?;
             let mut stats = shared.stats();
             *(if hit { &mut stats.media_hits } else { &mut stats.media_misses }) += 1;
             // Many media that could never be answered about are not held until the prompt is made.
@@ -140,7 +139,7 @@ impl Preparer {
             }
         };
         clock.lap(|timings| &mut timings.media);
-        if opens_thinking(&prompt.text) {
+        if Thinking::of(&prompt.text).tag() == Some(ThinkTag::Think) {
             branches.iter().for_each(|branch| branch.events.thinking());
         }
         let constraint = (matcher.is_some() || request.max_reasoning_tokens.is_some()).then(|| {

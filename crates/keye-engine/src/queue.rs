@@ -135,6 +135,7 @@ pub(crate) struct Timeout;
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -155,12 +156,15 @@ mod tests {
         let fewer = |room: usize| move |items: &VecDeque<i32>| items.len() < room;
         let after = |a: &i32, b: &i32| a > b;
         assert_eq!(queue.insert_when(2, fewer(1), after, |_| true), Err(2));
-        let reader = Arc::clone(&queue);
+        let (reader, popping) = (Arc::clone(&queue), Arc::new(AtomicBool::new(false)));
+        let told = Arc::clone(&popping);
         let thread = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(30));
+            told.store(true, Ordering::SeqCst);
             (reader.pop(), reader.pop())
         });
         assert_eq!(queue.insert_when(3, fewer(1), after, |_| false), Ok(()));
+        assert!(popping.load(Ordering::SeqCst), "there was no room before");
         assert_eq!(thread.join().expect("no panic"), (Some(1), Some(3)));
         assert_eq!(queue.pop_timeout(Duration::from_millis(1)), Err(Timeout));
         for item in [5, 9, 7, 7, 2] {

@@ -3,6 +3,8 @@
 //! The order is that of transformers: repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p,
 //! then a draw with a counter-based generator.
 
+use std::ops::RangeInclusive;
+
 use crate::TokenLogprob;
 use crate::random::uniform;
 
@@ -74,7 +76,8 @@ impl SamplingParams {
 
     /// Checks the ranges (those of OpenAI and vLLM); the error names the field, the range and the value.
     pub fn validate(&self) -> Result<(), String> {
-        let range = |name: &str, value: f32, low: f32, high: f32| {
+        let range = |name: &str, value: f32, allowed: RangeInclusive<f64>| {
+            let (low, high) = (*allowed.start() as f32, *allowed.end() as f32);
             // A NaN is in no range.
             if (low..=high).contains(&value) {
                 Ok(())
@@ -82,14 +85,14 @@ impl SamplingParams {
                 Err(format!("{name} is {value}, it has to be from {low} to {high}"))
             }
         };
-        range("temperature", self.temperature, 0.0, 100.0)?;
+        range("temperature", self.temperature, TEMPERATURE)?;
         if self.top_p.is_nan() || self.top_p <= 0.0 || self.top_p > 1.0 {
             return Err(format!("top_p is {}, it has to be above 0 and at most 1", self.top_p));
         }
-        range("min_p", self.min_p, 0.0, 1.0)?;
-        range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
-        range("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
-        range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        range("min_p", self.min_p, MIN_P)?;
+        range("repetition_penalty", self.repetition_penalty, REPETITION_PENALTY)?;
+        range("presence_penalty", self.presence_penalty, PENALTY)?;
+        range("frequency_penalty", self.frequency_penalty, PENALTY)?;
         if self.max_tokens == 0 {
             return Err("max_tokens is 0, it has to be at least 1".into());
         }
@@ -109,9 +112,17 @@ impl SamplingParams {
 const MOST_DECIDING: u32 = 128;
 
 /// Most stop strings of a request.
-const MAX_STOPS: usize = 64;
+pub const MAX_STOPS: usize = 64;
 /// Longest stop string.
-const MAX_STOP_BYTES: usize = 1024;
+pub const MAX_STOP_BYTES: usize = 1024;
+/// Values that `temperature` may have.
+pub const TEMPERATURE: RangeInclusive<f64> = 0.0..=100.0;
+/// Values that `min_p` may have.
+pub const MIN_P: RangeInclusive<f64> = 0.0..=1.0;
+/// Values that `repetition_penalty` may have.
+pub const REPETITION_PENALTY: RangeInclusive<f64> = 0.01..=100.0;
+/// Values that `presence_penalty` and `frequency_penalty` may have.
+pub const PENALTY: RangeInclusive<f64> = -2.0..=2.0;
 
 /// Chooses a token for step `step` of a sequence from its logits; `prompt` and `generated` feed the penalties.
 ///

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use keye_media::Media;
 use keye_model::{FeatureId, FeatureRows, LogitRows};
-use keye_processor::{FeatureSpan, ProcessorError, Prompt, opens_thinking, parse_answer, parse_opened_answer};
+use keye_processor::{
+    FeatureSpan, ProcessorError, Prompt, Thinking, parse_answer, parse_formed_answer, parse_opened_answer,
+};
 
 use crate::block_manager::ContentSpan;
 use crate::constraint::{Constraint, forbid};
@@ -300,8 +302,12 @@ impl Sequence {
         self.usage.completion_tokens = self.generated.len();
         let mut timings = self.request.clock.timings;
         timings.total = self.request.clock.submitted.elapsed();
-        let opened = opens_thinking(&self.request.prompt.text);
-        let answer = if opened { parse_opened_answer(&self.text) } else { parse_answer(&self.text) };
+        let has_form = self.request.constraint.as_ref().is_some_and(Constraint::has_form);
+        let answer = match Thinking::of(&self.request.prompt.text).tag() {
+            opened if has_form => parse_formed_answer(opened, &self.text),
+            Some(tag) => parse_opened_answer(tag, &self.text),
+            None => parse_answer(&self.text),
+        };
         let event = Event::Finished { reason, text: self.text, answer, usage: self.usage, timings };
         self.request.events.end(event);
     }

@@ -16,7 +16,7 @@ use crate::feature_cache::{FeatureCache, feature_key};
 use crate::pace::Pace;
 use crate::scheduler::{Planned, Scheduled, Scheduler};
 use crate::sequence::{PreparedRequest, Sequence};
-use crate::{EngineError, EngineOptions, FinishReason, Stage};
+use crate::{EngineError, EngineOptions, FinishReason, Stage, panic_text};
 
 pub(crate) struct Worker {
     runner: Box<dyn Runner>,
@@ -445,10 +445,8 @@ fn unpin(sequence: &mut Sequence, features: &mut FeatureCache, runner: &mut dyn 
 /// Runs code that is not ours to trust with the thread: a panic is this request's error. Blocks and features are only
 /// shared after what filled them has returned, so what a panic leaves half done is never read.
 pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let said = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-        Err(EngineError::Internal(format!("panicked: {}", said.unwrap_or("(no message)"))))
-    })
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(EngineError::Internal(format!("panicked: {}", panic_text(&*panic)))))
 }
 
 impl Drop for Worker {

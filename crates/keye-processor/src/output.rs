@@ -1,5 +1,7 @@
 //! The parts of an answer (spec §9).
 
+use crate::think_tag::ThinkTag;
+
 /// Thinking mode, chosen by a suffix on the last user text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ThinkMode {
@@ -43,8 +45,8 @@ pub struct Answer {
 /// `</think>`, then inside the last `<answer>`. A part that is still open (the answer was cut short) takes all that
 /// follows its tag.
 pub fn parse_answer(text: &str) -> Answer {
-    let (analysis, rest) = leading_part(text, "<analysis>", "</analysis>");
-    let (thinking, rest) = leading_part(rest, "<think>", "</think>");
+    let (analysis, rest) = leading_part(text, ThinkTag::Analysis);
+    let (thinking, rest) = leading_part(rest, ThinkTag::Think);
     let answer = match rest.rsplit_once("</answer>") {
         Some((before, _)) if before.contains("<answer>") => before.rsplit_once("<answer>").map_or(before, |(_, a)| a),
         Some((before, _)) => before,
@@ -53,18 +55,32 @@ pub fn parse_answer(text: &str) -> Answer {
     Answer { analysis, thinking, answer: answer.trim().to_owned(), boxed: boxed(answer) }
 }
 
-/// Whether a rendered prompt ends with an opening `<think>`: the answer then begins inside thinking, without the tag.
-pub fn opens_thinking(prompt: &str) -> bool {
-    prompt.trim_end().ends_with("<think>")
+/// As [`parse_answer`], of an answer whose prompt has opened a [`tag`](crate::Thinking::tag).
+pub fn parse_opened_answer(tag: ThinkTag, text: &str) -> Answer {
+    parse_answer(&format!("{}{text}", tag.open()))
 }
 
-/// As [`parse_answer`], of an answer whose prompt [opens thinking](opens_thinking).
-pub fn parse_opened_answer(text: &str) -> Answer {
-    parse_answer(&format!("<think>{text}"))
+/// Takes an answer apart whose proper part has a form that was asked for: tags count before it only, since its texts may
+/// quote them, and it is left as it is, not trimmed.
+pub fn parse_formed_answer(opened: Option<ThinkTag>, text: &str) -> Answer {
+    let mut splitter = opened.map_or_else(ThinkSplitter::new, ThinkSplitter::opened).before_form();
+    let mut answer = Answer::default();
+    let mut pieces = splitter.push(text);
+    pieces.extend(splitter.finish());
+    for (part, piece) in pieces {
+        match part {
+            Part::Analysis => answer.analysis.get_or_insert_default().push_str(&piece),
+            Part::Thinking => answer.thinking.get_or_insert_default().push_str(&piece),
+            Part::Answer => answer.answer.push_str(&piece),
+        }
+    }
+    answer.boxed = boxed(&answer.answer);
+    answer
 }
 
 /// Splits off the part up to the last closing tag, or, when the part is open, all from its tag on.
-fn leading_part<'a>(text: &'a str, open: &str, close: &str) -> (Option<String>, &'a str) {
+fn leading_part(text: &str, tag: ThinkTag) -> (Option<String>, &str) {
+    let (open, close) = (tag.open(), tag.close());
     let (closed, rest) = match text.rsplit_once(close) {
         Some((before, after)) => (Some(before.split_once(open).map_or(before, |(_, inside)| inside)), after),
         None => (None, text),
@@ -126,6 +142,7 @@ pub enum Part {
 #[derive(Debug, Clone)]
 pub struct ThinkSplitter {
     part: Part,
+    form: Form,
     /// Text that may be the beginning of a tag.
     pending: String,
     /// White space that is shown only if more text of its part follows.
@@ -134,9 +151,20 @@ pub struct ThinkSplitter {
     begun: bool,
 }
 
+/// Whether the answer proper has a form that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// It has none: tags count wherever they stand.
+    Free,
+    /// It has, and has not begun. White space behind thinking is no part of it.
+    Ahead { thought: bool },
+    /// It has begun, and what comes is as it is.
+    Begun,
+}
+
 impl Default for ThinkSplitter {
     fn default() -> Self {
-        Self { part: Part::Answer, pending: String::new(), space: String::new(), begun: false }
+        Self { part: Part::Answer, form: Form::Free, pending: String::new(), space: String::new(), begun: false }
     }
 }
 
@@ -146,9 +174,15 @@ impl ThinkSplitter {
         Self::default()
     }
 
-    /// A splitter for an answer whose prompt [opens thinking](opens_thinking).
-    pub fn opened() -> Self {
-        Self { part: Part::Thinking, ..Self::default() }
+    /// A splitter for an answer whose prompt has opened a [`tag`](crate::Thinking::tag).
+    pub fn opened(tag: ThinkTag) -> Self {
+        Self { part: tag.part(), ..Self::default() }
+    }
+
+    /// The same for an answer with a form that was asked for: tags count before it only, since its texts may quote them,
+    /// and it keeps its white space.
+    pub fn before_form(self) -> Self {
+        Self { form: Form::Ahead { thought: self.part != Part::Answer }, ..self }
     }
 
     /// Takes the next piece of text; returns what is settled, in order.
@@ -158,6 +192,12 @@ impl ThinkSplitter {
         let buffer = std::mem::take(&mut self.pending);
         let mut rest = &buffer[..];
         loop {
+            if self.form != Form::Free && self.part == Part::Answer {
+                match self.lead(rest, &mut pieces) {
+                    Some(inside) => rest = inside,
+                    None => return pieces,
+                }
+            }
             let tags = self.tags();
             let Some(at) = rest.find('<') else { break };
             let (before, tail) = rest.split_at(at);
@@ -177,6 +217,27 @@ impl ThinkSplitter {
         pieces
     }
 
+    /// Where a form or thinking in its place begins: returns what follows a tag, unless all of the text is dealt with.
+    fn lead<'a>(&mut self, rest: &'a str, pieces: &mut Vec<(Part, String)>) -> Option<&'a str> {
+        let Form::Ahead { thought } = self.form else {
+            pieces.extend((!rest.is_empty()).then(|| (Part::Answer, rest.to_owned())));
+            return None;
+        };
+        if let Some((tag, inside)) = ThinkTag::leads(rest.as_bytes()) {
+            self.enter(tag.part());
+            self.form = Form::Ahead { thought: true };
+            return Some(&rest[rest.len() - inside.len()..]);
+        }
+        if ThinkTag::may_lead(rest.as_bytes()) {
+            rest.clone_into(&mut self.pending);
+        } else {
+            self.form = Form::Begun;
+            let text = if thought { rest.trim_start() } else { rest };
+            pieces.push((Part::Answer, text.to_owned()));
+        }
+        None
+    }
+
     /// What is left at the end: the beginning of a tag that never came.
     pub fn finish(&mut self) -> Vec<(Part, String)> {
         let rest = std::mem::take(&mut self.pending);
@@ -187,17 +248,20 @@ impl ThinkSplitter {
 
     /// The tags that count in this part, and the part behind each.
     fn tags(&self) -> &'static [(&'static str, Part)] {
+        const INSIDE: [(&str, Part); 2] =
+            [(ThinkTag::Analysis.close(), Part::Answer), (ThinkTag::Think.close(), Part::Answer)];
+        const OUTSIDE: [(&str, Part); 6] = [
+            (ThinkTag::Analysis.open(), Part::Analysis),
+            (ThinkTag::Analysis.close(), Part::Answer),
+            (ThinkTag::Think.open(), Part::Thinking),
+            (ThinkTag::Think.close(), Part::Answer),
+            ("<answer>", Part::Answer),
+            ("</answer>", Part::Answer),
+        ];
         match self.part {
-            Part::Analysis => &[("</analysis>", Part::Answer)],
-            Part::Thinking => &[("</think>", Part::Answer)],
-            Part::Answer => &[
-                ("<analysis>", Part::Analysis),
-                ("</analysis>", Part::Answer),
-                ("<think>", Part::Thinking),
-                ("</think>", Part::Answer),
-                ("<answer>", Part::Answer),
-                ("</answer>", Part::Answer),
-            ],
+            Part::Analysis => &INSIDE[..1],
+            Part::Thinking => &INSIDE[1..],
+            Part::Answer => &OUTSIDE,
         }
     }
 
@@ -268,24 +332,59 @@ mod tests {
         }
     }
 
+    /// The parts of a text that comes in chunks of `size` characters: analysis, thinking, answer.
+    fn split(mut splitter: ThinkSplitter, text: &str, size: usize) -> [String; 3] {
+        let chars: Vec<char> = text.chars().collect();
+        let mut pieces: Vec<(Part, String)> =
+            chars.chunks(size).flat_map(|chunk| splitter.push(&chunk.iter().collect::<String>())).collect();
+        pieces.extend(splitter.finish());
+        assert!(pieces.iter().all(|(_, piece)| !piece.is_empty()), "{pieces:?}");
+        let mut parts = [String::new(), String::new(), String::new()];
+        pieces.iter().for_each(|(part, piece)| parts[*part as usize].push_str(piece));
+        parts
+    }
+
     #[test]
-    fn a_prompt_can_open_thinking() {
-        assert!(opens_thinking("<|im_start|>assistant\n<think>\n") && opens_thinking("<think>"));
-        assert!(!opens_thinking("<think>\n\n</think>\n\n") && !opens_thinking("<|im_start|>assistant\n"));
+    fn an_answer_can_begin_inside_thinking() {
         let cases = [
             ("hm</think>\n<answer>A</answer>", answer(None, Some("hm"), "A", None)),
             ("cut in the midd", answer(None, Some("cut in the midd"), "", None)),
             ("</think>A", answer(None, Some(""), "A", None)),
         ];
         for (text, expected) in cases {
-            assert_eq!(parse_opened_answer(text), expected, "{text}");
-            let mut splitter = ThinkSplitter::opened();
-            let mut pieces = splitter.push(text);
-            pieces.extend(splitter.finish());
-            let part = |wanted| pieces.iter().filter(|(part, _)| *part == wanted).map(|(_, text)| &text[..]).collect();
-            let [thinking, shown]: [String; 2] = [Part::Thinking, Part::Answer].map(part);
+            assert_eq!(parse_opened_answer(ThinkTag::Think, text), expected, "{text}");
+            let [_, thinking, shown] = split(ThinkSplitter::opened(ThinkTag::Think), text, 1000);
             assert_eq!((Some(thinking), shown), (expected.thinking, expected.answer), "{text}");
         }
+        let expected = answer(Some("Easy."), None, "A", None);
+        assert_eq!(parse_opened_answer(ThinkTag::Analysis, "Easy.</analysis>A"), expected);
+        let parts = split(ThinkSplitter::opened(ThinkTag::Analysis), "Easy.</analysis>A", 1);
+        assert_eq!(parts, ["Easy.", "", "A"]);
+    }
+
+    #[test]
+    fn texts_inside_a_form_are_left_alone() {
+        let quoting = "{\"a\": \"<think>x</think> </answer>\"} ";
+        let thinking = "<analysis>Hard.</analysis>\n<think>1 < 2, {\"a\"}</think>\n\n";
+        let thought = [Some("Hard."), Some("1 < 2, {\"a\"}")];
+        let cases = [
+            (quoting.to_owned(), [None; 2], quoting),
+            (format!("{thinking}{quoting}"), thought, quoting),
+            (" yes\n".to_owned(), [None; 2], " yes\n"),
+            ("<b> and <think>".to_owned(), [None; 2], "<b> and <think>"),
+            ("<think>cut </thi".to_owned(), [None, Some("cut </thi")], ""),
+            ("<thi".to_owned(), [None; 2], "<thi"),
+            (String::new(), [None; 2], ""),
+        ];
+        for (text, [analysis, thinking], proper) in cases {
+            assert_eq!(parse_formed_answer(None, &text), answer(analysis, thinking, proper, None), "{text}");
+            let expected = [analysis.unwrap_or_default(), thinking.unwrap_or_default(), proper];
+            for size in [1, 2, 3, 7, 1000] {
+                assert_eq!(split(ThinkSplitter::new().before_form(), &text, size), expected, "{text} by {size}");
+            }
+        }
+        let expected = answer(None, Some("hm"), "{\"</think>\"}", None);
+        assert_eq!(parse_formed_answer(Some(ThinkTag::Think), "hm\n</think>\n{\"</think>\"}"), expected);
     }
 
     #[test]

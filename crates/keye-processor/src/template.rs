@@ -177,7 +177,9 @@ const DEFAULT_REST: &str = "<|im_start|>{{ message['role'] }}\n\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// With which the turn of the model begins.
-const GENERATION: &str = "<|im_start|>assistant\n";
+pub(crate) const GENERATION: &str = "<|im_start|>assistant\n";
+/// With which every turn ends.
+pub(crate) const TURN_END: &str = "<|im_end|>";
 
 /// The whole chain of causes in one line.
 fn template_error(error: Error) -> ProcessorError {

@@ -34,7 +34,8 @@ impl Deref for Body {
     }
 }
 
-const UNIT: usize = 1024;
+/// Bytes of a body for which there is one permit.
+pub(crate) const UNIT: usize = 1024;
 
 impl Lease {
     /// Takes places for `n` choices more.
@@ -59,6 +60,12 @@ impl Lease {
         if !essence.eq_ignore_ascii_case("application/json") {
             let found = if essence.is_empty() { "none" } else { essence };
             let message = format!("expected content-type application/json, found {found:.60}");
+            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+        }
+        let coding = text(header::CONTENT_ENCODING).unwrap_or_default().trim();
+        if !coding.is_empty() && !coding.eq_ignore_ascii_case("identity") {
+            let message =
+                format!("content-encoding {coding:.60} is not supported; send the body as it is, uncompressed");
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
         let most = app.config.body_bytes;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
 use crate::ServerConfig;
+use crate::admission::UNIT;
 use crate::metrics::Metrics;
 
 pub(crate) struct App {
@@ -24,7 +25,7 @@ pub(crate) struct App {
     pub exporter: Option<crate::otel::Exporter>,
     /// A permit for each choice that is generated or waits.
     pub streams: Arc<Semaphore>,
-    /// A permit for each KiB of body in memory.
+    /// A permit for each [`UNIT`] of body in memory.
     pub bodies: Arc<Semaphore>,
     /// When the server started, in seconds since 1970.
     pub created: u64,
@@ -44,7 +45,7 @@ impl App {
             #[cfg(feature = "otel")]
             exporter: None,
             streams: permits(config.max_streams),
-            bodies: permits(config.total_body_bytes.div_ceil(1024)),
+            bodies: permits(config.total_body_bytes.div_ceil(UNIT)),
             created: seconds_since_1970(),
             key_digests: config.api_keys.iter().map(|key| digest(key)).collect(),
             stopping: AtomicBool::new(false),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::{Request as HttpRequest, State};
 use axum::response::Response;
-use keye_engine::Request;
-use keye_media::Source;
+use keye_engine::{MediumError, Request};
+use keye_media::{MediaItem, Source};
 use keye_processor::{Conversation, TemplateOptions, ThinkMode};
 use serde_json::Value;
 
@@ -102,17 +102,26 @@ pub(crate) fn conversation(messages: &Value, tools: &Tools, app: &App) -> Result
         let message = format!("messages: {found} images and videos, this server allows up to {}", ceilings.media);
         return Err(ApiError::invalid("messages", message));
     }
-    for item in conversation.media() {
-        app.config.media.check(item)?;
-        ceilings.check(&item.options)?;
-        let Source::Frames(frames) = &item.source else { continue };
-        if frames.len() > ceilings.frames as usize {
-            let message = format!("a list of {} frames, this server allows up to {}", frames.len(), ceilings.frames);
-            return Err(ApiError::invalid("messages", message));
-        }
-        frames.iter().filter_map(|frame| frame.options.as_ref()).try_for_each(|options| ceilings.check(options))?;
+    for (index, item) in conversation.media().iter().enumerate() {
+        check(item, app).map_err(|error| {
+            let message = MediumError::place(index, found) + &error.message;
+            ApiError { message, ..error }
+        })?;
     }
     Ok(conversation.with_tools(&app.processor.template, tools.definitions.as_ref()))
+}
+
+/// A medium has to be one that may be opened, with options below the ceilings.
+fn check(item: &MediaItem, app: &App) -> Result<(), ApiError> {
+    let ceilings = &app.config.ceilings;
+    app.config.media.check(item)?;
+    ceilings.check(&item.options)?;
+    let Source::Frames(frames) = &item.source else { return Ok(()) };
+    if frames.len() > ceilings.frames as usize {
+        let message = format!("a list of {} frames, this server allows up to {}", frames.len(), ceilings.frames);
+        return Err(ApiError::invalid("messages", message));
+    }
+    frames.iter().filter_map(|frame| frame.options.as_ref()).try_for_each(|options| ceilings.check(options))
 }
 
 /// Thinking mode and variables of the template.

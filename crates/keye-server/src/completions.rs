@@ -86,9 +86,7 @@ pub(crate) fn prompts(fields: &Fields, name: &str, app: &App) -> Result<Vec<Stri
 /// Prompts are text here, so token ids are taken that are those of a text.
 fn text_of_tokens(ids: &Value, name: &str, app: &App) -> Result<String, ApiError> {
     let wrong = |message: &str| ApiError::invalid(name, format!("{name}: {message}"));
-    let list = ids.as_array().ok_or_else(|| wrong("expected lists of token ids"))?;
-    let ids = list.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect::<Option<Vec<u32>>>();
-    let ids = ids.ok_or_else(|| wrong("expected token ids"))?;
+    let ids = fields::token_ids(ids).ok_or_else(|| wrong("expected token ids, or lists of them"))?;
     let text = app.processor.tokenizer.decode(&ids, false).map_err(|error| wrong(&error.to_string()))?;
     if app.processor.tokenizer.encode(&text)? != ids {
         return Err(wrong("these token ids are not what this model's tokenizer makes of a text; send the text"));

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use keye_media::{Access, ItemOptions, Limits, MediaItem, RemotePolicy, Source, VideoConfig};
+use keye_media::{Access, ItemOptions, Limits, Loader, MediaConfig, MediaItem, RemotePolicy, Source};
 
 use crate::error::ApiError;
 use crate::tls::TlsFiles;
@@ -136,6 +136,8 @@ pub struct Ceilings {
     pub choices: usize,
     /// Bytes of one source.
     pub media_bytes: u64,
+    /// Pixels of a picture or frame as it comes: its memory while it is decoded, up to 16 bytes each.
+    pub source_pixels: u64,
     /// Time to fetch and decode one item.
     pub media_time: Duration,
 }
@@ -151,23 +153,30 @@ impl Default for Ceilings {
             max_tokens: None,
             choices: 16,
             media_bytes: 2 << 30,
+            source_pixels: 64 << 20,
             media_time: Duration::from_secs(600),
         }
     }
 }
 
 impl Ceilings {
-    /// The same, for the loader: they also hold for what no option asks for.
-    pub fn limits(&self) -> Limits {
-        Limits { bytes: self.media_bytes, frames: self.frames, time: self.media_time, ..Limits::default() }
-    }
-
-    /// Lowers a variant's defaults, so that a request without options stays below the ceilings.
-    pub fn lower(&self, video: &mut VideoConfig) {
+    /// Sets the loader's limits, and lowers the variant's defaults, so that a request without options stays below the ceilings.
+    pub fn apply(&self, loader: &mut Loader) {
+        let (bytes, source_pixels, frames, time) = (self.media_bytes, self.source_pixels, self.frames, self.media_time);
+        loader.limits = Limits { bytes, source_pixels, frames, time, ..Limits::default() };
+        let MediaConfig { image, video, processor } = &mut loader.config;
+        let sizes = [
+            (&mut image.min_pixels, &mut image.max_pixels),
+            (&mut video.min_pixels, &mut video.max_pixels),
+            (&mut processor.min_pixels, &mut processor.max_pixels),
+        ];
+        for (min, max) in sizes {
+            *max = (*max).min(self.pixels);
+            *min = (*min).min(*max);
+        }
         video.fps = video.fps.min(self.fps);
         video.max_frames = video.max_frames.min(self.frames);
         video.min_frames = video.min_frames.min(video.max_frames);
-        video.max_pixels = video.max_pixels.min(self.pixels);
         video.total_pixels = video.total_pixels.min(self.total_pixels);
     }
 

@@ -1,8 +1,8 @@
-//! Errors in OpenAI's shape, and the one place that gives every failure its status.
+//! Errors in OpenAI's shape, and the one place that gives every failure its status; whose fault it is, the engine says.
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use keye_engine::EngineError;
+use keye_engine::{EngineError, Fault};
 use keye_media::MediaError;
 use keye_processor::ProcessorError;
 use serde_json::{Value, json};
@@ -96,55 +96,49 @@ pub(crate) fn json_response(status: StatusCode, value: &Value) -> Response {
 
 impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
-        let message = error.to_string();
-        let with = |status| Self::new(status, message.clone());
-        let media = |code| Self { code: Some(code), ..Self::invalid("messages", message.clone()) };
-        match &error {
-            EngineError::Media(MediaError::Denied { .. }) => media("media_not_allowed"),
-            EngineError::Media(MediaError::Limit { .. }) => media("media_too_large"),
-            // A full disk is not the request's fault, an unreachable source is.
-            EngineError::Media(MediaError::Read { source, .. }) => match source.kind() {
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::OutOfMemory => Self::internal(),
-                _ => media("media_unreadable"),
-            },
-            EngineError::Media(MediaError::Unreadable { .. } | MediaError::Option { .. }) => media("media_unreadable"),
-            EngineError::Media(MediaError::Ffmpeg(_) | MediaError::Temporary { .. }) => Self::internal(),
-            EngineError::Processor(ProcessorError::Messages { at, .. }) => {
-                Self::invalid(&format!("messages{at}"), message)
-            }
-            EngineError::Processor(ProcessorError::Template(_) | ProcessorError::Prompt(_)) => {
-                Self::invalid("messages", message)
-            }
-            EngineError::ContextLength { .. } => {
-                Self { code: Some("context_length_exceeded"), ..Self::invalid("messages", message) }
-            }
-            EngineError::Grammar(_) => {
-                Self { code: Some(INVALID_GRAMMAR), ..Self::invalid("response_format", message) }
-            }
-            EngineError::Refused(_) => with(StatusCode::BAD_REQUEST),
-            EngineError::QueueFull(_) => Self::busy(message),
+        match error.fault() {
+            Fault::Request | Fault::Media => {}
+            Fault::Busy => return Self::busy(error.to_string()),
             // The server cancels on its own only when its time to shut down is over.
-            EngineError::Cancelled | EngineError::Stopped | EngineError::Media(MediaError::Cancelled) => {
-                Self::stopping()
-            }
-            _ => Self::internal(),
+            Fault::Cancelled | Fault::Stopped => return Self::stopping(),
+            Fault::Machine => return Self::internal(),
         }
+        let (param, code) = match &error {
+            EngineError::Media(medium) => match &*medium.error {
+                MediaError::Denied { .. } => ("messages".into(), Some("media_not_allowed")),
+                MediaError::Limit { .. } => ("messages".into(), Some("media_too_large")),
+                _ => ("messages".into(), Some("media_unreadable")),
+            },
+            EngineError::Processor(error) => match &**error {
+                ProcessorError::Messages { at, .. } => (format!("messages{at}"), None),
+                _ => ("messages".into(), None),
+            },
+            EngineError::ContextLength { .. } => ("messages".into(), Some("context_length_exceeded")),
+            EngineError::Grammar(_) => ("response_format".into(), Some(INVALID_GRAMMAR)),
+            error => return Self::new(StatusCode::BAD_REQUEST, error.to_string()),
+        };
+        Self { code, ..Self::invalid(&param, error.to_string()) }
     }
 }
 
 impl From<ProcessorError> for ApiError {
     fn from(error: ProcessorError) -> Self {
-        EngineError::Processor(error).into()
+        EngineError::from(error).into()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use keye_engine::MediumError;
+
     use super::*;
 
     #[test]
     fn statuses() {
-        let read = |kind: std::io::ErrorKind| MediaError::Read { input: "x".into(), source: kind.into() };
+        let media = |error| EngineError::from(MediumError { index: 0, of: 1, error: Arc::new(error) });
+        let read = |kind: std::io::ErrorKind| media(MediaError::Read { input: "x".into(), source: kind.into() });
         let cases: Vec<(EngineError, u16)> = vec![
             (EngineError::QueueFull(3), 429),
             (EngineError::Stopped, 503),
@@ -154,13 +148,16 @@ mod tests {
             (EngineError::Internal("secret".into()), 500),
             (ProcessorError::Template("t".into()).into(), 400),
             (ProcessorError::File { path: "/etc/x".into(), reason: "secret".into() }.into(), 500),
-            (MediaError::Denied { input: "x".into(), reason: "y".into() }.into(), 400),
-            (read(std::io::ErrorKind::NotFound).into(), 400),
-            (read(std::io::ErrorKind::StorageFull).into(), 500),
-            (MediaError::Ffmpeg("secret".into()).into(), 500),
+            (media(MediaError::Denied { input: "x".into(), reason: "y".into() }), 400),
+            (media(MediaError::Cancelled), 503),
+            (read(std::io::ErrorKind::NotFound), 400),
+            (read(std::io::ErrorKind::StorageFull), 500),
+            (media(MediaError::Ffmpeg("secret".into())), 500),
             (
-                MediaError::Temporary { folder: "/secret".into(), error: std::io::ErrorKind::StorageFull.into() }
-                    .into(),
+                media(MediaError::Temporary {
+                    folder: "/secret".into(),
+                    error: std::io::ErrorKind::StorageFull.into(),
+                }),
                 500,
             ),
         ];

@@ -63,10 +63,13 @@ impl<'a> Fields<'a> {
     }
 
     pub fn token_ids(&self, name: &str) -> Result<Option<Vec<u32>>, ApiError> {
-        self.read(name, "a list of token ids", |value| {
-            value.as_array()?.iter().map(|id| u32::try_from(whole(id)?).ok()).collect()
-        })
+        self.read(name, "a list of token ids", token_ids)
     }
+}
+
+/// A list of token ids.
+pub(crate) fn token_ids(value: &Value) -> Option<Vec<u32>> {
+    value.as_array()?.iter().map(|id| u32::try_from(whole(id)?).ok()).collect()
 }
 
 fn whole(value: &Value) -> Option<i64> {
@@ -119,7 +122,7 @@ mod tests {
 
     #[test]
     fn values_by_name() {
-        let body = json!({"a": 1.0, "b": "x", "c": null, "d": ["x", "y"], "e": [1, 2], "f": true, "g": 1.5, "h": -1});
+        let body = json!({"a": 1.0, "b": "x", "c": null, "d": ["x", "y"], "e": [1.0, 2], "f": true, "g": 1.5, "h": -1});
         let fields = Fields::of(&body).unwrap();
         assert_eq!((fields.whole("a").unwrap(), fields.whole("h").unwrap()), (Some(1), Some(-1)));
         assert_eq!(fields.strings("b").unwrap(), Some(vec!["x".to_owned()]));

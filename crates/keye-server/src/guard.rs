@@ -11,6 +11,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use keye_engine::panic_text;
 
 use crate::app::{App, random};
 use crate::error::ApiError;
@@ -79,7 +80,7 @@ pub(crate) async fn guard(State(app): State<Arc<App>>, mut request: Request, nex
     } else {
         caught(next.run(request)).await.unwrap_or_else(|panic| {
             app.metrics.panics.add(1);
-            tracing::error!(request_id = id, route, panic = said(&*panic), "panic");
+            tracing::error!(request_id = id, route, panic = panic_text(&*panic), "panic");
             ApiError::internal().into_response()
         })
     };
@@ -167,10 +168,6 @@ async fn caught(future: impl Future<Output = Response>) -> Result<Response, Box<
     .await
 }
 
-fn said(panic: &(dyn Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,7 +189,7 @@ mod tests {
     fn a_panic_is_an_error() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let result = runtime.block_on(caught(async { panic!("boom {}", 1) }));
-        assert_eq!(said(&*result.unwrap_err()), "boom 1");
+        assert_eq!(panic_text(&*result.unwrap_err()), "boom 1");
         assert!(runtime.block_on(caught(async { StatusCode::OK.into_response() })).is_ok());
     }
 }

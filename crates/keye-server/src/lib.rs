@@ -1,15 +1,17 @@
 //! An OpenAI-compatible HTTP server over the engine.
 //!
-//! **In**: requests of OpenAI's chat and completions API with the fields that clients of vLLM and SGLang add, media as URLs,
-//! data URLs or files. **Out**: answers, whole or streamed as server-sent events, thinking apart from the answer.
+//! **In**: requests of OpenAI's chat, completions, responses and embeddings APIs with the fields that clients of vLLM and
+//! SGLang add, media as URLs, data URLs or files. **Out**: answers, whole or streamed as server-sent events, thinking apart
+//! from the answer; vectors.
 //!
 //! How a request goes:
 //!
 //! 1. `guard` gives it an id, checks origin and key, catches panics, and logs and counts how it ended.
 //! 2. `admission` takes a place for it among the open streams and for its body among the bytes in memory, or answers 429.
-//! 3. `chat` or `completions` reads the fields into [`keye_engine::Request`]s, one for each of `n` choices. What would
-//!    change the meaning of the answer and is not supported is refused by name, other unknown fields are ignored.
-//! 4. `generation` submits them. One thread per choice carries events from the engine's blocking stream into a bounded
+//! 3. `chat`, `completions`, `responses` or `embeddings` reads the fields into [`keye_engine::Request`]s, one for each
+//!    prompt. What would change the meaning of the answer and is not supported is refused by name, other unknown fields are
+//!    ignored.
+//! 4. `generation` submits them, each for `n` choices (embeddings go to the engine directly). One thread per choice carries events from the engine's blocking stream into a bounded
 //!    channel; the response reads it. When the response is dropped, because the client went away, the requests are cancelled.
 //!
 //! What it promises:

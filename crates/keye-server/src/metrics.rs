@@ -37,10 +37,15 @@ struct Histogram {
 
 impl Histogram {
     fn observe(&self, value: Duration) {
+        self.observe_many(value, 1);
+    }
+
+    /// The same duration `count` times.
+    fn observe_many(&self, value: Duration, count: u32) {
         let seconds = value.as_secs_f64();
         let bucket = BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len());
-        self.buckets[bucket].add(1);
-        self.micros.add(u64::try_from(value.as_micros()).unwrap_or(u64::MAX));
+        self.buckets[bucket].add(u64::from(count));
+        self.micros.add(u64::try_from(value.as_micros()).unwrap_or(u64::MAX).saturating_mul(u64::from(count)));
     }
 }
 
@@ -57,7 +62,9 @@ pub(crate) struct Metrics {
     pub failed: Counter,
     pub panics: Counter,
     first_token: Histogram,
+    /// Between tokens after the first, mean of an answer: once for each answer, and once for each token.
     per_token: Histogram,
+    inter_token: Histogram,
     total: Histogram,
     media: Histogram,
     vision: Histogram,
@@ -78,6 +85,7 @@ impl Metrics {
             panics: Counter::default(),
             first_token: Histogram::default(),
             per_token: Histogram::default(),
+            inter_token: Histogram::default(),
             total: Histogram::default(),
             media: Histogram::default(),
             vision: Histogram::default(),
@@ -103,6 +111,7 @@ impl Metrics {
         self.vision.observe(timings.vision);
         if let Some(steps @ 1..) = u32::try_from(usage.completion_tokens).ok().and_then(|n| n.checked_sub(1)) {
             self.per_token.observe(timings.decode / steps);
+            self.inter_token.observe_many(timings.decode / steps, steps);
         }
     }
 
@@ -132,7 +141,7 @@ impl Metrics {
             ("answers_failed", "Answers that failed.", &self.failed),
             ("panics", "Requests that hit a defect of the server.", &self.panics),
         ] {
-            out.one(&format!("keye_{name}_total"), "counter", help, counter.get() as f64);
+            out.one(&format!("keye_{name}_total"), "", "counter", help, counter.get() as f64);
         }
         let uptime = self.started.elapsed().as_secs_f64();
         for (name, help, value) in [
@@ -144,7 +153,7 @@ impl Metrics {
             ("feature_cache_bytes", "Bytes of media features held.", stats.feature_bytes as f64),
             ("uptime_seconds", "Seconds since the start.", uptime),
         ] {
-            out.one(&format!("keye_{name}"), "gauge", help, value);
+            out.one(&format!("keye_{name}"), "", "gauge", help, value);
         }
         for (name, help, histogram) in [
             ("time_to_first_token", "From submission to the first token.", &self.first_token),
@@ -153,16 +162,24 @@ impl Metrics {
             ("media", "Fetching, decoding and resizing media.", &self.media),
             ("vision", "Vision tower and projector.", &self.vision),
         ] {
-            out.histogram(&format!("keye_{name}_seconds"), help, histogram);
+            out.histogram(&format!("keye_{name}_seconds"), "", help, histogram);
         }
-        // The names that dashboards made for vLLM look for.
-        out.one("vllm:num_requests_running", "gauge", "As keye_requests_running.", stats.running as f64);
-        out.one("vllm:num_requests_waiting", "gauge", "As keye_requests_waiting.", stats.waiting as f64);
-        out.one("vllm:kv_cache_usage_perc", "gauge", "Part of the KV cache in use, 0 to 1.", used);
+        // The names and labels that dashboards made for vLLM look for.
+        let model = &format!("model_name=\"{}\"", escaped(&app.config.model));
+        out.one("vllm:num_requests_running", model, "gauge", "As keye_requests_running.", stats.running as f64);
+        out.one("vllm:num_requests_waiting", model, "gauge", "As keye_requests_waiting.", stats.waiting as f64);
+        out.one("vllm:kv_cache_usage_perc", model, "gauge", "Part of the KV cache in use, 0 to 1.", used);
         let prompt = self.prompt_tokens.get() as f64;
-        out.one("vllm:prompt_tokens_total", "counter", "As keye_prompt_tokens_total.", prompt);
+        out.one("vllm:prompt_tokens_total", model, "counter", "As keye_prompt_tokens_total.", prompt);
         let generated = self.generation_tokens.get() as f64;
-        out.one("vllm:generation_tokens_total", "counter", "As keye_generation_tokens_total.", generated);
+        out.one("vllm:generation_tokens_total", model, "counter", "As keye_generation_tokens_total.", generated);
+        for (name, help, histogram) in [
+            ("time_to_first_token", "As keye_time_to_first_token_seconds.", &self.first_token),
+            ("inter_token_latency", "As keye_time_per_output_token_seconds, for each token.", &self.inter_token),
+            ("e2e_request_latency", "As keye_answer_seconds.", &self.total),
+        ] {
+            out.histogram(&format!("vllm:{name}_seconds"), model, help, histogram);
+        }
         out.0
     }
 }
@@ -179,19 +196,31 @@ impl Text {
         let _ = writeln!(self.0, "{line}");
     }
 
-    fn one(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+    /// `labels` are as in the braces, or nothing.
+    fn one(&mut self, name: &str, labels: &str, kind: &str, help: &str, value: f64) {
         self.head(name, kind, help);
-        self.line(format_args!("{name} {value}"));
+        self.line(format_args!("{name}{} {value}", braced(labels)));
     }
 
-    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
+    fn histogram(&mut self, name: &str, labels: &str, help: &str, histogram: &Histogram) {
         self.head(name, "histogram", help);
         let mut below = 0;
         for (bound, bucket) in BOUNDS.iter().map(f64::to_string).chain(["+Inf".into()]).zip(&histogram.buckets) {
             below += bucket.get();
-            self.line(format_args!("{name}_bucket{{le=\"{bound}\"}} {below}"));
+            let comma = if labels.is_empty() { "" } else { "," };
+            self.line(format_args!("{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {below}"));
         }
-        self.line(format_args!("{name}_sum {}", histogram.micros.get() as f64 / 1e6));
-        self.line(format_args!("{name}_count {below}"));
+        let labels = braced(labels);
+        self.line(format_args!("{name}_sum{labels} {}", histogram.micros.get() as f64 / 1e6));
+        self.line(format_args!("{name}_count{labels} {below}"));
     }
+}
+
+fn braced(labels: &str) -> String {
+    if labels.is_empty() { String::new() } else { format!("{{{labels}}}") }
+}
+
+/// The value of a label.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

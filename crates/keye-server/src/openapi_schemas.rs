@@ -1,6 +1,8 @@
 //! The schemas of `/openapi.json`.
 
-use keye_engine::MAX_LOGPROBS;
+use std::ops::RangeInclusive;
+
+use keye_engine::{MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOPS, MIN_P, PENALTY, REPETITION_PENALTY, TEMPERATURE};
 use serde_json::{Map, Value, json};
 
 /// By name.
@@ -29,23 +31,25 @@ fn merged(parts: &[&Value]) -> Value {
 
 /// Fields of sampling, stopping and streaming that all generating routes have.
 fn sampling() -> Value {
-    let number = |low: f64, high: f64| json!({"type": ["number", "null"], "minimum": low, "maximum": high});
+    let number =
+        |of: RangeInclusive<f64>| json!({"type": ["number", "null"], "minimum": of.start(), "maximum": of.end()});
     let whole = |low: i64| json!({"type": ["integer", "null"], "minimum": low});
     let flag = or_null("boolean");
     json!({
         "model": {"type": ["string", "null"], "description": "Any name, also the empty one: there is one model."},
         "stream": flag,
-        "temperature": number(0.0, 100.0),
+        "temperature": number(TEMPERATURE),
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
         "top_k": {"type": ["integer", "null"], "minimum": -1, "maximum": u32::MAX},
-        "min_p": number(0.0, 1.0),
-        "repetition_penalty": number(0.01, 100.0),
-        "presence_penalty": number(-2.0, 2.0),
-        "frequency_penalty": number(-2.0, 2.0),
+        "min_p": number(MIN_P),
+        "repetition_penalty": number(REPETITION_PENALTY),
+        "presence_penalty": number(PENALTY),
+        "frequency_penalty": number(PENALTY),
         "seed": {"type": ["integer", "null"], "minimum": i64::MIN, "maximum": i64::MAX},
         "stop": {
-            "type": ["string", "array", "null"], "minLength": 1, "maxItems": 16,
-            "items": {"type": "string", "minLength": 1},
+            "description": format!("Strings have at most {MAX_STOP_BYTES} bytes."),
+            "type": ["string", "array", "null"], "minLength": 1, "maxLength": MAX_STOP_BYTES, "maxItems": MAX_STOPS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_BYTES},
         },
         "stop_token_ids": {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}},
         "ignore_eos": flag,

@@ -1,6 +1,6 @@
 //! What the pieces of an answer are: thinking, the answer proper, calls of tools.
 
-use keye_processor::{Part, ThinkSplitter, ToolCall, ToolCallSplitter, ToolPiece};
+use keye_processor::{Part, ThinkSplitter, ThinkTag, ToolCall, ToolCallSplitter, ToolPiece};
 
 /// A piece of an answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,112 +21,33 @@ pub(crate) struct Parts {
     calls: Option<ToolCallSplitter>,
     /// The last part that was not the answer.
     reasoning_part: Option<Part>,
-    form: Form,
+    /// The answer proper has a form that was asked for, and has not begun.
+    form_ahead: bool,
 }
-
-/// Whether the answer has a form that was asked for: then tags count before it only, since its texts may quote them.
-#[derive(Debug)]
-enum Form {
-    /// It has none.
-    Free,
-    /// It has, and has not begun.
-    Ahead {
-        /// Text that may be the beginning of a tag.
-        held: String,
-        /// The tag that ends the thinking which goes on.
-        inside: Option<&'static str>,
-        /// There was thinking: white space behind it is no part of the answer.
-        thought: bool,
-    },
-    /// It has begun.
-    Begun,
-}
-
-/// Tags of thinking.
-const TAGS: [(&str, &str); 2] = [("<think>", "</think>"), ("<analysis>", "</analysis>")];
 
 impl Parts {
     /// `tools` are the names of those that may be called; with `form` the answer has one that was asked for.
     pub fn new(tools: &[String], form: bool) -> Self {
         let calls = (!tools.is_empty()).then(|| ToolCallSplitter::new(tools.to_vec()));
-        let form = match form {
-            true => Form::Ahead { held: String::new(), inside: None, thought: false },
-            false => Form::Free,
-        };
-        Self { splitter: ThinkSplitter::new(), calls, reasoning_part: None, form }
+        let splitter = splitter(ThinkSplitter::new(), form);
+        Self { splitter, calls, reasoning_part: None, form_ahead: form }
     }
 
     /// The text begins inside thinking. Before the first.
     pub fn open_thinking(&mut self) {
-        self.splitter = ThinkSplitter::opened();
-        if let Form::Ahead { inside, .. } = &mut self.form {
-            *inside = Some(TAGS[0].1);
-        }
+        self.splitter = splitter(ThinkSplitter::opened(ThinkTag::Think), self.form_ahead);
     }
 
     /// Takes the next text; returns what is settled, in order.
     pub fn push(&mut self, text: &str) -> Vec<Piece> {
-        match &mut self.form {
-            Form::Free => self.split(text),
-            Form::Begun => self.sort(vec![(Part::Answer, text.to_owned())]),
-            Form::Ahead { held, inside, thought } => {
-                let held = std::mem::take(held) + text;
-                let (inside, thought) = (*inside, *thought);
-                self.ahead(held, inside, thought)
-            }
-        }
-    }
-
-    /// Looks for the beginning of the answer behind thinking that may come first.
-    fn ahead(&mut self, mut held: String, mut inside: Option<&'static str>, mut thought: bool) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        loop {
-            if let Some(close) = inside {
-                let end = held.find(close).map(|at| at + close.len());
-                let kept = (1..close.len()).rev().find(|n| held.ends_with(&close[..*n])).unwrap_or(0);
-                let settled: String = held.drain(..end.unwrap_or(held.len() - kept)).collect();
-                pieces.extend(self.split(&settled));
-                if end.is_none() {
-                    break;
-                }
-                (inside, thought) = (None, true);
-                continue;
-            }
-            let begun = held.trim_start();
-            if let Some(&(open, close)) = TAGS.iter().find(|(open, _)| begun.starts_with(open)) {
-                pieces.extend(self.split(open));
-                (held, inside) = (begun[open.len()..].to_owned(), Some(close));
-            } else if TAGS.iter().any(|(open, _)| open.starts_with(begun)) {
-                break;
-            } else {
-                self.form = Form::Begun;
-                // A call begins with a tag, other forms may quote one.
-                if !begun.starts_with('<') {
-                    self.calls = None;
-                }
-                let text = if thought { begun.to_owned() } else { held };
-                pieces.extend(self.sort(vec![(Part::Answer, text)]));
-                return pieces;
-            }
-        }
-        self.form = Form::Ahead { held, inside, thought };
-        pieces
-    }
-
-    fn split(&mut self, text: &str) -> Vec<Piece> {
         let pieces = self.splitter.push(text);
         self.sort(pieces)
     }
 
     /// What is left at the end.
     pub fn finish(&mut self) -> Vec<Piece> {
-        let held = match &mut self.form {
-            Form::Ahead { held, .. } => std::mem::take(held),
-            Form::Free | Form::Begun => String::new(),
-        };
-        let mut pieces = self.split(&held);
         let rest = self.splitter.finish();
-        pieces.extend(self.sort(rest));
+        let mut pieces = self.sort(rest);
         pieces.extend(self.calls.iter_mut().flat_map(ToolCallSplitter::finish).map(Piece::from));
         pieces
     }
@@ -134,6 +55,10 @@ impl Parts {
     fn sort(&mut self, pieces: Vec<(Part, String)>) -> Vec<Piece> {
         let mut sorted = Vec::new();
         for (part, text) in pieces {
+            if part == Part::Answer && std::mem::take(&mut self.form_ahead) && !text.trim_start().starts_with('<') {
+                // A call begins with a tag, other forms may quote one.
+                self.calls = None;
+            }
             match part {
                 Part::Answer => match &mut self.calls {
                     Some(calls) => sorted.extend(calls.push(&text).into_iter().map(Piece::from)),
@@ -149,6 +74,11 @@ impl Parts {
         }
         sorted
     }
+}
+
+/// With `form` for an answer that has one.
+fn splitter(splitter: ThinkSplitter, form: bool) -> ThinkSplitter {
+    if form { splitter.before_form() } else { splitter }
 }
 
 impl From<ToolPiece> for Piece {

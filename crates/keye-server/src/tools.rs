@@ -37,7 +37,7 @@ pub(crate) fn read(fields: &Fields) -> Result<Tools, ApiError> {
         let function = tool.get("function").unwrap_or(tool).as_object().ok_or_else(|| wrong("tools", "functions"))?;
         let name = function.get("name").and_then(Value::as_str).filter(|name| is_name(name));
         let name =
-            name.ok_or_else(|| wrong("tools", &format!("{at}.function.name, 1 to 64 letters, digits, - or _")))?;
+            name.ok_or_else(|| wrong("tools", &format!("{at}.function.name, 1 to 64 letters, digits, -, _ or .")))?;
         if names.iter().any(|known| known == name) {
             return Err(wrong("tools", &format!("different names; {at} has that of another")));
         }
@@ -153,6 +153,8 @@ mod tests {
         assert_eq!(auto.grammar(None), Ok(None));
         assert_eq!(auto.definitions.as_ref().unwrap()[1]["function"], json!({"name": "go"}));
         assert_eq!(tools(json!({"tool_choice": "none"})), Ok(Tools::default()));
+        let every = json!({"tools": [{"function": {"name": "Az09-_."}}]});
+        assert_eq!(tools(every).unwrap().names, ["Az09-_."]);
         let lark = |tools: Tools, text| match tools.grammar(text) {
             Ok(Some(Grammar::Lark(text))) => text,
             other => panic!("{other:?}"),
@@ -195,6 +197,9 @@ mod tests {
         ] {
             assert_eq!(tools(body.clone()), Err(param.to_owned()), "{body}");
         }
+        let body = json!({"tools": [{"function": {"name": "a/b"}}]});
+        let message = read(&Fields::of(&body).unwrap()).unwrap_err().message;
+        assert!(message.ends_with("1 to 64 letters, digits, -, _ or ."), "{message}");
         let forced = tools(json!({"tool_choice": "required"})).unwrap();
         assert!(forced.grammar(Some(Grammar::JsonObject)).is_err());
     }

@@ -10,6 +10,8 @@ mod embeddings;
 mod forms;
 #[path = "api/limits.rs"]
 mod limits;
+#[path = "api/logs.rs"]
+mod logs;
 #[path = "api/media.rs"]
 mod media;
 #[path = "api/newer.rs"]

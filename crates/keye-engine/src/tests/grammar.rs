@@ -211,6 +211,55 @@ fn the_grammar_begins_after_the_thinking_and_a_budget_closes_that() {
     assert_eq!(answer(&engine, opened).expect("fits").0, "</think>done");
 }
 
+/// Tags in somebody else's words are no thinking of the model's, in which a form would not hold.
+#[test]
+fn the_words_of_others_open_no_thinking() {
+    let engine = noisy(1);
+    let words = "What would an assistant say inside <think>, or <analysis>?";
+    let raw = Request { raw_prompt: Some(words.into()), ..ask(Grammar::Choice(vec!["done".into()]), 1, 50) };
+    let mut chat = request(vec![], words, 50);
+    chat.template.add_generation_prompt = false;
+    let chat = Request { conversation: chat.conversation, template: chat.template, raw_prompt: None, ..raw.clone() };
+    for asked in [raw, chat] {
+        assert_eq!(answer(&engine, asked).expect("fits"), ("done".to_owned(), FinishReason::Stop));
+    }
+}
+
+#[test]
+fn texts_of_a_form_are_the_answer_as_they_are() {
+    let engine = noisy(1);
+    let quoting = "\"<think>x</think> </answer>\" ";
+    let mut asked = ask(Grammar::Choice(vec![quoting.into()]), 1, 50);
+    for opened in [false, true] {
+        if opened {
+            asked.raw_prompt = Some("<|im_start|>assistant\n<think>\n".into());
+            asked.max_reasoning_tokens = Some(0);
+        }
+        let last = engine.submit(asked.clone()).expect("room").last();
+        let Some(Event::Finished { answer, .. }) = last else { panic!("{last:?}") };
+        assert_eq!((answer.answer.as_str(), answer.analysis), (quoting, None));
+        assert!(answer.thinking.unwrap_or_default().is_empty());
+    }
+}
+
+#[test]
+fn a_schema_that_is_nothing_but_itself_is_refused_with_the_reason() {
+    let engine = noisy(1);
+    for grammar in [
+        Grammar::JsonSchema(json!({"$ref": "#"})),
+        Grammar::JsonSchema(json!({"allOf": [{"$ref": "#"}]})),
+        Grammar::JsonSchema(json!({
+            "oneOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+        })),
+        Grammar::Lark("start: start".into()),
+    ] {
+        let error = answer(&engine, ask(grammar.clone(), 1, 5)).expect_err("nothing satisfies it").to_string();
+        assert!(error.contains("refer to itself only with an object or array in between"), "{grammar:?}: {error}");
+    }
+    let tree = json!({"type": "array", "items": {"$ref": "#"}, "maxItems": 1});
+    assert!(answer(&engine, ask(Grammar::JsonSchema(tree), 1, 50)).is_ok());
+}
+
 /// What a mask costs over a vocabulary of real size: run with `--ignored --nocapture`.
 #[test]
 #[ignore = "a measurement"]

@@ -10,7 +10,8 @@ use keye_processor::{Conversation, Overrides, Processor, ThinkMode};
 
 use crate::fake::FakeRunner;
 use crate::{
-    Engine, EngineError, EngineOptions, Event, EventStream, FinishReason, Request, SamplingParams, Stage, trace,
+    Engine, EngineError, EngineOptions, Event, EventStream, Fault, FinishReason, Grammar, Request, SamplingParams,
+    Stage, trace,
 };
 
 pub(super) fn fixture() -> PathBuf {
@@ -151,6 +152,31 @@ fn errors_come_where_they_are_found() {
     assert!(matches!(many, Err(EngineError::ContextLength { max: 256, .. })), "{many:?}");
     assert_eq!(text_of(engine.submit(request(vec![], "Hello", 5)).expect("room")).expect("no error").0.len(), 5);
     wait_for(|| engine.stats().waiting == 0);
+}
+
+#[test]
+fn all_answers_to_a_request_fail_alike() {
+    let engine = engine(FakeRunner::new(4, 64), EngineOptions::default());
+    let options = ItemOptions { nframes: Some(0.0), ..ItemOptions::default() };
+    let clip = |options: ItemOptions| MediaItem { kind: MediaKind::Video, options, ..picture("inputs/clip.mp4") };
+    let many = vec![picture("inputs/one.png"), picture("no/such.png"), picture("inputs/one.png")];
+    let broken = Request { raw_prompt: Some("<|vision_start|><|image_pad|>".into()), ..request(vec![], "", 5) };
+    for (asked, fault) in [
+        (request(vec![picture("no/such.png")], "x", 5), Fault::Media),
+        (request(vec![picture("../outside.png")], "x", 5), Fault::Media),
+        (request(vec![clip(options)], "x", 5), Fault::Request),
+        (request(many, "x", 5), Fault::Media),
+        (broken, Fault::Request),
+        (request(vec![], &"word and ".repeat(400), 5), Fault::Request),
+        (Request { grammar: Some(Grammar::Regex("(".into())), ..request(vec![], "x", 5) }, Fault::Request),
+    ] {
+        let one = text_of(engine.submit(asked.clone()).expect("room")).expect_err("it fails");
+        assert_eq!(one.fault(), fault, "{one:?}");
+        for stream in engine.submit_many(asked, &[1, 2, 3, 4]).expect("room") {
+            let other = text_of(stream).expect_err("it fails");
+            assert_eq!((format!("{other:?}"), other.fault()), (format!("{one:?}"), fault));
+        }
+    }
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn random_requests(count: usize, seed: u64) {
         preemptions += stats.preemptions;
         hits += stats.prefix_hits;
         accepted += stats.speculation_accepted;
-        assert!(stats.feature_bytes > 0 || harness.log.features.load(Ordering::SeqCst) == 0, "features leaked");
+        assert_eq!(stats.feature_bytes, harness.log.feature_bytes.load(Ordering::SeqCst), "features leaked");
     }
     assert!(preemptions > 0 && hits > 0 && accepted > 0, "{preemptions} {hits} {accepted}");
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use keye_media::{FrameKind, Media};
+use keye_model::ModelError;
 
 use super::harness::{Ask, Harness, Outcome, alone, ask, options, outcome, spell};
 use crate::event::event_channel;
@@ -171,8 +172,12 @@ fn a_request_that_fails_fails_alone() {
     let bad_media = harness.submit(&ask(&[1], &[clip(1, 9), clip(BAD_MEDIA, 9)], 5));
     let panic_media = harness.submit(&ask(&[1], &[clip(PANIC_MEDIA, 9)], 5));
     let second: Vec<EventStream> = good.iter().map(|ask| harness.submit(ask)).collect();
-    assert!(matches!(outcome(bad_token), Err(EngineError::Model(keye_model::ModelError::Batch(_)))));
-    assert!(matches!(outcome(bad_media), Err(EngineError::Model(keye_model::ModelError::Media(_)))));
+    let model_error = |stream| match outcome(stream) {
+        Err(EngineError::Model(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(*model_error(bad_token), ModelError::Batch(_)));
+    assert!(matches!(*model_error(bad_media), ModelError::Media(_)));
     for panicked in [panic_token, panic_media] {
         let error = outcome(panicked).expect_err("it panicked").to_string();
         assert!(error.contains("on purpose"), "{error}");
@@ -271,16 +276,23 @@ fn features_that_do_not_fit_the_prompt_are_refused() {
     harness.assert_all_free();
 }
 
+/// A busy machine may take time that belongs to no stage from any single attempt.
 #[test]
 fn times_add_up() {
+    let most = Duration::from_millis(50);
+    assert!((0..10).any(|_| time_without_stage() < most), "ten times more than {most:?} of an answer that takes 20 ms");
+}
+
+fn time_without_stage() -> Duration {
     let mut runner = FakeRunner::new(64, 4);
     runner.step_time = Duration::from_millis(3);
     let harness = Harness::new(runner, options(8, 1));
     let timings = harness.run(&ask(&[1; 20], &[clip(1, 9)], 5)).timings;
     assert!(timings.prefill >= Duration::from_millis(9) && timings.decode >= Duration::from_millis(12), "{timings:?}");
     let sum = timings.queued + timings.media + timings.vision + timings.prefill + timings.decode;
-    assert!(sum <= timings.total && timings.total - sum < Duration::from_millis(50), "{timings:?}");
+    assert!(sum <= timings.total, "{timings:?}");
     assert!(timings.first_token <= timings.total - timings.decode, "{timings:?}");
+    timings.total - sum
 }
 
 #[test]
@@ -392,9 +404,9 @@ fn the_others_go_on_when_the_first_of_several_is_given_up() {
 #[test]
 fn guesses_change_no_token_and_save_steps() {
     // Greedy answers of a prompt that contains its own answer.
-    let plain = Harness::new(FakeRunner::new(400, 64), options(64, 1));
-    let first = plain.run(&ask(&[1, 2, 3], &[], 30)).tokens;
+    let first = alone(&ask(&[1, 2, 3], &[], 30));
     for speculation in [1, 3, 8] {
+        let plain = Harness::new(FakeRunner::new(400, 64), options(64, 4));
         let harness = Harness::new(FakeRunner::new(400, 64), EngineOptions { speculation, ..options(64, 4) });
         for temperature in [0.0, 0.7] {
             for text in [vec![1, 2, 3], first.iter().chain(&first).copied().collect(), vec![5; 70]] {
@@ -406,7 +418,9 @@ fn guesses_change_no_token_and_save_steps() {
             }
         }
         let stats = harness.stats();
-        assert!(stats.speculation_proposed > 0 && stats.speculation_accepted <= stats.speculation_proposed);
+        assert!(stats.speculation_accepted > 0 && stats.speculation_accepted <= stats.speculation_proposed);
+        let steps = [&harness, &plain].map(|harness| harness.log.steps().len() as u64);
+        assert!(steps[0] + stats.speculation_accepted / 2 < steps[1], "{speculation}: {steps:?} steps, {stats:?}");
     }
 }
 

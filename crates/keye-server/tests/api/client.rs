@@ -99,6 +99,14 @@ impl Open {
         rest
     }
 
+    /// Reads what comes until the connection ends, in order or not.
+    pub fn lossy_rest(mut self) -> String {
+        let mut rest = Vec::new();
+        // A connection that is cut may end in an error.
+        let _ = self.reader.read_to_end(&mut rest);
+        String::from_utf8_lossy(&rest).into_owned()
+    }
+
     /// Reads the body.
     pub fn finish(mut self) -> Response {
         let mut raw = Vec::new();

@@ -1,5 +1,9 @@
 //! What is too much, wrong or not there yet.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
 use keye_server::{Ceilings, ServerConfig};
 use serde_json::{Value, json};
 
@@ -54,6 +58,7 @@ fn fields_that_would_change_the_answer_are_refused_by_name() {
         ("model", json!("any/name")),
         ("top_k", json!(-1)),
         ("stop", json!([])),
+        ("stop", json!(vec!["no such words"; 64])),
         ("n", json!(1.0)),
         ("max_completion_tokens", json!(3)),
         ("stream_options", json!(null)),
@@ -84,6 +89,8 @@ fn wrong_values_are_refused_by_name() {
         ("max_completion_tokens", json!("many")),
         ("stop", json!(5)),
         ("stop", json!([""])),
+        ("stop", json!(vec!["x"; 65])),
+        ("stop", json!("x".repeat(1025))),
         ("stop_token_ids", json!([-1])),
         ("stream", json!("yes")),
         ("stream_options", json!(5)),
@@ -125,12 +132,17 @@ fn wrong_values_are_refused_by_name() {
     let form = [("content-type", "text/plain")];
     let refused = request(server.address, "POST", "/v1/chat/completions", &form, &hello().to_string());
     assert_eq!(refused.error().0, 415);
+    let zipped = [("content-encoding", "gzip")];
+    let refused = request(server.address, "POST", "/tokenize", &zipped, "{\"prompt\": \"x\"}");
+    assert!(refused.error().0 == 415 && refused.body.contains("uncompressed"), "{}", refused.body);
+    let plain = [("content-encoding", "identity")];
+    assert_eq!(request(server.address, "POST", "/tokenize", &plain, "{\"prompt\": \"x\"}").status, 200);
     // A page can send bytes without a type to any server.
     let untyped = "POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 15\r\nconnection: close\r\n\r\n{\"prompt\": \"x\"}";
-    let mut socket = std::net::TcpStream::connect(server.address).expect("a connection");
-    std::io::Write::write_all(&mut socket, untyped.as_bytes()).expect("sent");
+    let mut socket = TcpStream::connect(server.address).expect("a connection");
+    socket.write_all(untyped.as_bytes()).expect("sent");
     let mut answer = String::new();
-    std::io::Read::read_to_string(&mut socket, &mut answer).expect("an answer");
+    socket.read_to_string(&mut answer).expect("an answer");
     assert!(answer.starts_with("HTTP/1.1 415"), "{answer}");
     let charset = [("content-type", "Application/JSON; charset=utf-8")];
     assert_eq!(request(server.address, "POST", "/tokenize", &charset, "{\"prompt\": \"x\"}").status, 200);
@@ -159,18 +171,18 @@ fn bodies_have_limits() {
 }
 
 /// A connection whose body of 4096 bytes has come as far as this.
-fn begin_body(server: &TestServer, sent: usize) -> std::net::TcpStream {
-    let mut socket = std::net::TcpStream::connect(server.address).expect("a connection");
+fn begin_body(server: &TestServer, sent: usize) -> TcpStream {
+    let mut socket = TcpStream::connect(server.address).expect("a connection");
     let head =
         "POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 4096\r\n\r\n";
-    std::io::Write::write_all(&mut socket, format!("{head}{}", " ".repeat(sent)).as_bytes()).expect("sent");
+    socket.write_all(format!("{head}{}", " ".repeat(sent)).as_bytes()).expect("sent");
     socket
 }
 
 #[test]
 fn bodies_hold_what_came_and_not_what_they_claim() {
     let server = TestServer::start(ServerConfig { body_bytes: 4096, total_body_bytes: 8192, ..config() });
-    let waiting: Vec<std::net::TcpStream> = (0..7).map(|_| begin_body(&server, 1)).collect();
+    let waiting: Vec<TcpStream> = (0..7).map(|_| begin_body(&server, 1)).collect();
     for _ in 0..20 {
         assert_eq!(server.post("/tokenize", &json!({"prompt": "x"})).status, 200);
     }
@@ -235,6 +247,23 @@ fn ceilings_hold_whatever_a_request_says() {
 }
 
 #[test]
+fn pictures_stay_below_the_ceilings_without_options() {
+    let big = question(json!([{"type": "image", "image": "big.png"}]), "x");
+    let tokens = |ceilings: Ceilings| {
+        let answer = TestServer::start(ServerConfig { ceilings, ..config() }).chat(&big);
+        answer.json()["usage"]["prompt_tokens"].as_u64().expect("an answer")
+    };
+    // 784 pixels a token.
+    let [free, lowered] = [u64::MAX, 10_000].map(|pixels| tokens(Ceilings { pixels, ..Ceilings::default() }));
+    let text = tokens(Ceilings { pixels: 784, ..Ceilings::default() }) - 1;
+    assert!(free - text > 30 && lowered - text <= 10_000 / 784, "{free} {lowered} {text}");
+
+    let ceilings = Ceilings { source_pixels: 180_000, ..Ceilings::default() };
+    let refused = TestServer::start(ServerConfig { ceilings, ..config() }).chat(&big);
+    assert_eq!((refused.error().0, &refused.json()["error"]["code"]), (400, &json!("media_too_large")));
+}
+
+#[test]
 fn prompts_that_are_too_long_and_damaged_media_are_the_clients_errors() {
     let server = shared();
     let long = hello_with("messages", json!([{"role": "user", "content": "word ".repeat(60_000)}]));
@@ -249,6 +278,89 @@ fn prompts_that_are_too_long_and_damaged_media_are_the_clients_errors() {
         assert_eq!(refused.error().0, 400, "{url}");
     }
     assert_eq!(server.chat(&hello()).status, 200);
+}
+
+#[test]
+fn several_choices_fail_as_one_does() {
+    let server = shared();
+    let media = |parts: Value| question(parts, "x");
+    let image = |url: &str| json!({"type": "image_url", "image_url": {"url": url}});
+    let damaged = image("data:image/png;base64,AAAA");
+    let long = hello_with("messages", json!([{"role": "user", "content": "word ".repeat(40_000)}]));
+    for (mut body, code) in [
+        (media(json!([damaged])), json!("media_unreadable")),
+        (media(json!([image("one.png"), damaged])), json!("media_unreadable")),
+        (media(json!([image("file:///etc/passwd")])), json!("media_not_allowed")),
+        (media(json!([image("gone.png")])), json!("media_unreadable")),
+        (media(json!([{"type": "image", "image": "one.png", "fps": 1}])), json!("media_unreadable")),
+        (media(json!([{"type": "text", "text": "<|image_pad|>"}])), Value::Null),
+        (hello_with("regex", json!("(")), json!("invalid_grammar")),
+        (long, json!("context_length_exceeded")),
+    ] {
+        let one = server.chat(&body);
+        assert_eq!((one.error().0, &one.json()["error"]["code"]), (400, &code), "{}", one.body);
+        body["n"] = json!(4);
+        for _ in 0..3 {
+            let four = server.chat(&body);
+            assert_eq!((four.status, four.body), (one.status, one.body.clone()));
+        }
+    }
+}
+
+#[test]
+fn an_error_says_which_of_several_media_it_is_about() {
+    let image = |url: &str| json!({"type": "image_url", "image_url": {"url": url}});
+    for wrong in ["data:image/png;base64,AAAA", "gone.png", "/etc/passwd", "https://example.org/a.png"] {
+        let refused = shared().chat(&question(json!([image("one.png"), image(wrong), image("one.png")]), "x"));
+        let message = refused.json()["error"]["message"].as_str().expect("text").to_owned();
+        assert!(refused.status == 400 && message.starts_with("medium 2 of 3: "), "{message}");
+    }
+}
+
+#[test]
+fn a_body_that_takes_too_long_is_given_up() {
+    let server = TestServer::start(ServerConfig { body_timeout: Duration::from_millis(50), ..config() });
+    let mut answer = String::new();
+    let mut late = begin_body(&server, 1);
+    late.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket option");
+    late.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+}
+
+#[test]
+fn more_connections_than_there_may_be_wait() {
+    let server = TestServer::start(ServerConfig { max_connections: 1, ..config() });
+    let first = begin_body(&server, 1);
+    let mut second = TcpStream::connect(server.address).expect("a connection");
+    let request = "GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    second.write_all(request.as_bytes()).expect("sent");
+    second.set_read_timeout(Some(Duration::from_millis(200))).expect("a socket option");
+    let early = second.read(&mut [0]);
+    assert!(early.is_err(), "answered beside the only connection that there may be: {early:?}");
+    drop(first);
+    second.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket option");
+    let mut answer = String::new();
+    second.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[test]
+fn a_client_that_takes_nothing_is_cut_off() {
+    let server = TestServer::start(ServerConfig { reader_timeout: Duration::from_millis(100), ..config() });
+    // More than the sockets hold.
+    let mut body = hello_with("max_tokens", json!(20_000));
+    for (field, value) in [("stream", json!(true)), ("ignore_eos", json!(true)), ("logprobs", json!(true))] {
+        body[field] = value;
+    }
+    body["top_logprobs"] = json!(20);
+    let stream = Open::send(server.address, "POST", "/v1/chat/completions", &[], &body.to_string());
+    crate::support::wait_for("an answer that was given up", || {
+        let metrics = server.get("/metrics").body;
+        assert!(metrics.contains("keye_answers_finished_total 0"), "all of it was taken");
+        metrics.contains("keye_answers_cancelled_total 1")
+    });
+    server.wait_until_idle();
+    assert!(!stream.lossy_rest().contains("[DONE]"), "the connection went on");
 }
 
 #[test]

@@ -4,11 +4,13 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use keye_media::RemotePolicy;
 use keye_server::{MediaAccess, ServerConfig};
 use serde_json::{Value, json};
 
+use crate::client::Open;
 use crate::support::{TestServer, config, content, data_url, fixture, question, shared};
 
 fn image(url: &str) -> Value {
@@ -146,4 +148,23 @@ fn remote_media_are_off_then_public_then_named() {
 
     let listed = remote(RemotePolicy { domains: vec!["example.org".into()], ..RemotePolicy::default() });
     assert_eq!(code(&listed, &url), "media_not_allowed");
+}
+
+/// A source that never answers: the stream shows that it is alive, and ends at once when its reader goes.
+#[test]
+fn a_stream_that_has_nothing_to_tell_says_that_it_waits() {
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = silent.local_addr().expect("an address").port();
+    let policy = RemotePolicy { hosts: vec![("127.0.0.1".into(), port)], ..RemotePolicy::default() };
+    let media = MediaAccess { path: None, remote: Some(policy) };
+    let server = TestServer::start(ServerConfig { keep_alive: Duration::from_millis(20), media, ..config() });
+    let mut body = image(&format!("http://127.0.0.1:{port}/one.png"));
+    body["stream"] = json!(true);
+    let mut stream = Open::send(server.address, "POST", "/v1/chat/completions", &[], &body.to_string());
+    assert_eq!(stream.status, 200);
+    for _ in 0..2 {
+        assert!((0..9).any(|_| stream.line() == ": waiting\n"), "nothing was told");
+    }
+    drop(stream);
+    server.wait_until_idle();
 }

@@ -2,16 +2,25 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
+use std::time::Duration;
 
 use keye_server::ServerConfig;
 use serde_json::{Value, json};
 
 use crate::client::request;
-use crate::support::{TestServer, config};
+use crate::support::{TestServer, config, wait_for};
 
 /// Takes one request and answers it; returns its path and body.
 fn collect(listener: &TcpListener) -> (String, Value) {
-    let (socket, _) = listener.accept().expect("a connection");
+    let mut socket = None;
+    listener.set_nonblocking(true).expect("a socket option");
+    wait_for("a connection", || {
+        socket = listener.accept().ok();
+        socket.is_some()
+    });
+    let (socket, _) = socket.expect("a connection");
+    socket.set_nonblocking(false).expect("a socket option");
+    socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket option");
     let mut reader = BufReader::new(socket);
     let mut line = || {
         let mut text = String::new();

@@ -70,9 +70,12 @@ fn metrics_count_and_have_prometheus_form() {
         "keye_generation_tokens_total 5",
         "keye_time_to_first_token_seconds_count 1",
         "keye_time_to_first_token_seconds_bucket{le=\"+Inf\"} 1",
-        "vllm:num_requests_running 0",
-        "vllm:num_requests_waiting 0",
-        "vllm:kv_cache_usage_perc 0",
+        "vllm:num_requests_running{model_name=\"org/keye-tiny\"} 0",
+        "vllm:num_requests_waiting{model_name=\"org/keye-tiny\"} 0",
+        "vllm:kv_cache_usage_perc{model_name=\"org/keye-tiny\"} 0",
+        "vllm:time_to_first_token_seconds_count{model_name=\"org/keye-tiny\"} 1",
+        "vllm:inter_token_latency_seconds_bucket{model_name=\"org/keye-tiny\",le=\"+Inf\"} 4",
+        "vllm:e2e_request_latency_seconds_count{model_name=\"org/keye-tiny\"} 1",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
     }

@@ -56,8 +56,7 @@ impl TestServer {
         let model = KeyeModel::load(backend, &processor.config, &processor.media.processor, &checkpoint, options);
         let mut loader = Loader::new(processor.media.clone());
         loader.access = config.media.access();
-        loader.limits = config.ceilings.limits();
-        config.ceilings.lower(&mut loader.config.video);
+        config.ceilings.apply(&mut loader);
         let options = EngineOptions { max_running: 8, ..EngineOptions::default() };
         let engine = Engine::new(Box::new(model.expect("a model")), Arc::clone(&processor), loader, options);
         let server = Server::bind(engine.clone(), processor, defaults(), config).expect("a port");

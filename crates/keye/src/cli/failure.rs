@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use keye::{ArgumentError, AskError, EngineError, LoadError, MediaError};
+use keye_engine::Fault;
 use keye_processor::ProcessorError;
 
 /// The command line is wrong in a way that its parser cannot see.
@@ -57,15 +58,13 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         if error.is::<Interrupted>() {
             return Some(INTERRUPTED);
         }
-        let usage = |error: &ProcessorError| {
-            matches!(error, ProcessorError::Messages { .. } | ProcessorError::Attention { .. })
-        };
-        match (error.downcast_ref::<ProcessorError>(), error.downcast_ref::<LoadError>()) {
-            (Some(error), _) | (_, Some(LoadError::Checkpoint(error))) if usage(error) => return Some(USAGE),
-            _ => {}
+        if let Some(error) = error.downcast_ref::<ProcessorError>() {
+            return of_fault(Fault::from(error));
         }
-        if error.is::<LoadError>() {
-            return Some(MODEL);
+        match error.downcast_ref::<LoadError>() {
+            Some(LoadError::Checkpoint(ProcessorError::Attention { .. })) => return Some(USAGE),
+            Some(_) => return Some(MODEL),
+            None => {}
         }
         if let Some(error) = error.downcast_ref::<MediaError>() {
             return Some(of_media(error));
@@ -82,12 +81,19 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(code).unwrap_or(FAILED)
 }
 
-fn of_media(error: &MediaError) -> u8 {
-    match error {
-        MediaError::Option { .. } => USAGE,
-        MediaError::Cancelled => INTERRUPTED,
-        _ => MEDIA,
+/// `None` for what is neither the command line's fault nor that of the media.
+fn of_fault(fault: Fault) -> Option<u8> {
+    match fault {
+        Fault::Request => Some(USAGE),
+        Fault::Media => Some(MEDIA),
+        Fault::Cancelled => Some(INTERRUPTED),
+        Fault::Busy | Fault::Stopped | Fault::Machine => None,
     }
+}
+
+/// Media that the machine cannot read, for want of a decoder or of room, are media that cannot be read.
+fn of_media(error: &MediaError) -> u8 {
+    of_fault(Fault::from(error)).unwrap_or(MEDIA)
 }
 
 fn of_argument(error: &ArgumentError) -> u8 {
@@ -99,16 +105,15 @@ fn of_argument(error: &ArgumentError) -> u8 {
 
 fn of_engine(error: &EngineError) -> Option<u8> {
     match error {
-        EngineError::Media(error) => Some(of_media(error)),
-        EngineError::Processor(ProcessorError::Messages { .. }) => Some(USAGE),
-        EngineError::Refused(_) | EngineError::Grammar(_) | EngineError::ContextLength { .. } => Some(USAGE),
-        EngineError::Cancelled => Some(INTERRUPTED),
-        _ => None,
+        EngineError::Media(medium) => Some(of_media(&medium.error)),
+        error => of_fault(error.fault()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]
@@ -117,6 +122,12 @@ mod tests {
         assert_eq!(code(EngineError::ContextLength { tokens: 9, max: 8 }), USAGE);
         assert_eq!(code(EngineError::Grammar("no".into())), USAGE);
         assert_eq!(code(EngineError::Internal("no".into())), FAILED);
+        assert_eq!(code(ProcessorError::Template("no".into()).into()), USAGE);
+        assert_eq!(code(ProcessorError::File { path: "x".into(), reason: "no".into() }.into()), FAILED);
+        let media = |error| code(keye_engine::MediumError { index: 1, of: 2, error: Arc::new(error) }.into());
+        assert_eq!(media(MediaError::Option { input: "x".into(), option: "fps", reason: "no".into() }), USAGE);
+        assert_eq!(media(MediaError::Unreadable { input: "x".into(), reason: "no".into() }), MEDIA);
+        assert_eq!(media(MediaError::Ffmpeg("no".into())), MEDIA);
     }
 
     #[test]
