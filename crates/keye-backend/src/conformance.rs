@@ -286,6 +286,15 @@ impl<B: Backend> Suite<'_, B> {
             let name = format!("highest {count} of {rows}x{cols}");
             self.checks.push(Check { name, error: f32::from(u8::from(!right)), tolerance: 0.0 });
         }
+        // A NaN does not hide behind what is cut; equals without end are all there, or none.
+        let broken: Vec<f32> = (0..1000).map(|i| if i == 700 { f32::NAN } else { i as f32 }).collect();
+        let equal = vec![-0.5; 1000];
+        let x = self.backend.upload(2, 1000, &[broken, equal].concat())?;
+        let found = self.backend.highest(&x, 3)?.unwrap_or_default();
+        let told = |found: &Vec<(u32, f32)>| found.iter().any(|(column, value)| *column == 700 && value.is_nan());
+        let right = found.len() == 2 && (found[0].is_empty() || told(&found[0])) && matches!(found[1].len(), 0 | 1000);
+        let name = "highest of a row with a NaN, and of equals".into();
+        self.checks.push(Check { name, error: f32::from(u8::from(!right)), tolerance: 0.0 });
         Ok(())
     }
 

@@ -53,4 +53,4 @@ pub use error::BackendError;
 pub use fp8::BlockScales;
 pub use reference::Reference;
 pub use select::UNSELECTED;
-pub use weight::{Dtype, WeightSource};
+pub use weight::{Dtype, WeightSource, f32_to_bf16};

@@ -170,7 +170,7 @@ pub(crate) fn bf16_to_f32(bits: u16) -> f32 {
 
 /// Rounds to nearest, ties to even; NaN stays NaN.
 #[inline(always)]
-pub(crate) fn f32_to_bf16(value: f32) -> u16 {
+pub fn f32_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     if value.is_nan() {
         return ((bits >> 16) | 0x40) as u16;

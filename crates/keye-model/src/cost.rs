@@ -11,12 +11,13 @@ pub struct Cost {
     pub prefill: f64,
 }
 
-/// Vision tower and projector over `patches` patches that attend in spans of the given lengths.
-pub(crate) fn vision(config: &VisionConfig, hidden_size: usize, patches: usize, spans: &[usize]) -> f64 {
+/// Operations of vision tower and projector over patches that attend in spans of the given lengths; their tokens are
+/// `hidden_size` wide.
+pub fn vision_flops(config: &VisionConfig, hidden_size: usize, spans: &[usize]) -> f64 {
     let (d, i) = (config.hidden_size as f64, config.intermediate_size as f64);
     let merge = (config.spatial_merge_size * config.spatial_merge_size) as f64;
     let patch = (config.num_channels * config.patch_size * config.patch_size) as f64;
-    let n = patches as f64;
+    let n = spans.iter().sum::<usize>() as f64;
     let squares: f64 = spans.iter().map(|s| (*s as f64).powi(2)).sum();
     let layers = config.num_hidden_layers as f64;
     let towers = layers * (n * 2.0 * (4.0 * d * d + 2.0 * d * i) + squares * 4.0 * d);

@@ -3,15 +3,16 @@
 
 use std::ops::Range;
 
-use keye_backend::{Activation, AttentionShape, Backend, BackendError, CacheSpec, KvDtype, QkNorm, SequenceRows};
+use keye_backend::{Activation, AttentionShape, Backend, BackendError, QkNorm};
 use keye_processor::TextConfig;
 
 use crate::feed_forward::FeedForward;
-use crate::indexer::{Indexer, Place, record};
+use crate::indexer::Indexer;
 use crate::latent_attention::LatentAttention;
 use crate::ranks::{Peers, Shard};
 use crate::rope::Rope;
-use crate::vision::linear;
+use crate::step::{Place, Rows};
+use crate::tap::record;
 use crate::weights::{Linear, Weights};
 use crate::{ModelError, Tap};
 
@@ -112,22 +113,6 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// What a rank caches.
-    pub(crate) fn cache_spec(config: &TextConfig, dtype: KvDtype, shard: Shard) -> CacheSpec {
-        let (kv_heads, head_dim) = match config.latent {
-            Some(_) => (0, 0),
-            None => (shard.kv_heads(config).len(), config.head_dim),
-        };
-        CacheSpec {
-            layers: config.num_hidden_layers,
-            kv_heads,
-            head_dim,
-            dtype,
-            index_dim: config.indexer.map_or(0, |indexer| indexer.head_dim),
-            latent_dim: config.latent.map_or(0, |latent| latent.latent_dim()),
-        }
-    }
-
     /// Rows of tokens `[n, H]`, on rank 0.
     pub(crate) fn embed(&self, backend: &B, tokens: &[u32]) -> Result<B::Tensor, BackendError> {
         let table = self.embed_tokens.as_ref().expect("rank 0 embeds");
@@ -168,8 +153,7 @@ impl<B: Backend> Decoder<B> {
                 }
                 Attention::Latent(latent) => latent.attend(backend, &h, &angles, place)?,
             };
-            let o_proj = &layer.o_proj;
-            let add = |x: &mut B::Tensor| backend.linear_add(&attended, &o_proj.weight, o_proj.bias.as_ref(), x);
+            let add = |x: &mut B::Tensor| layer.o_proj.add(backend, &attended, x);
             if tap.wants(&format!("attn_out.{number}")) {
                 let mut out = backend.zeros(backend.rows(&x), backend.cols(&x))?;
                 peers.add(backend, &mut out, add)?;
@@ -179,8 +163,8 @@ impl<B: Backend> Decoder<B> {
             let h = backend.rms_norm(&x, &layer.post_attention_layernorm, config.rms_norm_eps)?;
             layer.feed_forward.add(backend, peers, &h, &mut x, number, tap)?;
             record(backend, tap, format_args!("hidden_states.{}", number + 1), &x)?;
-            if number == 0 && tap.wants("lm_layer0") {
-                tap.record("lm_layer0", config.hidden_size, &backend.download(&x)?);
+            if number == 0 {
+                record(backend, tap, format_args!("lm_layer0"), &x)?;
             }
         }
         Ok(x)
@@ -198,15 +182,6 @@ impl<B: Backend> Decoder<B> {
         let lm_head = self.lm_head.as_ref().or(self.embed_tokens.as_ref()).expect("a tied table is rank 0's");
         self.peers.gather(backend, backend.linear(&rows, lm_head, None, Activation::None)?)
     }
-}
-
-/// The rows of a step: what all ranks know of it.
-pub(crate) struct Rows {
-    /// Rotary positions of each.
-    pub(crate) positions: Vec<[u32; 3]>,
-    pub(crate) sequences: Vec<SequenceRows>,
-    /// Those whose logits are wanted.
-    pub(crate) wanted: Vec<u32>,
 }
 
 /// Tables of angles, `[n, head_dim]` and the indexer's own.
@@ -253,9 +228,9 @@ impl<B: Backend> HeadsAttention<B> {
         tap: &mut dyn Tap,
     ) -> Result<B::Tensor, BackendError> {
         let shape = self.shape;
-        let mut q = linear(backend, x, &self.q_proj, Activation::None)?;
-        let k = linear(backend, x, &self.k_proj, Activation::None)?;
-        let v = linear(backend, x, &self.v_proj, Activation::None)?;
+        let mut q = self.q_proj.forward(backend, x, Activation::None)?;
+        let k = self.k_proj.forward(backend, x, Activation::None)?;
+        let v = self.v_proj.forward(backend, x, Activation::None)?;
         let norm = QkNorm { q: &self.q_norm, k: &self.k_norm, eps: config.rms_norm_eps };
         let Place { cache, layer, plan } = place;
         backend.norm_rope_write(&mut q, k, v, Some(norm), angles.heads, cache, layer, plan)?;

@@ -5,11 +5,12 @@
 
 use std::ops::Range;
 
-use keye_backend::{AttentionShape, Backend, BackendError};
+use keye_backend::{Backend, BackendError};
 use keye_media::{MediaKind, Patches, Pixels};
 use keye_processor::VisionConfig;
 
 use crate::projector::Projector;
+use crate::tap;
 use crate::vision::{Grid, VisionTower, spans_of};
 use crate::{EncodeProgress, ModelError, Tap};
 
@@ -242,17 +243,6 @@ impl<B: Backend> Encoding<B> {
     }
 
     fn record(&self, backend: &B, tap: &mut dyn Tap, name: &str, x: &B::Tensor) -> Result<(), BackendError> {
-        let name = format!("{}{name}", self.prefix);
-        if tap.wants(&name) {
-            tap.record(&name, backend.cols(x), &backend.download(x)?);
-        }
-        Ok(())
+        tap::record(backend, tap, format_args!("{}{name}", self.prefix), x)
     }
-}
-
-/// Sizes of the tower's attention.
-pub(crate) fn attention_shape(config: &VisionConfig) -> AttentionShape {
-    let heads = config.num_attention_heads;
-    let head_dim = config.hidden_size / heads;
-    AttentionShape { heads, kv_heads: heads, head_dim, scale: (head_dim as f32).powf(-0.5) }
 }

@@ -9,6 +9,7 @@ use keye_backend::{Backend, BackendError, Dtype, Expert, GroupedRouting, WeightS
 use keye_processor::{ExpertsConfig, TextConfig};
 
 use crate::ranks::Peers;
+use crate::tap::record;
 use crate::weights::Weights;
 use crate::{ModelError, Tap};
 
@@ -86,7 +87,7 @@ impl<B: Backend> FeedForward<B> {
                     let values: Vec<f32> = backend.download_index(&chosen)?.into_iter().map(|e| e as f32).collect();
                     tap.record(&name, count, &values);
                 }
-                crate::indexer::record(backend, tap, format_args!("router_weight.{layer}"), &weights)?;
+                record(backend, tap, format_args!("router_weight.{layer}"), &weights)?;
                 let own = match experts.len() == config.num_experts {
                     true => chosen,
                     false => backend.own_experts(&chosen, *first_expert..first_expert + experts.len())?,

@@ -3,6 +3,8 @@
 use keye_backend::{Activation, AttentionShape, Backend, BackendError, IndexShape, UNSELECTED};
 use keye_processor::{IndexScorer, IndexerConfig, TextConfig};
 
+use crate::step::Place;
+use crate::tap::record;
 use crate::weights::{LayerNorm, Weights};
 use crate::{ModelError, Tap};
 
@@ -19,13 +21,6 @@ pub(crate) struct Indexer<B: Backend> {
     q_norm: B::Weight,
     /// `[head_dim]`
     k_norm: LayerNorm<B>,
-}
-
-/// A step's place in the cache.
-pub(crate) struct Place<'a, B: Backend> {
-    pub(crate) cache: &'a mut B::Cache,
-    pub(crate) layer: usize,
-    pub(crate) plan: &'a B::Plan,
 }
 
 impl<B: Backend> Indexer<B> {
@@ -127,18 +122,4 @@ impl<B: Backend> Indexer<B> {
         let selected = self.select(backend, x, angles, &place, tap)?;
         backend.sparse_attention(q, place.cache, place.layer, place.plan, shape, &selected)
     }
-}
-
-/// Hands a tensor to whoever watches.
-pub(crate) fn record<B: Backend>(
-    backend: &B,
-    tap: &mut dyn Tap,
-    name: std::fmt::Arguments<'_>,
-    x: &B::Tensor,
-) -> Result<(), BackendError> {
-    let name = name.to_string();
-    if tap.wants(&name) {
-        tap.record(&name, backend.cols(x), &backend.download(x)?);
-    }
-    Ok(())
 }

@@ -9,8 +9,7 @@ use keye_backend::{Activation, Backend, BackendError, LatentShape, WeightSource}
 use keye_processor::{LatentConfig, TextConfig};
 
 use crate::ModelError;
-use crate::indexer::Place;
-use crate::vision::linear;
+use crate::step::Place;
 use crate::weights::{Linear, Weights};
 
 pub(crate) struct LatentAttention<B: Backend> {
@@ -77,9 +76,9 @@ impl<B: Backend> LatentAttention<B> {
         angles: &B::Tensor,
         place: Place<'_, B>,
     ) -> Result<B::Tensor, BackendError> {
-        let q = linear(backend, x, &self.q_a_proj, Activation::None)?;
+        let q = self.q_a_proj.forward(backend, x, Activation::None)?;
         let q = backend.rms_norm(&q, &self.q_a_layernorm, self.eps)?;
-        let mut q = linear(backend, &q, &self.q_b_proj, Activation::None)?; // [n, heads * (nope + rope)]
+        let mut q = self.q_b_proj.forward(backend, &q, Activation::None)?; // [n, heads * (nope + rope)]
         backend.rope_pairs(&mut q, self.shape.heads, angles)?;
         let q = backend.linear_heads(&q, &self.key_up)?; // [n, heads * (rank + rope)]
         let latent = backend.linear(x, &self.kv_a_proj, None, Activation::None)?;

@@ -28,14 +28,16 @@ mod projector;
 mod ranks;
 mod rope;
 mod runner;
+mod step;
 mod tap;
 mod vision;
 mod weights;
 
-pub use cost::Cost;
+pub use cost::{Cost, vision_flops};
 pub use layout::{TensorShape, split_experts, stored_layout, weight_layout};
 pub use model::{KeyeModel, LoadOptions};
 pub use parallel::{ParallelModel, RankDevice};
+pub use ranks::cache_spec;
 pub use runner::{
     Batch, Chunk, EncodeProgress, FeatureId, FeatureRows, LogitRows, ModelError, Outputs, Runner, RunnerInfo,
 };

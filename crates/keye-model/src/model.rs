@@ -8,10 +8,12 @@ use keye_backend::{Activation, BLOCK_TOKENS, Backend, KvDtype, SequenceRows, Wei
 use keye_media::{MediaKind, Patches, Pixels, ProcessorConfig};
 use keye_processor::{Checkpoint, Facts, ModelConfig, VisionSpan};
 
-use crate::decoder::{Decoder, Rows};
+use crate::decoder::Decoder;
 use crate::encode::{Encoding, Parts};
 use crate::projector::Projector;
-use crate::ranks::{Peers, Shard};
+use crate::ranks::{Peers, Shard, cache_spec};
+use crate::step::Rows;
+use crate::tap::record;
 use crate::vision::{Grid, VisionTower};
 use crate::weights::Weights;
 use crate::{
@@ -76,7 +78,7 @@ impl<B: Backend> KeyeModel<B> {
         let projector = Projector::load(&weights, &config.vision, facts.projector_norm, config.text.hidden_size)?;
         let weights = Weights::new(checkpoint, &backend, config.fp8_block, shard);
         let decoder = Decoder::load(&weights, &config.text, peers)?;
-        let spec = Decoder::<B>::cache_spec(&config.text, options.kv_dtype, shard);
+        let spec = cache_spec(&config.text, options.kv_dtype, shard.ranks);
         let num_blocks = options.cache_tokens.div_ceil(BLOCK_TOKENS);
         let cache = backend.cache(&spec, num_blocks)?;
         let info = RunnerInfo {
@@ -226,15 +228,18 @@ fn download_logits<B: Backend>(backend: &B, logits: &B::Tensor, batch: &Batch) -
     let cols = backend.cols(logits);
     let mut out = vec![f32::NEG_INFINITY; found.len() * cols];
     for (row, (out, found)) in out.chunks_exact_mut(cols).zip(&found).enumerate() {
-        if found.is_empty() || found.iter().any(|(_, value)| value.is_nan()) {
+        if says_all_that_decides(found) {
+            found.iter().for_each(|(column, value)| out[*column as usize] = *value);
+        } else {
             out.copy_from_slice(&backend.download(&backend.slice_rows(logits, row..row + 1)?)?);
-            continue;
-        }
-        for (column, value) in found {
-            out[*column as usize] = *value;
         }
     }
     Ok(out)
+}
+
+/// Whether the rest of a row need not be looked at: it could be cut, and its numbers have an order.
+fn says_all_that_decides(found: &[(u32, f32)]) -> bool {
+    !found.is_empty() && found.iter().all(|(_, value)| !value.is_nan())
 }
 
 /// Rows of a chunk whose hidden states are wanted.
@@ -302,13 +307,10 @@ impl<B: Backend> Runner for KeyeModel<B> {
                 backend.copy_rows(features, rows.row..rows.row + rows.len, &mut x, sequence.rows.start + rows.at)?;
             }
         }
-        let hidden_size = self.config.text.hidden_size;
-        if tap.wants("inputs_embeds") {
-            tap.record("inputs_embeds", hidden_size, &backend.download(&x)?);
-        }
+        record(backend, tap, format_args!("inputs_embeds"), &x)?;
         let x = self.decoder.forward(backend, Some(x), &rows, &mut self.cache, tap)?;
         if tap.wants("lm_final_norm") {
-            tap.record("lm_final_norm", hidden_size, &backend.download(&self.decoder.final_norm(backend, &x)?)?);
+            record(backend, tap, format_args!("lm_final_norm"), &self.decoder.final_norm(backend, &x)?)?;
         }
         let mut hidden = Vec::new();
         for (chunk, sequence) in batch.chunks.iter().zip(sequences) {
@@ -343,7 +345,7 @@ impl<B: Backend> Runner for KeyeModel<B> {
     fn cost(&self, kind: MediaKind, grid_thw: &[[u32; 3]], tokens: usize) -> Cost {
         let spans: Vec<usize> = self.spans(kind, grid_thw).iter().map(Grid::len).collect();
         let text = &self.config.text;
-        let vision = cost::vision(&self.config.vision, text.hidden_size, spans.iter().sum(), &spans);
+        let vision = cost::vision_flops(&self.config.vision, text.hidden_size, &spans);
         Cost { vision, prefill: cost::prefill(text, tokens) }
     }
 
@@ -369,5 +371,50 @@ impl<B: Backend> Runner for KeyeModel<B> {
         let flops = measure().unwrap_or(f64::INFINITY);
         self.flops = Some(flops);
         flops
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use keye_backend::Reference;
+
+    use super::*;
+
+    /// A chunk of one token.
+    fn chunk(logits: LogitRows) -> Chunk {
+        let (tokens, positions) = (vec![0], vec![[0; 3]]);
+        Chunk { tokens, start: 0, positions, features: vec![], block_table: vec![0], logits }
+    }
+
+    /// Two rows of logits, the first with a lowest and a highest, the second with a NaN, as a step with `wanted` gets them.
+    fn downloaded(wanted: [LogitRows; 2]) -> Vec<u32> {
+        let logits = Reference.upload(2, 4, &[1.0, 4.0, 3.0, 2.0, 1.0, f32::NAN, 3.0, 2.0]).unwrap();
+        let mut chunks = wanted.map(chunk).to_vec();
+        chunks.insert(1, chunk(LogitRows::None));
+        let found = download_logits(&Reference, &logits, &Batch { chunks }).unwrap();
+        found.into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn rows_are_cut_where_every_request_lets_them() {
+        use LogitRows::{Highest, Last, Range};
+        let whole = [1.0, 4.0, 3.0, 2.0, 1.0, f32::NAN, 3.0, 2.0].map(f32::to_bits);
+        let none = f32::NEG_INFINITY.to_bits();
+        // As many as the most demanding wants; of a row with a NaN all.
+        let cut = |kept: f32| whole.map(|bits| if f32::from_bits(bits) < kept { none } else { bits });
+        assert_eq!(downloaded([Highest(1), Highest(1)])[..4], cut(4.0)[..4]);
+        assert_eq!(downloaded([Highest(1), Highest(3)])[..4], cut(2.0)[..4]);
+        assert_eq!(downloaded([Highest(2), Highest(1)])[4..], whole[4..]);
+        for other in [Last, Range(0..1), Highest(129)] {
+            assert_eq!(downloaded([Highest(1), other.clone()]), whole, "{other:?}");
+            assert_eq!(downloaded([other.clone(), Highest(1)]), whole, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn lists_that_do_not_decide_are_known() {
+        assert!(says_all_that_decides(&[(7, 1.0), (3, f32::NEG_INFINITY)]));
+        assert!(!says_all_that_decides(&[]));
+        assert!(!says_all_that_decides(&[(7, 1.0), (3, f32::NAN)]));
     }
 }

@@ -22,9 +22,10 @@ use keye_backend::{BLOCK_TOKENS, Backend, BackendError, Collective};
 use keye_media::{MediaKind, Patches, ProcessorConfig};
 use keye_processor::{Checkpoint, ModelConfig};
 
-use crate::decoder::{Decoder, Rows};
+use crate::decoder::Decoder;
 use crate::model::rows_of;
-use crate::ranks::{Peers, check};
+use crate::ranks::{Peers, cache_spec, check};
+use crate::step::Rows;
 use crate::weights::Weights;
 use crate::{
     Batch, Cost, EncodeProgress, FeatureId, KeyeModel, LoadOptions, ModelError, Outputs, Runner, RunnerInfo, Tap,
@@ -90,7 +91,7 @@ impl<B: Backend> Part<B> {
         let shard = peers.shard();
         let weights = Weights::new(checkpoint, &backend, config.fp8_block, shard);
         let decoder = Decoder::load(&weights, &config.text, peers)?;
-        let spec = Decoder::<B>::cache_spec(&config.text, options.kv_dtype, shard);
+        let spec = cache_spec(&config.text, options.kv_dtype, shard.ranks);
         let cache = backend.cache(&spec, options.cache_tokens.div_ceil(BLOCK_TOKENS))?;
         Ok(Self { backend, collective, decoder, cache })
     }

@@ -4,7 +4,7 @@ use keye_backend::{Activation, Backend, BackendError};
 use keye_processor::{ProjectorNorm, VisionConfig};
 
 use crate::ModelError;
-use crate::vision::{Grid, linear};
+use crate::vision::Grid;
 use crate::weights::{LayerNorm, Linear, Weights};
 
 /// The projector's LayerNorm has torch's default epsilon, not the tower's.
@@ -73,7 +73,7 @@ impl<B: Backend> Projector<B> {
                 self.pre_norm.forward(backend, &backend.gather_rows(patches, &in_order, group)?)?
             }
         }; // [n, 4D]
-        let h = linear(backend, &merged, &self.linear_1, Activation::GeluErf)?;
-        linear(backend, &h, &self.linear_2, Activation::None)
+        let h = self.linear_1.forward(backend, &merged, Activation::GeluErf)?;
+        self.linear_2.forward(backend, &h, Activation::None)
     }
 }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use keye_backend::{Backend, BackendError, Collective, WeightSource};
+use keye_backend::{Backend, BackendError, CacheSpec, Collective, KvDtype, WeightSource};
 use keye_processor::TextConfig;
 
 use crate::ModelError;
@@ -101,6 +101,24 @@ pub(crate) fn check(config: &TextConfig, ranks: usize) -> Result<(), ModelError>
         let possible: Vec<String> = (1..=16).filter(|n| divides(*n).is_ok()).map(|n| n.to_string()).collect();
         ModelError::Ranks(format!("{reason} among {ranks} ranks (--tp); this model takes {}", possible.join(", ")))
     })
+}
+
+/// What one of `ranks` devices caches of a token: its key/value heads, and index keys and latents, which have none, whole.
+pub fn cache_spec(config: &TextConfig, dtype: KvDtype, ranks: usize) -> CacheSpec {
+    // Of heads that do not divide, which no model loads, the last rank has the most.
+    let ranks = ranks.max(1);
+    let (kv_heads, head_dim) = match config.latent {
+        Some(_) => (0, 0),
+        None => (Shard { rank: ranks - 1, ranks }.kv_heads(config).len(), config.head_dim),
+    };
+    CacheSpec {
+        layers: config.num_hidden_layers,
+        kv_heads,
+        head_dim,
+        dtype,
+        index_dim: config.indexer.map_or(0, |indexer| indexer.head_dim),
+        latent_dim: config.latent.map_or(0, |latent| latent.latent_dim()),
+    }
 }
 
 /// A rank's way to the others; nothing when it is alone.

@@ -1,5 +1,7 @@
 //! Watching intermediate tensors.
 
+use keye_backend::{Backend, BackendError};
+
 /// An observer of named tensors. Names are those of the golden files: `vit_embeddings`, `vit_layer0`, `vit_out`, `projector`
 /// (prefixed `image_` or `video_`), `inputs_embeds`, `lm_layer0`, `lm_final_norm`;
 /// those of layer l end in `.l` (`hidden_states`, `attn_out`, `moe_out`, `router_index`, `router_weight`, `idx_q`, `idx_k`,
@@ -19,4 +21,18 @@ impl Tap for NoTap {
         false
     }
     fn record(&mut self, _name: &str, _cols: usize, _rows: &[f32]) {}
+}
+
+/// Hands a tensor to whoever watches.
+pub(crate) fn record<B: Backend>(
+    backend: &B,
+    tap: &mut dyn Tap,
+    name: std::fmt::Arguments<'_>,
+    x: &B::Tensor,
+) -> Result<(), BackendError> {
+    let name = name.to_string();
+    if tap.wants(&name) {
+        tap.record(&name, backend.cols(x), &backend.download(x)?);
+    }
+    Ok(())
 }

@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use keye_backend::{Activation, Backend, BackendError, Span, WeightSource};
+use keye_backend::{Activation, AttentionShape, Backend, BackendError, Span, WeightSource};
 use keye_media::{Pixels, ProcessorConfig};
 use keye_processor::VisionConfig;
 
 use crate::ModelError;
-use crate::encode::attention_shape;
 use crate::rope::Rope;
 use crate::weights::{LayerNorm, Linear, Weights};
 
@@ -100,6 +99,12 @@ impl<B: Backend> VisionTower<B> {
         self.layers.len()
     }
 
+    fn attention_shape(&self) -> AttentionShape {
+        let heads = self.config.num_attention_heads;
+        let head_dim = self.config.hidden_size / heads;
+        AttentionShape { heads, kv_heads: heads, head_dim, scale: (head_dim as f32).powf(-0.5) }
+    }
+
     /// Keys, rotated, and values of rows for one layer: `[n, D]` each.
     pub(crate) fn keys_and_values(
         &self,
@@ -110,9 +115,9 @@ impl<B: Backend> VisionTower<B> {
     ) -> Result<(B::Tensor, B::Tensor), BackendError> {
         let layer = &self.layers[layer];
         let h = layer.layer_norm1.forward(backend, rows)?;
-        let mut k = linear(backend, &h, &layer.k_proj, Activation::None)?;
+        let mut k = layer.k_proj.forward(backend, &h, Activation::None)?;
         backend.rope(&mut k, self.config.num_attention_heads, angles)?;
-        Ok((k, linear(backend, &h, &layer.v_proj, Activation::None)?))
+        Ok((k, layer.v_proj.forward(backend, &h, Activation::None)?))
     }
 
     /// Takes rows through one layer whose keys and values are there for all rows that they attend to.
@@ -129,13 +134,13 @@ impl<B: Backend> VisionTower<B> {
     ) -> Result<(), BackendError> {
         let layer = &self.layers[layer];
         let h = layer.layer_norm1.forward(backend, rows)?;
-        let mut q = linear(backend, &h, &layer.q_proj, Activation::None)?;
+        let mut q = layer.q_proj.forward(backend, &h, Activation::None)?;
         backend.rope(&mut q, self.config.num_attention_heads, angles)?;
-        let attended = backend.attention(&q, keys, values, attention_shape(&self.config), spans)?;
-        backend.linear_add(&attended, &layer.out_proj.weight, layer.out_proj.bias.as_ref(), rows)?;
+        let attended = backend.attention(&q, keys, values, self.attention_shape(), spans)?;
+        layer.out_proj.add(backend, &attended, rows)?;
         let h = layer.layer_norm2.forward(backend, rows)?;
-        let h = linear(backend, &h, &layer.fc1, Activation::GeluTanh)?;
-        backend.linear_add(&h, &layer.fc2.weight, layer.fc2.bias.as_ref(), rows)
+        let h = layer.fc1.forward(backend, &h, Activation::GeluTanh)?;
+        layer.fc2.add(backend, &h, rows)
     }
 
     /// Patch embedding plus interpolated positions of the rows `chunk` (spec §4.1): `[chunk, D]`.
@@ -153,7 +158,7 @@ impl<B: Backend> VisionTower<B> {
             Pixels::U8(data) => (backend.upload_u8(chunk.len(), patch, &data[values])?, &self.folded_patch_embedding),
             Pixels::F32(data) => (backend.upload(chunk.len(), patch, &data[values])?, &self.patch_embedding),
         };
-        let mut x = linear(backend, &patches, embedding, Activation::None)?;
+        let mut x = embedding.forward(backend, &patches, Activation::None)?;
         let side = self.config.image_size / self.config.patch_size;
         let mut index = Vec::with_capacity(chunk.len() * 4);
         let mut weights = Vec::with_capacity(chunk.len() * 4);
@@ -208,15 +213,6 @@ pub(crate) fn spans_of(spans: &[Range<usize>], chunk: &Range<usize>) -> Vec<Span
         }
     }
     out
-}
-
-pub(crate) fn linear<B: Backend>(
-    backend: &B,
-    x: &B::Tensor,
-    linear: &Linear<B>,
-    activation: Activation,
-) -> Result<B::Tensor, BackendError> {
-    backend.linear(x, &linear.weight, linear.bias.as_ref(), activation)
 }
 
 /// Weight and bias that take bytes where the originals take `(byte * rescale - mean) / std`.

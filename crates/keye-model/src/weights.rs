@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use keye_backend::{Backend, BackendError, BlockScales, Dtype, WeightSource};
+use keye_backend::{Activation, Backend, BackendError, BlockScales, Dtype, WeightSource};
 use keye_processor::{Checkpoint, StoredTensor};
 
 use crate::ModelError;
@@ -14,6 +14,23 @@ pub(crate) struct Linear<B: Backend> {
     pub weight: B::Weight,
     /// `[out]`
     pub bias: Option<B::Weight>,
+}
+
+impl<B: Backend> Linear<B> {
+    /// `activation(x weight^T + bias)`: `[n, in]` to `[n, out]`.
+    pub(crate) fn forward(
+        &self,
+        backend: &B,
+        x: &B::Tensor,
+        activation: Activation,
+    ) -> Result<B::Tensor, BackendError> {
+        backend.linear(x, &self.weight, self.bias.as_ref(), activation)
+    }
+
+    /// `y += x weight^T + bias`.
+    pub(crate) fn add(&self, backend: &B, x: &B::Tensor, y: &mut B::Tensor) -> Result<(), BackendError> {
+        backend.linear_add(x, &self.weight, self.bias.as_ref(), y)
+    }
 }
 
 /// Gain and shift of a LayerNorm.

@@ -3,6 +3,8 @@
 
 #[path = "golden/cases.rs"]
 mod cases;
+#[path = "golden/cost.rs"]
+mod cost;
 #[cfg(feature = "cuda-tests")]
 #[path = "golden/cuda.rs"]
 mod cuda;

@@ -8,11 +8,9 @@
 use std::collections::BTreeMap;
 
 use keye_backend::{BLOCK_TOKENS, KvDtype};
-use keye_model::stored_layout;
+use keye_model::{cache_spec, stored_layout};
 use keye_processor::{Checkpoint, Dtype, ModelConfig};
 use serde::Serialize;
-
-use crate::cache_spec_of_ranks;
 
 /// Number of devices and gigabytes of each.
 const SETS: [(u64, u64); 6] = [(1, 24), (1, 80), (8, 80), (8, 141), (16, 80), (32, 80)];
@@ -59,8 +57,14 @@ impl WeightBytes {
     pub fn total(&self) -> u64 {
         self.divided + self.everywhere
     }
+
+    /// Those on the first of `devices`.
+    fn on_first(&self, devices: u64) -> u64 {
+        self.divided.div_ceil(devices) + self.everywhere
+    }
 }
 
+/// Whether `keye-model` loads a part of it on each device; a test holds this to what it loads.
 fn is_divided(name: &str) -> bool {
     const WHOLE: [&str; 6] =
         ["embed_tokens.", ".q_a_proj.", ".kv_a_proj_with_mqa.", ".sa_indexer.", ".mlp.gate.", "norm."];
@@ -92,9 +96,9 @@ pub fn device_plans(config: &ModelConfig, weights: &WeightBytes) -> Vec<DevicePl
     let plan = |(devices, gigabytes): (u64, u64)| {
         let device_bytes = gigabytes * 1_000_000_000;
         let usable_bytes = device_bytes / 100 * USED;
-        let weight_bytes = weights.divided.div_ceil(devices) + weights.everywhere;
-        let all = cache_spec_of_ranks(config, KvDtype::Bf16, usize::try_from(devices).unwrap_or(1));
-        let cache_bytes_per_token = (all.block_bytes() / BLOCK_TOKENS) as u64 / devices;
+        let weight_bytes = weights.on_first(devices);
+        let spec = cache_spec(&config.text, KvDtype::Bf16, usize::try_from(devices).unwrap_or(1));
+        let cache_bytes_per_token = (spec.block_bytes() / BLOCK_TOKENS) as u64;
         let cache_tokens = usable_bytes.saturating_sub(weight_bytes) / cache_bytes_per_token.max(1);
         let fits = cache_tokens >= BLOCK_TOKENS as u64;
         DevicePlan { devices, device_bytes, usable_bytes, weight_bytes, fits, cache_bytes_per_token, cache_tokens }
@@ -103,8 +107,18 @@ pub fn device_plans(config: &ModelConfig, weights: &WeightBytes) -> Vec<DevicePl
 }
 
 #[cfg(test)]
+mod counting;
+
+#[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use keye_model::{KeyeModel, LoadOptions, ParallelModel, RankDevice, Runner};
+
+    use super::counting::{Counting, Kept};
     use super::*;
+    use crate::MemoryPlan;
     use crate::presets::{Preset, Sizes};
 
     fn plans(preset: Preset) -> (WeightBytes, Vec<DevicePlan>) {
@@ -150,5 +164,61 @@ mod tests {
         assert_eq!(plans[2].cache_bytes_per_token, plans[1].cache_bytes_per_token / 8);
         assert_eq!(plans[5].cache_bytes_per_token, plans[2].cache_bytes_per_token);
         assert!(plans[0].fits && plans[1].fits);
+    }
+
+    const TOKENS: usize = 3 * BLOCK_TOKENS;
+
+    /// What each of `ranks` devices keeps of the model in `dir`, and what the model says that a block takes on all of them.
+    fn loaded(dir: &Path, config: &ModelConfig, ranks: usize) -> (Vec<Kept>, usize) {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let (processor, options) =
+            (config.facts().media.processor, LoadOptions { cache_tokens: TOKENS, kv_dtype: KvDtype::Bf16 });
+        let devices: Vec<Counting> = (0..ranks).map(|rank| Counting { rank, ranks, ..Counting::default() }).collect();
+        let device =
+            |backend: &Counting| RankDevice { backend: backend.clone(), collective: Arc::new(backend.clone()) };
+        let info = match &devices[..] {
+            [one] => KeyeModel::load(one.clone(), config, &processor, &checkpoint, options).unwrap().info().clone(),
+            several => {
+                let several = several.iter().map(device).collect();
+                ParallelModel::load(several, None, config, &processor, &checkpoint, options).unwrap().info().clone()
+            }
+        };
+        let kept = devices.iter().map(|device| std::mem::take(&mut *device.kept.lock().unwrap()));
+        (kept.collect(), info.block_bytes)
+    }
+
+    /// Dense, with experts and an indexer, and with latents: weights and cache of a plan are those that devices keep.
+    #[test]
+    fn plans_are_what_devices_keep() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+        let latent = tempfile::tempdir().unwrap();
+        let latent = latent.path().join("model");
+        crate::random_checkpoint::write(&latent, Preset::Keye671bTiny, Dtype::F32, 1, &mut |_, _| true).unwrap();
+        for dir in [fixtures.join("keye-1_5-tiny/model"), fixtures.join("keye-2-tiny/model"), latent] {
+            let config = ModelConfig::load(&dir).unwrap();
+            let checkpoint = Checkpoint::open(&dir).unwrap();
+            let weights = WeightBytes::stored(&config, &checkpoint);
+            for ranks in [1, 2] {
+                let (kept, block_bytes) = loaded(&dir, &config, ranks);
+                for tensor in stored_layout(&config, &checkpoint) {
+                    // The ranks' parts make up what they divide; of the rest the first has all.
+                    let holders = if is_divided(&tensor.name) { &kept[..] } else { &kept[..1] };
+                    let found: u64 = holders.iter().filter_map(|kept| kept.weights.get(&tensor.name)).sum();
+                    let stored = checkpoint.get(&tensor.name).unwrap().bytes.len();
+                    assert_eq!(found, stored as u64, "{} on {ranks}", tensor.name);
+                }
+                // Beside the patch embedding as stored there is one for bytes.
+                let made = |name: &str| name.ends_with("(folded)");
+                let first = kept[0].weights.iter().filter(|(name, _)| !made(name)).map(|(_, bytes)| bytes).sum::<u64>();
+                assert_eq!(first, weights.on_first(ranks as u64), "{}", dir.display());
+
+                let spec = cache_spec(&config.text, KvDtype::Bf16, ranks);
+                let of_one = (spec.block_bytes() * TOKENS / BLOCK_TOKENS) as u64;
+                assert!(of_one > 0 && kept.iter().all(|kept| kept.cache == of_one), "{kept:?}");
+                let plan = MemoryPlan::new(&config, &checkpoint, KvDtype::Bf16, TOKENS, ranks);
+                assert_eq!(plan.kv + plan.index_keys, of_one * ranks as u64);
+                assert_eq!(block_bytes, spec.block_bytes() * ranks);
+            }
+        }
     }
 }

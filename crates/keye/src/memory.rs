@@ -1,9 +1,11 @@
 //! How many tokens the KV cache may hold.
 
 use keye_backend::{BLOCK_TOKENS, CacheSpec, KvDtype};
+use keye_engine::EngineOptions;
 use keye_processor::{Checkpoint, ModelConfig};
 
 use crate::machine_memory::MachineMemory;
+use crate::units::bytes_text;
 
 /// Fewest tokens that a cache is made for when little memory is free.
 const LEAST: usize = 1024;
@@ -38,16 +40,11 @@ pub fn cache_spec(config: &ModelConfig, dtype: KvDtype) -> CacheSpec {
     cache_spec_of_ranks(config, dtype, 1)
 }
 
-/// What is cached of a token on all of `ranks` devices together: they divide the heads, as far as there are heads; index
-/// keys and latents are on each.
+/// What is cached of a token on all of `ranks` devices together ([`keye_model::cache_spec`]).
 pub fn cache_spec_of_ranks(config: &ModelConfig, dtype: KvDtype, ranks: usize) -> CacheSpec {
-    let text = &config.text;
-    let index_dim = text.indexer.map_or(0, |indexer| indexer.head_dim * ranks);
-    let latent_dim = text.latent.map_or(0, |latent| latent.latent_dim() * ranks);
-    // With latents nothing is kept per head.
-    let (kv_heads, head_dim) =
-        if latent_dim > 0 { (0, 0) } else { (text.num_key_value_heads.max(ranks), text.head_dim) };
-    CacheSpec { layers: text.num_hidden_layers, kv_heads, head_dim, dtype, index_dim, latent_dim }
+    let one = keye_model::cache_spec(&config.text, dtype, ranks);
+    let [kv_heads, index_dim, latent_dim] = [one.kv_heads, one.index_dim, one.latent_dim].map(|n| n * ranks);
+    CacheSpec { kv_heads, index_dim, latent_dim, ..one }
 }
 
 /// What a model needs in memory, in bytes.
@@ -113,21 +110,17 @@ impl MemoryPlan {
 
 impl std::fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let gb = |bytes: u64| bytes as f64 / 1e9;
-        write!(f, "weights {:.1} GB", gb(self.weights.saturating_add(self.experts)))?;
+        write!(f, "weights {}", bytes_text(self.weights.saturating_add(self.experts)))?;
         if self.experts > 0 {
-            write!(f, " (experts {:.1})", gb(self.experts))?;
+            write!(f, " (experts {})", bytes_text(self.experts))?;
         }
-        write!(f, ", keys and values {:.1} GB", gb(self.kv))?;
+        write!(f, ", keys and values {}", bytes_text(self.kv))?;
         if self.index_keys > 0 {
-            write!(f, ", index keys {:.1} GB", gb(self.index_keys))?;
+            write!(f, ", index keys {}", bytes_text(self.index_keys))?;
         }
-        write!(f, ", activations {:.1} GB: {:.1} GB", gb(self.activations), gb(self.total()))
+        write!(f, ", activations {}: {}", bytes_text(self.activations), bytes_text(self.total()))
     }
 }
-
-/// Rows of a step that the engine takes at most.
-const STEP_ROWS: u64 = 512;
 
 /// A bound of the bytes that a step of the decoder works in: f32 rows of all widths that are there at a time.
 fn activations(config: &ModelConfig) -> u64 {
@@ -142,7 +135,8 @@ fn activations(config: &ModelConfig) -> u64 {
     let index = text.indexer.map_or(0, |i| i.num_heads * (i.head_dim + 1) + i.head_dim + i.topk);
     // A tile of index scores, and the logits of some rows.
     let fixed = if text.indexer.is_some() { 16 << 20 } else { 0 } + 16 * text.vocab_size as u64 * 4;
-    STEP_ROWS * 4 * (4 * h + 3 * q + 2 * kv + wide + index) as u64 + fixed
+    let rows = EngineOptions::default().max_batch_tokens as u64;
+    rows * 4 * (4 * h + 3 * q + 2 * kv + wide + index) as u64 + fixed
 }
 
 /// Tokens of the cache, which `ranks` devices of this machine divide: `wanted`, or the model's longest sequence cut to half of the memory that is free and to what the
@@ -176,9 +170,9 @@ fn fit(
         let least = plan(LEAST.min(longest));
         if least.exceeds() {
             return Err(format!(
-                "this model needs {least}; this machine has {:.1} GB, and only weights of experts may wait on the disk: take \
+                "this model needs {least}; this machine has {}, and only weights of experts may wait on the disk: take \
                  a quantised model (keye quantize) or a machine with more memory; keye inspect plans it",
-                least.machine.unwrap_or(0) as f64 / 1e9
+                bytes_text(least.machine.unwrap_or(0))
             ));
         }
         let free = memory.available.map_or(u64::MAX, |bytes| bytes / 2 / bytes_per_token.max(1) as u64);
@@ -195,9 +189,9 @@ fn fit(
     }
     let fits = needed.tokens_that_fit(bytes_per_token).unwrap_or(0);
     Err(format!(
-        "a length of {wanted} tokens needs {needed}; this machine has {:.1} GB, in which {fits} tokens fit beside the \
+        "a length of {wanted} tokens needs {needed}; this machine has {}, in which {fits} tokens fit beside the \
          weights: choose a smaller length (--max-model-len), or bf16 or int8 for the cache (--kv-cache)",
-        needed.machine.unwrap_or(0) as f64 / 1e9
+        bytes_text(needed.machine.unwrap_or(0))
     ))
 }
 
@@ -239,7 +233,7 @@ mod tests {
         let plan = plans(17 * GB, 0, 294_912, memory.total);
         assert_eq!(fit(131_072, 294_912, Some(8192), &plan, &memory), Ok(8192));
         let error = fit(131_072, 294_912, Some(131_072), &plan, &memory).unwrap_err();
-        for figure in ["17.0 GB", "38.7 GB", "55.7 GB", "24.0 GB", "23735 tokens"] {
+        for figure in ["17.00 GB", "38.65 GB", "55.65 GB", "24.00 GB", "23735 tokens"] {
             assert!(error.contains(figure), "{figure}: {error}");
         }
         for wanted in [0, 131_073] {
@@ -265,7 +259,7 @@ mod tests {
             fit(163_840, 70_272, None, &plan, &memory)
         };
         let error = refused(680, 650).unwrap_err();
-        assert!(error.contains("680.0 GB (experts 650.0)") && error.contains("has 24.0 GB"), "{error}");
+        assert!(error.contains("680.00 GB (experts 650.00 GB)") && error.contains("has 24.00 GB"), "{error}");
         assert!(refused(670, 650).is_ok());
         assert!(refused(25, 0).is_err());
     }

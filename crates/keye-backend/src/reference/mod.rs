@@ -3,6 +3,7 @@
 mod attention;
 mod math;
 
+use std::cmp::Ordering::Less;
 use std::ops::Range;
 
 use crate::coded_rows::{NarrowRows, WideRows};
@@ -152,6 +153,17 @@ impl Backend for Reference {
             math::rms_norm(out.row_mut(row), &gamma.data, eps);
         }
         Ok(out)
+    }
+
+    fn highest(&self, x: &HostTensor, count: usize) -> Result<Option<Vec<Vec<(u32, f32)>>>, BackendError> {
+        let of_row = |row: &[f32]| {
+            let mut sorted = row.to_vec();
+            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+            let bound = sorted.get(count - 1).copied().unwrap_or(f32::NEG_INFINITY);
+            // A NaN is not below either.
+            (0..).zip(row.iter().copied()).filter(|(_, value)| value.partial_cmp(&bound) != Some(Less)).collect()
+        };
+        Ok(Some((0..x.rows).map(|row| of_row(x.row(row))).collect()))
     }
 
     fn linear(

@@ -9,16 +9,17 @@ use crate::support::{Case, FIXTURES, Recorder, encode, generate, load, load_dir,
 const CASES: [&str; 8] =
     ["image_big", "image_one", "image_options", "image_two", "text_only", "text_system", "video_file", "video_frames"];
 
-/// Largest absolute differences of an f32 implementation (fixtures/README.md).
-const TOLERANCES: [(&str, f32); 8] = [
-    ("vit_embeddings", 1e-5),
-    ("vit_layer0", 1e-4),
-    ("vit_out", 1e-5),
-    ("projector", 1e-5),
-    ("inputs_embeds", 1e-5),
-    ("lm_layer0", 1e-4),
-    ("lm_final_norm", 1e-4),
-    ("logits_last8", 2e-4),
+/// Largest absolute differences of an f32 implementation (fixtures/README.md), and how many tensors there are of each in all
+/// the cases.
+const TOLERANCES: [(&str, f32, usize); 8] = [
+    ("vit_embeddings", 1e-5, 10),
+    ("vit_layer0", 1e-4, 10),
+    ("vit_out", 1e-5, 10),
+    ("projector", 1e-5, 10),
+    ("inputs_embeds", 1e-5, 14),
+    ("lm_layer0", 1e-4, 14),
+    ("lm_final_norm", 1e-4, 14),
+    ("logits_last8", 2e-4, 14),
 ];
 
 pub fn check<B: Backend>(make: impl Fn() -> B) {
@@ -27,7 +28,8 @@ pub fn check<B: Backend>(make: impl Fn() -> B) {
 
 /// Every case of every fixture on a model that `load` makes.
 pub fn check_loaded(name: &str, load: impl Fn(&str) -> Box<dyn Runner>) {
-    let mut worst = TOLERANCES.map(|(name, _)| (name, 0.0f32));
+    let mut worst = TOLERANCES.map(|(name, ..)| (name, 0.0f32));
+    let mut compared = TOLERANCES.map(|(name, ..)| (name, 0));
     let mut cases = 0;
     for fixture in FIXTURES {
         let mut model = load(fixture);
@@ -38,7 +40,7 @@ pub fn check_loaded(name: &str, load: impl Fn(&str) -> Box<dyn Runner>) {
             let ids = encode(&mut *model, &case, &mut tap);
             let logits = prefill(&mut *model, &case, &ids, pads, &mut tap);
             tap.0.insert("logits_last8".into(), logits.clone());
-            for (i, (stage, tolerance)) in TOLERANCES.into_iter().enumerate() {
+            for (i, (stage, tolerance, _)) in TOLERANCES.into_iter().enumerate() {
                 for prefix in ["image_", "video_", ""] {
                     let name = format!("{prefix}{stage}");
                     if !case.has(&name) {
@@ -47,6 +49,7 @@ pub fn check_loaded(name: &str, load: impl Fn(&str) -> Box<dyn Runner>) {
                     let difference = case.difference(&name, &tap.0[&name]);
                     assert!(difference <= tolerance, "{fixture}/{} {name}: {difference} > {tolerance}", case.name);
                     worst[i].1 = worst[i].1.max(difference);
+                    compared[i].1 += 1;
                 }
             }
             assert_eq!(generate(&mut *model, &case, &logits, 16), case.generated, "{fixture}/{}", case.name);
@@ -56,6 +59,7 @@ pub fn check_loaded(name: &str, load: impl Fn(&str) -> Box<dyn Runner>) {
         }
     }
     assert_eq!(cases, 14, "cases with whole patches");
+    assert_eq!(compared, TOLERANCES.map(|(name, _, count)| (name, count)), "tensors that were compared");
     println!("{name}: largest differences {worst:?}");
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use keye_backend::{Backend, KvDtype};
+use keye_backend::{Backend, KvDtype, f32_to_bf16};
 use keye_media::{MediaKind, Patches, Pixels};
 use keye_model::{Batch, Chunk, FeatureId, FeatureRows, KeyeModel, LoadOptions, LogitRows, NoTap, Runner, Tap};
 use keye_processor::{Checkpoint, Dtype, ModelConfig, NewTensor, StoredTensor, Variant, write_checkpoint};
@@ -52,9 +52,7 @@ pub fn write_bf16(fixture_name: &str, dir: &Path) {
     let tensors: Vec<NewTensor> = checkpoint.names().map(new).collect();
     write_checkpoint(dir, &tensors, 500_000, &mut |tensor, out| {
         for value in f32s(&checkpoint.get(&tensor.name).unwrap()) {
-            // To nearest, ties to even.
-            let bits = value.to_bits();
-            out.write_all(&(((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16).to_le_bytes())?;
+            out.write_all(&f32_to_bf16(value).to_le_bytes())?;
         }
         Ok(())
     })
