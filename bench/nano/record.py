@@ -1,8 +1,9 @@
 """Keeps the record of a training run: record.py RUNS TABLES STAGE...
 
 RUNS is the folder of `keye train run`, TABLES what bench/nano/table.sh wrote, STAGE the stages in their order. Writes beside the recipe,
-recipes/keye-nano/run/: metrics.jsonl, a line for every ten steps with their means; loss.svg, the loss of all stages side by side;
-accuracy.svg. Puts the tables into docs/keye-nano.md, between the marks. Python's standard library alone.
+recipes/keye-nano/run/: metrics.jsonl, a line for every ten steps with their means (a stage that RUNS does not have keeps its lines);
+loss.svg, the loss of all stages side by side; accuracy.svg. Puts the tables into docs/keye-nano.md, between the marks. Python's standard
+library alone.
 """
 
 import json
@@ -27,6 +28,16 @@ def groups(path):
         held_out = [line["held_out"] for line in part if line.get("held_out") is not None]
         more = {"held_out": round(held_out[-1], 4)} if held_out else {}
         yield {"step": part[-1]["step"], "lr": float(f"{part[-1]['lr']:.5g}"), **mean, **more}
+
+
+def stage(name, runs, record):
+    """The lines of a stage: of its run, else those recorded before."""
+    metrics = runs / name / "metrics.jsonl"
+    if metrics.exists():
+        return list(groups(metrics))
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    rows = [{key: value for key, value in row.items() if key != "stage"} for row in rows if row["stage"] == name]
+    return rows or sys.exit(f"{metrics}: no such file, and {record} has no stage {name}")
 
 
 def svg(stages):
@@ -62,9 +73,9 @@ def main():
     if len(sys.argv) < 4:
         sys.exit(__doc__)
     runs, tables = map(pathlib.Path, sys.argv[1:3])
-    stages = [(name, list(groups(runs / name / "metrics.jsonl"))) for name in sys.argv[3:]]
     out = ROOT / "recipes/keye-nano/run"
     out.mkdir(parents=True, exist_ok=True)
+    stages = [(name, stage(name, runs, out / "metrics.jsonl")) for name in sys.argv[3:]]
     lines = [json.dumps({"stage": name, **row}) + "\n" for name, rows in stages for row in rows]
     (out / "metrics.jsonl").write_text("".join(lines))
     (out / "loss.svg").write_text(svg(stages))

@@ -5,9 +5,10 @@
 #
 # MODEL is the finished model (what `keye train export` wrote), RUNS the folder of `keye train run`, OUT where clips, reports and the
 # tables go, COUNT the questions of each of the 15 kinds (50). KEYE names the binary, STAGES those stages to measure that RUNS has. A report
-# that is there is not measured again. `bench/nano/record.py` puts the tables into the docs.
+# that is there is not measured again: remove those of another version, which `keye eval compare` refuses. `bench/nano/record.py` puts the
+# tables into the docs.
 set -eu
-[ $# -ge 3 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
 model=$1 runs=$2 out=$3 count=${4:-50}
 keye=${KEYE:-keye}
 mkdir -p "$out/stages" "$out/ablations"

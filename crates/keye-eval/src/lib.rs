@@ -8,8 +8,10 @@
 //!
 //! * Clips are written as mp4 files and read back by the answerer: nothing of the media path is left out.
 //! * The same plan asks the same questions everywhere, of a part of the world that training never shows.
+//! * What is scored is the answer, not what a model thinks before it; answers that a limit of tokens cut are counted.
 //! * A score says what was measured: exact answers after normalisation; intersection over union for times; edit distance for
-//!   reading. With every score goes its standard error; two reports are compared question by question.
+//!   reading. With every score goes its standard error; two reports are compared question by question,
+//!   and only if questions, truths and rules of scoring are the same.
 
 mod answerer;
 mod clips;
@@ -19,9 +21,9 @@ mod report;
 mod run;
 mod score;
 
-pub use answerer::{AnswerError, Answerer, EngineAnswerer};
+pub use answerer::{AnswerError, Answerer, EngineAnswerer, MAX_TOKENS, Reply};
 pub use compare::{Column, CompareError, difference, markdown};
 pub use picture::accuracy_svg;
 pub use report::{Report, Row};
 pub use run::{EvalError, Outcome, Plan, Step, run};
-pub use score::{exact, normalise, score};
+pub use score::{SCORING, exact, normalise, score};

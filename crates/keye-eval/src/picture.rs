@@ -70,17 +70,18 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use keye_world::Task;
+    use keye_world::{Split, Task};
 
     use super::*;
     use crate::report::{Report, Row};
 
     #[test]
     fn bars_are_as_long_as_scores() {
-        let row =
-            |scores: &[f64]| Row { task: Task::Count, count: 2, exact: 0.0, chance: 0.5, scores: scores.to_vec() };
-        let column =
-            |name: &str, scores: &[f64]| Column { name: name.into(), report: Report { rows: vec![row(scores)] } };
+        let column = |name: &str, scores: &[f64]| {
+            let (questions, scores) = (String::new(), scores.to_vec());
+            let row = Row { task: Task::Count, count: 2, questions, cut: 0, exact: 0.0, chance: 0.5, scores };
+            Column { name: name.into(), report: Report { split: Split::Test, scoring: 2, rows: vec![row] } }
+        };
         let svg = accuracy_svg(&[column("a<b", &[1.0, 1.0]), column("c", &[0.5, 0.5])]);
         assert!(svg.contains("a&lt;b") && svg.ends_with("</svg>\n"));
         assert!(svg.contains("width=\"600.0\" height=\"6\"") && svg.contains("width=\"300.0\" height=\"6\""), "{svg}");

@@ -1,6 +1,6 @@
 //! What came out.
 
-use keye_world::Task;
+use keye_world::{Split, Task};
 use serde::{Deserialize, Serialize};
 
 /// One kind of question.
@@ -10,6 +10,10 @@ pub struct Row {
     pub task: Task,
     /// How often.
     pub count: usize,
+    /// Tells questions and their truth from others: 16 digits.
+    pub questions: String,
+    /// Answers that were ended by a limit; they are scored as far as they go.
+    pub cut: usize,
     /// Part of the answers that was wholly right, 0 to 1.
     pub exact: f64,
     /// Mean score of guessing without looking; for times, of naming the whole clip.
@@ -24,8 +28,9 @@ impl Row {
         self.scores.iter().sum::<f64>() / self.scores.len().max(1) as f64
     }
 
-    /// Standard error of the score: `sqrt(p (1 - p) / n)` for answers that are right or wrong, that is the scores' deviation
-    /// over `sqrt(n)`. One right and one wrong answer are thought added, else it would be 0 where all were right.
+    /// Standard error of the score: the scores' deviation over `sqrt(n)`, with one right and one wrong answer thought added,
+    /// as it would be 0 where all were right. For `k` right answers of `n`: `sqrt(p (1 - p) / (n + 2))` with
+    /// `p = (k + 1) / (n + 2)`.
     pub fn error(&self) -> f64 {
         let scores: Vec<f64> = self.scores.iter().copied().chain([0.0, 1.0]).collect();
         standard_error(&scores)
@@ -43,6 +48,10 @@ pub(crate) fn standard_error(values: &[f64]) -> f64 {
 /// Scores by kind of question.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
+    /// Part of the world that was asked about.
+    pub split: Split,
+    /// [`SCORING`](crate::SCORING) of the program that scored it.
+    pub scoring: u32,
     /// In the order of [`Task::ALL`].
     #[serde(rename = "tasks")]
     pub rows: Vec<Row>,
@@ -59,6 +68,11 @@ impl Report {
         self.rows.iter().map(|row| row.error().powi(2)).sum::<f64>().sqrt() / self.rows.len().max(1) as f64
     }
 
+    /// Answers that were ended by a limit.
+    pub fn cut(&self) -> usize {
+        self.rows.iter().map(|row| row.cut).sum()
+    }
+
     /// A table for people.
     pub fn table(&self) -> String {
         let percent = |part: f64| format!("{:.1}", 100.0 * part);
@@ -71,6 +85,12 @@ impl Report {
         }
         let asked: usize = self.rows.iter().map(|row| row.count).sum();
         let (mean, error) = (percent(self.mean()), percent(self.error()));
-        text + &format!("{:<14} {asked:>6} {mean:>7} {error:>6}\n", "mean of tasks")
+        text += &format!("{:<14} {asked:>6} {mean:>7} {error:>6}\n", "mean of tasks");
+        if self.cut() > 0 {
+            let of: Vec<String> =
+                self.rows.iter().filter(|row| row.cut > 0).map(|row| format!("{} {}", row.cut, row.task)).collect();
+            text += &format!("{} answers were cut by the limit of tokens: {}\n", self.cut(), of.join(", "));
+        }
+        text
     }
 }

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use keye_media::{ItemOptions, MediaItem, MediaKind, Source};
 use keye_world::{Sample, Split, Task, World, WriteError};
 
-use crate::answerer::{AnswerError, Answerer};
+use crate::answerer::{AnswerError, Answerer, Reply};
 use crate::clips::Clips;
 use crate::report::{Report, Row};
-use crate::score::{exact, score};
+use crate::score::{SCORING, exact, score};
 
 /// What is asked.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,7 +37,7 @@ pub struct Outcome {
     /// The question, its truth and clip.
     pub sample: Sample,
     /// What was answered.
-    pub answer: String,
+    pub answer: Reply,
     /// 0 to 1.
     pub score: f64,
     /// Wholly right.
@@ -84,6 +84,13 @@ struct Scored {
     score: f64,
     exact: f64,
     chance: f64,
+    cut: bool,
+    question: u64,
+}
+
+/// FNV-1a: the same on every machine and for every compiler.
+fn fingerprint(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Asks all questions and scores the answers. `step` is called after each, in any order; when it returns false, the rest is
@@ -110,8 +117,17 @@ pub fn run(
             let mut shared = shared.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let (outcomes, step) = &mut *shared;
             let go_on = step(Step { outcome: &outcome, done: outcomes.len() + 1, total });
-            let chance = f64::from(outcome.sample.turns[0].chance);
-            outcomes.push(Scored { task, index, score: outcome.score, exact: f64::from(outcome.exact), chance });
+            let turn = &outcome.sample.turns[0];
+            let texts = [&outcome.sample.uuid, &turn.question, &turn.answer];
+            outcomes.push(Scored {
+                task,
+                index,
+                score: outcome.score,
+                exact: f64::from(outcome.exact),
+                chance: f64::from(turn.chance),
+                cut: outcome.answer.cut,
+                question: fingerprint(texts.into_iter().flat_map(|text| text.bytes().chain([0xff]))),
+            });
             if !go_on {
                 stopped.store(true, Ordering::Relaxed);
                 return Err(EvalError::Stopped);
@@ -136,12 +152,14 @@ pub fn run(
         (!of.is_empty()).then(|| Row {
             task,
             count: of.len(),
+            questions: format!("{:016x}", fingerprint(of.iter().flat_map(|outcome| outcome.question.to_le_bytes()))),
+            cut: of.iter().filter(|outcome| outcome.cut).count(),
             exact: mean(|outcome| outcome.exact),
             chance: mean(|outcome| outcome.chance),
             scores: of.iter().map(|outcome| outcome.score).collect(),
         })
     });
-    Ok(Report { rows: rows.collect() })
+    Ok(Report { split: plan.split, scoring: SCORING, rows: rows.collect() })
 }
 
 fn ask(answerer: &dyn Answerer, plan: &Plan, clips: &Clips, task: Task, index: u64) -> Result<Outcome, EvalError> {
@@ -160,6 +178,7 @@ fn ask(answerer: &dyn Answerer, plan: &Plan, clips: &Clips, task: Task, index: u
     if let Some(path) = path {
         clips.done(&path);
     }
-    let (score, exact) = (score(turn, &sample.story, &answer), exact(turn, &answer));
+    let said = &answer.text;
+    let (score, exact) = (score(turn, &sample.story, said), exact(turn, &sample.story, said));
     Ok(Outcome { answer, score, exact, sample })
 }

@@ -2,7 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use keye_world::{Colour, Shape, Story, Task, Turn};
+use keye_world::{Colour, Shape, Size, Story, Task, Turn};
+
+/// Which rules of scoring these are: raised whenever an answer may score otherwise than before, so that reports of different
+/// rules are not compared.
+pub const SCORING: u32 = 2;
 
 /// How good an answer is: for times, intersection over union; for reading, one minus the edit distance in letters per
 /// letter; for captions, F1 of the things named; for dense captions, intersection over union of each event with what was
@@ -24,18 +28,30 @@ pub fn score(turn: &Turn, story: &Story, answer: &str) -> f64 {
         }
         Task::DenseCaption | Task::Follow => dense(&turn.answer, answer),
         Task::Point => points(&turn.answer, answer),
-        _ => f64::from(exact(turn, answer)),
+        _ => f64::from(exact(turn, story, answer)),
     }
 }
 
-/// Whether an answer is right: equal after [`normalise`]; a letter for choices; the same times.
-pub fn exact(turn: &Turn, answer: &str) -> bool {
+/// Whether an answer is right: equal after [`normalise`]; the letter for choices; the same times; where a thing is asked for,
+/// any name that fits it alone ("ring" or "blue ring", when there is no other ring).
+pub fn exact(turn: &Turn, story: &Story, answer: &str) -> bool {
     match turn.task {
         Task::Choice => letter(answer) == letter(&turn.answer),
         Task::When => interval(answer).is_some() && interval(answer) == interval(&turn.answer),
         Task::Reading => letters(answer) == letters(&turn.answer),
+        Task::Order | Task::Contact | Task::Compare => {
+            let (truth, said) = (normalise(&turn.answer), normalise(answer));
+            let names = |words: &str| story.named(&truth).is_some_and(|thing| story.named(words) == Some(thing));
+            // "The large thing" is not seen but read out of a question which of two is larger.
+            truth == said || names(&said) && (turn.task != Task::Compare || names(without_size(&said)))
+        }
         _ => normalise(answer) == normalise(&turn.answer),
     }
+}
+
+/// "red circle" of "large red circle".
+fn without_size(name: &str) -> &str {
+    Size::ALL.iter().find_map(|size| name.strip_prefix(size.word())).unwrap_or(name).trim_start()
 }
 
 const NUMBERS: [&str; 11] = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"];
@@ -52,13 +68,25 @@ pub fn normalise(answer: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// The first of the letters A to D that stands alone.
+/// The letter A to D that an answer gives: the last one that stands alone before punctuation or the end ("B", "(b) green",
+/// "a red thing, so C"), else the first one before a word ("B is right"). Small letters count in the first place only; an A
+/// before a word other than "is" is the article.
 fn letter(answer: &str) -> Option<char> {
-    let mut words = answer.split(|c: char| !c.is_alphanumeric());
-    words.find_map(|word| match word.to_ascii_uppercase().as_str() {
-        one @ ("A" | "B" | "C" | "D") => one.chars().next(),
-        _ => None,
-    })
+    let (mut marked, mut plain) = (None, None);
+    for (at, letter) in answer.match_indices(|c: char| matches!(c, 'A'..='D' | 'a'..='d')) {
+        let (before, after) = (&answer[..at], &answer[at + letter.len()..]);
+        if before.ends_with(char::is_alphanumeric) || after.starts_with(char::is_alphanumeric) {
+            continue;
+        }
+        let letter = letter.chars().next().filter(|c| c.is_uppercase() || !before.contains(char::is_alphanumeric));
+        let after = after.trim_start_matches(' ');
+        if !after.starts_with(char::is_alphanumeric) {
+            marked = letter.or(marked);
+        } else if letter.is_some_and(|c| matches!(c, 'B'..='D') || c == 'A' && after.starts_with("is ")) {
+            plain = plain.or(letter);
+        }
+    }
+    marked.or(plain).map(|letter| letter.to_ascii_uppercase())
 }
 
 /// Letters and digits, capital.
@@ -66,11 +94,17 @@ fn letters(answer: &str) -> Vec<char> {
     answer.chars().filter(|c| c.is_alphanumeric()).map(|c| c.to_ascii_uppercase()).collect()
 }
 
-/// The first two numbers of a text, in order.
+/// The first two times of a text, in order: seconds ("1.5"), or minutes and seconds ("1:02").
 fn interval(text: &str) -> Option<[f64; 2]> {
-    let mut numbers = text.split(|c: char| !c.is_ascii_digit() && c != '.').filter_map(|word| word.parse::<f64>().ok());
-    let [from, until] = [numbers.next()?, numbers.next()?];
+    let word = |c: char| !c.is_ascii_digit() && !matches!(c, '.' | ':');
+    let mut times = text.split(word).filter_map(|word| seconds(word.trim_matches(['.', ':'])));
+    let [from, until] = [times.next()?, times.next()?];
     (from <= until).then_some([from, until])
+}
+
+/// 62 of "1:02".
+fn seconds(time: &str) -> Option<f64> {
+    time.split(':').try_fold(0.0, |sum, part| Some(60.0 * sum + part.parse::<f64>().ok()?))
 }
 
 /// Intersection over union of two time spans.
@@ -161,7 +195,7 @@ fn points(truth: &str, said: &str) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use keye_world::{Split, World};
+    use keye_world::{Sample, Split, Thing, World};
 
     use super::*;
 
@@ -180,7 +214,7 @@ mod tests {
                 let sample = World::new(Split::Test).question(task, index);
                 let turn = &sample.turns[0];
                 assert_eq!(score(turn, &sample.story, &turn.answer), 1.0, "{turn:?}");
-                assert!(exact(turn, &turn.answer));
+                assert!(exact(turn, &sample.story, &turn.answer));
                 assert!(score(turn, &sample.story, "") <= f64::from(sample.story.things.is_empty()), "{turn:?}");
             }
         }
@@ -192,15 +226,107 @@ mod tests {
         assert_eq!(of(Task::Count, "3", "Three"), 1.0);
         assert_eq!(of(Task::Count, "3", "33"), 0.0);
         assert_eq!(of(Task::Attribute, "red", "red circle"), 0.0);
-        assert_eq!(of(Task::Choice, "B", "b. green"), 1.0);
-        assert_eq!(of(Task::Choice, "B", "Blue"), 0.0);
+    }
+
+    #[test]
+    fn an_article_is_no_letter() {
+        for (truth, answers) in [
+            (
+                "A",
+                &[
+                    "A",
+                    "a",
+                    "A.",
+                    "a) red",
+                    "A: red",
+                    "A\nIt is red",
+                    "A is right",
+                    "**A**",
+                    "The answer is A.",
+                    "Not B, but A",
+                ][..],
+            ),
+            ("B", &["b. green", "(b) green", "B green", "B is right, A is not", "[B]", "It is a ring: B", "b"]),
+            ("C", &["A red thing, so C", "a red thing, so C", "A. red, B. blue, C. green: C", "A ring, C."]),
+        ] {
+            for answer in answers {
+                assert_eq!(of(Task::Choice, truth, answer), 1.0, "{answer}");
+            }
+        }
+        for answer in ["It is a blue circle", "A red thing", "a ring", "Blue", "it is a", "", "a d-shape", "Ä. A1"] {
+            assert!(["A", "B", "C", "D"].iter().all(|truth| of(Task::Choice, truth, answer) == 0.0), "{answer}");
+        }
+    }
+
+    #[test]
+    fn a_thing_may_have_any_name_that_fits_it_alone() {
+        let (mut fitting, mut ambiguous) = (0, 0);
+        for index in 0..300 {
+            let sample = World::new(Split::Test).question(Task::Contact, index);
+            let (turn, story) = (&sample.turns[0], &sample.story);
+            let yes_or_no = ["yes", "no"].contains(&turn.answer.as_str());
+            let Some(contact) = story.contact.filter(|_| !yes_or_no) else { continue };
+            if story.things.iter().any(|thing| thing.change.is_some()) {
+                continue;
+            }
+            let hit = &story.things[contact.hit];
+            let alike = |of: fn(&Thing, &Thing) -> bool| story.things.iter().filter(|other| of(hit, other)).count();
+            let names = [
+                (format!("The {}.", hit.shape.word()), alike(|a, b| a.shape == b.shape)),
+                (format!("{} thing", hit.colour.word()), alike(|a, b| a.colour == b.colour)),
+                (
+                    format!("a {} {}", hit.size.word(), hit.shape.word()),
+                    alike(|a, b| (a.size, a.shape) == (b.size, b.shape)),
+                ),
+            ];
+            for (name, fits) in names {
+                let right = fits == 1 || normalise(&name) == turn.answer;
+                assert_eq!(score(turn, story, &name), f64::from(right), "{name}, {turn:?}");
+                fitting += usize::from(right);
+                ambiguous += usize::from(!right);
+            }
+            let mover = &story.things[contact.mover];
+            let mover = format!("{} {} {}", mover.size.word(), mover.colour.word(), mover.shape.word());
+            assert_eq!(score(turn, story, &mover), 0.0, "{mover}, {turn:?}");
+        }
+        assert!(fitting > 50 && ambiguous > 20, "{fitting}, {ambiguous}");
+        // Where a property is asked for, a name of the thing is no answer.
+        let asks = |sample: &Sample| sample.turns[0].question.starts_with("What shape is the");
+        let sample = (0..).map(|index| World::new(Split::Test).question(Task::Attribute, index)).find(asks).unwrap();
+        let turn = &sample.turns[0];
+        let asked = turn.question.trim_start_matches("What shape is the ").trim_end_matches('?');
+        assert!(sample.story.named(asked).is_some());
+        assert_eq!(score(turn, &sample.story, asked), 0.0, "{turn:?}");
+    }
+
+    #[test]
+    fn the_larger_one_is_named_by_more_than_its_size() {
+        let mut checked = 0;
+        for index in 0..100 {
+            let sample = World::new(Split::Test).question(Task::Compare, index);
+            let (turn, story) = (&sample.turns[0], &sample.story);
+            let Some(thing) = story.named(&turn.answer).filter(|_| turn.question.contains("larger")) else { continue };
+            for size in Size::ALL {
+                assert_eq!(score(turn, story, &format!("the {} thing", size.word())), 0.0, "{turn:?}");
+                let full = format!("The {} {}.", size.word(), turn.answer);
+                assert_eq!(score(turn, story, &full), f64::from(*size == story.things[thing].size), "{full}, {turn:?}");
+                checked += 1;
+            }
+        }
+        assert!(checked > 20, "{checked}");
     }
 
     #[test]
     fn times_score_by_their_overlap() {
         let truth = "<|clip_time_start|>[1.0, 3.0]<|clip_time_end|>";
         assert_eq!(of(Task::When, truth, "[2.0, 4.0]"), 1.0 / 3.0);
-        assert_eq!(of(Task::When, truth, "from 1 to 3 seconds"), 1.0);
+        for same in ["from 1 to 3 seconds", "It is there from 1.0 to 3.0.", "1.0-3.0", "1-3s.", "Times: 0:01 to 0:03."]
+        {
+            assert_eq!(of(Task::When, truth, same), 1.0, "{same}");
+        }
+        let minutes = "<|clip_time_start|>[1.0, 62.0]<|clip_time_end|>";
+        assert_eq!(of(Task::When, minutes, "from 0:01.0 to 1:02"), 1.0);
+        assert_eq!(of(Task::When, minutes, "at 1:02"), 0.0);
         assert_eq!(of(Task::When, truth, "[3.0, 1.0]"), 0.0);
         assert_eq!(of(Task::When, truth, "soon"), 0.0);
         assert_eq!(of(Task::When, truth, "[4.0, 5.0]"), 0.0);

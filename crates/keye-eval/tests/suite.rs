@@ -2,24 +2,26 @@
 
 use std::sync::Mutex;
 
-use keye_eval::{AnswerError, Answerer, EvalError, Plan, run};
+use keye_eval::{AnswerError, Answerer, EvalError, Plan, Reply, Report, run};
 use keye_media::{Loader, MediaConfig, MediaItem};
 use keye_world::{Split, Task, World};
 
-/// Answers by a function, and notes what it was asked.
+/// Answers by a function, and notes what it was asked. Answers that end with dots count as cut.
 struct Scripted<F> {
     script: F,
     asked: Mutex<Vec<(bool, String)>>,
 }
 
 impl<F: Fn(&str) -> String + Sync> Answerer for Scripted<F> {
-    fn answer(&self, media: Option<MediaItem>, question: &str) -> Result<String, AnswerError> {
+    fn answer(&self, media: Option<MediaItem>, question: &str) -> Result<Reply, AnswerError> {
         self.asked.lock().unwrap().push((media.is_some(), question.to_owned()));
         if let Some(item) = &media {
             let media = Loader::new(MediaConfig::slow_fast()).load(item, &mut |_| true)?;
             assert!(media.frames.len() >= 4 && media.frames[0].timestamp == Some(0.0));
         }
-        Ok((self.script)(question))
+        let text = (self.script)(question);
+        let cut = text.ends_with("...");
+        Ok(Reply { text, cut })
     }
 }
 
@@ -66,11 +68,11 @@ fn clips_reach_the_answerer_as_files() {
 fn clips_are_written_once_and_squeezed_when_wanted() {
     struct Sizes(Mutex<Vec<[u32; 2]>>);
     impl Answerer for Sizes {
-        fn answer(&self, media: Option<MediaItem>, _: &str) -> Result<String, AnswerError> {
+        fn answer(&self, media: Option<MediaItem>, _: &str) -> Result<Reply, AnswerError> {
             let Some(item) = media else { return Err(AnswerError::Stopped) };
             let media = Loader::new(MediaConfig::slow_fast()).load(&item, &mut |_| true)?;
             self.0.lock().unwrap().extend(media.frame_grids().map(|[_, h, w]| [h, w]));
-            Ok(String::new())
+            Ok(Reply { text: String::new(), cut: false })
         }
     }
     let folder = tempfile::tempdir().unwrap();
@@ -109,11 +111,41 @@ fn silence_scores_nothing_and_yes_scores_about_half() {
     assert!((0.2..0.6).contains(&report.rows[0].score()), "{report:?}");
 }
 
+/// What tells one report's questions from another's: all of them, in the same order whoever is asked first.
+#[test]
+fn reports_know_what_was_asked() {
+    let mute = scripted(|_: &str| String::new());
+    let asked = |plan: Plan| run(&mute, &plan, &mut |_| true).unwrap();
+    let tasks = [Task::Count, Task::Trap];
+    let report = asked(plan(&tasks, 8));
+    assert_eq!((report.split, report.scoring), (Split::Test, keye_eval::SCORING));
+    assert_eq!(report, asked(Plan { at_once: 5, ..plan(&tasks, 8) }));
+    let differ = |other: Report| report.rows.iter().zip(other.rows).all(|(a, b)| a.questions != b.questions);
+    assert!(differ(asked(plan(&tasks, 7))) && differ(asked(Plan { split: Split::Validation, ..plan(&tasks, 8) })));
+    assert_ne!(report.rows[0].questions, report.rows[1].questions);
+    assert_eq!(report.rows[0].questions, COUNTED, "the world has changed: no figure measured before can be compared");
+}
+
+/// Of the first eight questions of the test split that ask for a number.
+const COUNTED: &str = "bc63e07088834f1a";
+
+#[test]
+fn cut_answers_are_counted() {
+    let whole = scripted(|_: &str| "3".to_owned());
+    let report = run(&whole, &plan(&[Task::Count], 4), &mut |_| true).unwrap();
+    assert!(report.cut() == 0 && !report.table().contains("cut"), "{}", report.table());
+    let cut = scripted(|question: &str| if question.contains("How many") { "3..." } else { "yes" }.to_owned());
+    let report = run(&cut, &plan(&[Task::Count, Task::Trap], 9), &mut |_| true).unwrap();
+    let cut = report.rows[0].cut;
+    assert!(cut > 0 && report.rows[1].cut == 0 && report.cut() == cut, "{report:?}");
+    assert!(report.table().ends_with(&format!("\n{cut} answers were cut by the limit of tokens: {cut} count\n")));
+}
+
 #[test]
 fn a_failure_ends_it_and_so_does_the_caller() {
     struct Broken;
     impl Answerer for Broken {
-        fn answer(&self, _: Option<MediaItem>, _: &str) -> Result<String, AnswerError> {
+        fn answer(&self, _: Option<MediaItem>, _: &str) -> Result<Reply, AnswerError> {
             Err(AnswerError::Stopped)
         }
     }

@@ -32,12 +32,12 @@ mod world;
 
 pub use captions::{caption, dense_caption};
 pub use clip::Clip;
-pub use export::{WriteError, write_mp4, write_mp4_at, write_png};
+pub use export::{Encoder, WriteError, write_mp4, write_mp4_at, write_png};
 pub use names::{Background, Colour, Motion, Place, Shape, Size};
 pub use record::Record;
 pub use rng::Rng;
 #[cfg(feature = "parquet")]
-pub use rows::{Row, RowFile, RowsError, write_rows};
+pub use rows::{Row, RowFile, RowWriter, RowsError, write_rows};
 pub use sample::{Media, Message, Part, Role, Sample, Task, Turn};
 pub use split::{Split, is_held_out};
 pub use story::{Change, Contact, FPS, Label, Look, Property, Scene, Story, Thing};

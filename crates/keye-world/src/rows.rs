@@ -88,26 +88,81 @@ impl From<&Record> for Row {
     }
 }
 
-/// Writes rows as a file, 256 to a row group.
+/// Writes rows as a new file, 256 to a row group.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// When the file is there already, or cannot be written.
 pub fn write_rows(path: &Path, rows: &[Row]) -> Result<(), RowsError> {
-    let parquet = |source| RowsError::Parquet { path: path.into(), source };
-    let file = File::create(path).map_err(|source| RowsError::Io { path: path.into(), source })?;
-    let schema = Arc::new(parse_message_type(SCHEMA).map_err(parquet)?);
-    let properties = Arc::new(WriterProperties::builder().set_compression(Compression::SNAPPY).build());
-    let mut writer = SerializedFileWriter::new(file, schema, properties).map_err(parquet)?;
-    let columns: [fn(&Row) -> Option<&str>; 6] = [
-        |row| Some(&row.uuid),
-        |row| Some(&row.source),
-        |row| row.messages.as_deref(),
-        |row| row.segments.as_deref(),
-        |row| row.images.as_deref(),
-        |row| row.videos.as_deref(),
-    ];
-    for rows in rows.chunks(GROUP_ROWS) {
-        let mut group = writer.next_row_group().map_err(parquet)?;
+    let mut writer = RowWriter::create(path)?;
+    rows.iter().try_for_each(|row| writer.push(row.clone()))?;
+    writer.finish()
+}
+
+/// A new file of records, written 256 rows at a time to `NAME.partial`; it has its name when it is whole.
+pub struct RowWriter {
+    path: PathBuf,
+    partial: PathBuf,
+    writer: SerializedFileWriter<File>,
+    waiting: Vec<Row>,
+}
+
+impl RowWriter {
+    /// Begins a file.
+    ///
+    /// # Errors
+    /// When it is there already, or cannot be written.
+    pub fn create(path: &Path) -> Result<Self, RowsError> {
+        if path.exists() {
+            let reason = "it is there already; choose another name or remove it".into();
+            return Err(RowsError::Refused { path: path.into(), reason });
+        }
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".partial");
+        let partial = path.with_file_name(name);
+        let parquet = |source| RowsError::Parquet { path: partial.clone(), source };
+        let file = File::create(&partial).map_err(|source| RowsError::Io { path: partial.clone(), source })?;
+        let schema = Arc::new(parse_message_type(SCHEMA).map_err(parquet)?);
+        let properties = Arc::new(WriterProperties::builder().set_compression(Compression::SNAPPY).build());
+        let writer = SerializedFileWriter::new(file, schema, properties).map_err(parquet)?;
+        Ok(Self { path: path.into(), partial, writer, waiting: Vec::new() })
+    }
+
+    /// Adds a row.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn push(&mut self, row: Row) -> Result<(), RowsError> {
+        self.waiting.push(row);
+        if self.waiting.len() == GROUP_ROWS {
+            self.write_group()?;
+        }
+        Ok(())
+    }
+
+    /// Writes what is left, and gives the file its name.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish(mut self) -> Result<(), RowsError> {
+        if !self.waiting.is_empty() {
+            self.write_group()?;
+        }
+        self.writer.finish().map_err(|source| RowsError::Parquet { path: self.partial.clone(), source })?;
+        std::fs::rename(&self.partial, &self.path).map_err(|source| RowsError::Io { path: self.path.clone(), source })
+    }
+
+    fn write_group(&mut self) -> Result<(), RowsError> {
+        let parquet = |source| RowsError::Parquet { path: self.partial.clone(), source };
+        let columns: [fn(&Row) -> Option<&str>; 6] = [
+            |row| Some(&row.uuid),
+            |row| Some(&row.source),
+            |row| row.messages.as_deref(),
+            |row| row.segments.as_deref(),
+            |row| row.images.as_deref(),
+            |row| row.videos.as_deref(),
+        ];
+        let rows = std::mem::take(&mut self.waiting);
+        let mut group = self.writer.next_row_group().map_err(parquet)?;
         for (index, column) in columns.iter().enumerate() {
             let Some(mut out) = group.next_column().map_err(parquet)? else { break };
             let values: Vec<ByteArray> = rows.iter().filter_map(|row| column(row)).map(ByteArray::from).collect();
@@ -117,9 +172,15 @@ pub fn write_rows(path: &Path, rows: &[Row]) -> Result<(), RowsError> {
             out.close().map_err(parquet)?;
         }
         group.close().map_err(parquet)?;
+        Ok(())
     }
-    writer.close().map_err(parquet)?;
-    Ok(())
+}
+
+impl Drop for RowWriter {
+    fn drop(&mut self) {
+        // Nothing is there any more once it has its name.
+        let _ = std::fs::remove_file(&self.partial);
+    }
 }
 
 /// An open file of records, read one row group at a time.
@@ -223,8 +284,24 @@ mod tests {
         assert_eq!(file.groups(), [256, 44]);
         let read: Vec<Row> = (0..2).flat_map(|group| file.read(group).unwrap()).collect();
         assert!(read == rows);
+        let refused = write_rows(&path, &rows[..1]).unwrap_err().to_string();
+        assert!(refused.contains("a.parquet: it is there already") && refused.contains("remove it"), "{refused}");
+        assert_eq!(RowFile::open(&path).unwrap().groups(), [256, 44]);
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
         assert!(matches!(RowFile::open(&path), Err(RowsError::Parquet { .. })));
+    }
+
+    #[test]
+    fn a_file_that_is_not_finished_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        let mut writer = RowWriter::create(&path).unwrap();
+        (0..GROUP_ROWS + 1).try_for_each(|_| writer.push(Row::default())).unwrap();
+        assert_eq!(writer.waiting.len(), 1, "rows go to the file as they come");
+        drop(writer);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let error = RowWriter::create(&dir.path().join("none/a.parquet")).err().unwrap().to_string();
+        assert!(error.contains("a.parquet.partial"), "{error}");
     }
 }

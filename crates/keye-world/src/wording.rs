@@ -85,6 +85,29 @@ pub(crate) fn name(rng: &mut Rng, story: &Story, index: usize, without: Without)
         .map(|name| name.text())
 }
 
+impl Story {
+    /// The one thing that these words name, as it looks at any time ("red circle", "large thing"): its index; `None` if they
+    /// are no name, or fit several.
+    pub fn named(&self, words: &str) -> Option<usize> {
+        let fits = |thing: &Thing| {
+            looks(thing).into_iter().any(|(colour, shape, size)| {
+                (1..8).any(|parts: u32| {
+                    let part = |bit: u32| parts >> bit & 1 == 1;
+                    let name = Name {
+                        size: part(0).then_some(size),
+                        colour: part(1).then_some(colour),
+                        shape: part(2).then_some(shape),
+                    };
+                    name.text() == words
+                })
+            })
+        };
+        let mut named = (0..self.things.len()).filter(|index| fits(&self.things[*index]));
+        let first = named.next()?;
+        named.next().is_none().then_some(first)
+    }
+}
+
 /// "large red circle", as it first looks.
 pub(crate) fn full_name(thing: &Thing) -> String {
     Name::of(thing, true, true, true).text()

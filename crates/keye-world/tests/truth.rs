@@ -117,13 +117,16 @@ fn text_is_there_when_the_answer_says() {
 
 #[test]
 fn what_is_said_to_be_there_is_seen() {
+    let mut checked = 0;
     for sample in questions(Task::Trap, 200).filter(|sample| sample.turns[0].answer == "yes") {
         let (turn, clip) = (&sample.turns[0], sample.media[0].1.clip());
         let words = words(&turn.question);
         let named = Colour::ALL.iter().find(|colour| words.contains(&colour.word()));
         let seen = (0..clip.len()).any(|frame| blobs(clip, frame).iter().any(|blob| Some(&blob.0) == named));
         assert!(seen, "{}: {turn:?}", sample.uuid);
+        checked += 1;
     }
+    assert!(checked > 50, "{checked}");
 }
 
 #[test]

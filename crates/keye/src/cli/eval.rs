@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{Subcommand, ValueEnum};
-use keye::Keye;
-use keye_eval::{Column, EngineAnswerer, EvalError, Plan, Report, Row, accuracy_svg, difference, markdown};
+use keye::{Keye, ThinkMode};
+use keye_eval::{Column, EngineAnswerer, EvalError, MAX_TOKENS, Plan, Report, Row, accuracy_svg, difference, markdown};
 use keye_media::{Loader, VideoRule};
 use keye_world::{Split, Task};
 use serde_json::json;
@@ -22,6 +22,7 @@ Examples:
   keye eval world -m ./model --tasks when,count --count 200 --json
   keye eval world -m ./model --text-only
   keye eval world -m ./model --frames uniform
+  keye eval world -m ./model --think --max-tokens 8192
   keye eval world -m ./model --clips ./clips --json > f32.json
   keye eval world -m ./model-int8 --clips ./clips --json > int8.json
   keye eval compare f32.json int8.json --svg accuracy.svg
@@ -86,6 +87,15 @@ struct WorldArgs {
     /// Questions that are asked at the same time
     #[arg(long, value_name = "N", default_value = "8", value_parser = clap::value_parser!(u16).range(1..=256))]
     at_once: u16,
+    /// Ask for thinking (puts /think behind the question); what is thought is not scored
+    #[arg(long, conflicts_with = "no_think")]
+    think: bool,
+    /// Ask for no thinking (puts /no_think behind the question) [default: it is left to the model]
+    #[arg(long)]
+    no_think: bool,
+    /// Most tokens of an answer with its thinking; answers that are cut are counted
+    #[arg(long, value_name = "N", default_value_t = MAX_TOKENS)]
+    max_tokens: usize,
     /// Show every question with its answer
     #[arg(long)]
     show: bool,
@@ -101,6 +111,16 @@ enum Frames {
     SlowFast,
     /// The same number of tokens for all frames, as many in all as with slow and fast frames.
     Uniform,
+}
+
+impl WorldArgs {
+    fn think_mode(&self) -> ThinkMode {
+        match (self.think, self.no_think) {
+            (true, _) => ThinkMode::Think,
+            (_, true) => ThinkMode::NoThink,
+            _ => ThinkMode::Auto,
+        }
+    }
 }
 
 /// Above every similarity: all frames are slow.
@@ -121,9 +141,11 @@ fn world(args: &WorldArgs) -> Result<()> {
     let mut status = Status::new(false);
     let uniform = args.frames == Frames::Uniform;
     super::args::warn_of_device(args.model.device, &mut status);
+    let mut options = args.model.options(keye::Access::default());
+    options.engine.max_queue = usize::from(args.at_once);
     let keye = Keye::load_adjusted(
         args.model.chosen(&mut status),
-        args.model.options(keye::Access::default()),
+        options,
         &mut |progress| status.loading(progress),
         |loader| {
             if uniform {
@@ -137,7 +159,7 @@ fn world(args: &WorldArgs) -> Result<()> {
     if uniform && media.video.rule != VideoRule::SlowFast {
         return Err(Usage("--frames uniform is for models with slow and fast frames".into()).into());
     }
-    let answerer = EngineAnswerer::new(keye.engine());
+    let answerer = EngineAnswerer::new(keye.engine()).with_thinking(args.think_mode(), args.max_tokens);
     let answerer = if uniform { answerer.with_budget_of(Loader::new(media.clone())) } else { answerer };
     let asked: &[Task] = if args.tasks.is_empty() { &Task::ALL } else { &args.tasks };
     let tasks = Task::every().filter(|task| asked.contains(task)).collect();
@@ -151,9 +173,10 @@ fn world(args: &WorldArgs) -> Result<()> {
         if args.show {
             let turn = &outcome.sample.turns[0];
             let mark = if outcome.exact { "right" } else { "wrong" };
+            let cut = if outcome.answer.cut { " (cut)" } else { "" };
             status.line(&format!(
-                "{} [{}] {:?} -> {:?}, {mark}: {:?}",
-                outcome.sample.uuid, turn.task, turn.question, outcome.answer, turn.answer
+                "{} [{}] {:?} -> {:?}{cut}, {mark}: {:?}",
+                outcome.sample.uuid, turn.task, turn.question, outcome.answer.text, turn.answer
             ));
         }
         status.progress(&format!("{} of {} questions", step.done, step.total));
@@ -175,13 +198,19 @@ fn print(args: &WorldArgs, report: &Report, seconds: f64) -> Result<()> {
     let row = |row: &Row| {
         let (score, error, scores) = (row.score(), row.error(), row.scores.iter().map(|score| rounded(*score)));
         json!({
-            "task": row.task, "count": row.count, "score": rounded(score), "error": rounded(error),
+            "task": row.task, "count": row.count, "questions": row.questions, "cut": row.cut, "score": rounded(score), "error": rounded(error),
             "exact": row.exact, "chance": row.chance, "scores": scores.collect::<Vec<_>>(),
         })
     };
+    let think = match args.think_mode() {
+        ThinkMode::Auto => "auto",
+        ThinkMode::Think => "think",
+        ThinkMode::NoThink => "no_think",
+    };
     let report = json!({
-        "model": args.model.name(), "split": args.split.name(), "text_only": args.text_only, "frames": frames,
-        "square": args.square, "seconds": rounded(seconds), "mean": rounded(report.mean()), "error": rounded(report.error()),
+        "model": args.model.name(), "split": report.split, "scoring": report.scoring, "text_only": args.text_only,
+        "frames": frames, "square": args.square, "think": think, "max_tokens": args.max_tokens, "cut": report.cut(),
+        "seconds": rounded(seconds), "mean": rounded(report.mean()), "error": rounded(report.error()),
         "tasks": report.rows.iter().map(row).collect::<Vec<_>>(),
     });
     ui::out(&format!("{report}\n"))
@@ -192,11 +221,14 @@ fn rounded(value: f64) -> f64 {
     (value * 1e4).round() / 1e4
 }
 
+/// Of a file to be compared. Reports of older versions do not tell what was asked.
+const EXPECTED: &str = "expected a report of `keye eval world --json` of this version; measure an older one again";
+
 fn compare(args: &CompareArgs) -> Result<()> {
     let column = |path: &PathBuf| -> Result<Column> {
         let text = std::fs::read(path).with_context(|| path.display().to_string())?;
-        let report: Report = serde_json::from_slice(&text)
-            .with_context(|| format!("{}: expected a report of `keye eval world --json`", path.display()))?;
+        let report: Report =
+            serde_json::from_slice(&text).with_context(|| format!("{}: {EXPECTED}", path.display()))?;
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Column { name, report })
     };
@@ -218,7 +250,7 @@ fn compared(columns: &[Column]) -> serde_json::Value {
         let row = |row: &Row| json!({"task": row.task, "score": rounded(row.score()), "error": rounded(row.error())});
         json!({
             "name": name, "mean": rounded(report.mean()), "error": rounded(report.error()),
-            "difference": {"mean": rounded(more), "error": rounded(error)},
+            "difference": {"mean": rounded(more), "error": rounded(error)}, "cut": report.cut(),
             "tasks": report.rows.iter().map(row).collect::<Vec<_>>(),
         })
     });

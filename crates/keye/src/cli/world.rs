@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use keye_world::{Record, Row, Sample, Split, World, write_rows};
+use keye_world::{Record, Row, RowWriter, Sample, Split, World};
 
 use super::failure::Interrupted;
 use super::signals;
@@ -15,7 +15,8 @@ Examples:
   keye world ./clips --count 100
   keye world ./held-out --split test --kind still --count 1000
 
-OUT/records.parquet has a row for each sample: uuid, source, messages, images, videos; the clips are in OUT/media.";
+OUT/records.parquet has a row for each sample: uuid, source, messages, images, videos; the clips are in OUT/media.
+A file of records that is there already is left alone.";
 
 /// Write samples of the synthetic world: clips, and what can be asked about them
 #[derive(clap::Args)]
@@ -54,6 +55,8 @@ enum Kind {
 
 pub fn run(args: Args) -> Result<()> {
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+    let path = args.out.join("records.parquet");
+    let mut rows = RowWriter::create(&path)?;
     let world = World::new(args.split);
     let sample = |index: u64| -> Sample {
         match args.kind {
@@ -65,16 +68,14 @@ pub fn run(args: Args) -> Result<()> {
         }
     };
     let (mut status, guard) = (Status::new(false), signals::guard());
-    let mut rows = Vec::new();
     for number in 0..args.count {
         if guard.interrupted() {
             return Err(Interrupted.into());
         }
-        rows.push(Row::from(&Record::write(&sample(args.first.saturating_add(number)), &args.out)?));
+        rows.push(Row::from(&Record::write(&sample(args.first.saturating_add(number)), &args.out)?))?;
         status.progress(&format!("{} of {} samples", number + 1, args.count));
     }
     status.clear();
-    let path = args.out.join("records.parquet");
-    write_rows(&path, &rows)?;
+    rows.finish()?;
     ui::out(&format!("{}\n", path.display()))
 }

@@ -34,6 +34,18 @@ fn the_model_inside_is_right_about_clips_that_training_never_showed() {
     }
 }
 
+/// What costs accuracy without being wrong outright, somewhere between the clips' files and the answers, shows here.
+#[test]
+fn the_model_inside_is_mostly_right() {
+    let tasks = ["--tasks", "attribute,where,scene", "--count", "5"];
+    let report = keye(&[&["eval", "world", "-m", "keye-nano", "--json"][..], &tasks].concat()).ok().json();
+    let right = report["tasks"].as_array().unwrap().iter().flat_map(|row| row["scores"].as_array().unwrap());
+    let right = right.filter(|score| score.as_f64() == Some(1.0)).count();
+    // 14 of 15 when this was written; training again may move a few.
+    assert!(right >= 11, "{right} of 15: {report:#}");
+    assert_eq!(report["cut"], 0);
+}
+
 #[test]
 fn without_a_name_the_model_inside_is_used_and_says_so_in_one_line() {
     let run = keye(&["ask", "--max-tokens", "1", "What is there?"]).ok();
