@@ -1,10 +1,10 @@
 //! Checkpoint directories in Hugging Face layout, read and written.
 
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use keye_backend::WeightSource;
+use keye_backend::{WeightSource, f32_to_bf16};
 use keye_processor::{Checkpoint, Dtype, NewTensor, StoredTensor, write_checkpoint};
 use serde_json::Value;
 
@@ -85,11 +85,7 @@ pub fn export(
     extras: bool,
 ) -> Result<(), TrainError> {
     let partial = partial(out);
-    match fs::remove_dir_all(&partial) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&partial)(error)),
-        _ => {}
-    }
-    fs::create_dir_all(&partial).map_err(io(&partial))?;
+    let _ours = empty_dir(&partial)?;
     gather(files, &partial)?;
     set_dtype(&partial.join("config.json"), dtype)?;
     let stored = match dtype {
@@ -105,10 +101,26 @@ pub fn export(
         let values = params.tensor(&tensor.name).unwrap_or_default();
         match dtype {
             ExportDtype::F32 => values.iter().try_for_each(|v| to.write_all(&v.to_le_bytes())),
-            ExportDtype::Bf16 => values.iter().try_for_each(|v| to.write_all(&bf16(*v).to_le_bytes())),
+            ExportDtype::Bf16 => values.iter().try_for_each(|v| to.write_all(&f32_to_bf16(*v).to_le_bytes())),
         }
     })?;
     fs::rename(&partial, out).map_err(io(out))
+}
+
+/// Makes `dir`, empties it of what a killed run left, and keeps other runs from it for as long as the file is open.
+fn empty_dir(dir: &Path) -> Result<File, TrainError> {
+    fs::create_dir_all(dir).map_err(io(dir))?;
+    let ours = File::open(dir).map_err(io(dir))?;
+    // Another error: the file system has no locks.
+    if let Err(TryLockError::WouldBlock) = ours.try_lock() {
+        let busy = "another run is writing it; wait for it or choose another name";
+        return Err(io(dir)(std::io::Error::new(ErrorKind::ResourceBusy, busy)));
+    }
+    for entry in fs::read_dir(dir).map_err(io(dir))? {
+        let path = entry.map_err(io(dir))?.path();
+        fs::remove_file(&path).map_err(io(&path))?;
+    }
+    Ok(ours)
 }
 
 /// `NAME.partial` beside a directory that is being made.
@@ -130,11 +142,25 @@ fn set_dtype(path: &Path, dtype: ExportDtype) -> Result<(), TrainError> {
     fs::write(path, text).map_err(io(path))
 }
 
-/// The nearest bfloat16, ties to even; a NaN stays one.
-fn bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    match value.is_nan() {
-        true => (bits >> 16) as u16 | 0x40,
-        false => ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_runs_do_not_empty_one_directory() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = partial(&root.path().join("model"));
+        fs::create_dir(&dir).unwrap();
+        let file = dir.join("model.safetensors");
+        fs::write(&file, "of a killed run").unwrap();
+        let ours = empty_dir(&dir).unwrap();
+        assert!(!file.exists());
+        fs::write(&file, "ours").unwrap();
+        let error = empty_dir(&dir).unwrap_err().to_string();
+        assert!(error.contains("model.partial") && error.contains("another run"), "{error}");
+        assert!(file.exists());
+        drop(ours);
+        empty_dir(&dir).unwrap();
+        assert!(!file.exists());
     }
 }

@@ -2,9 +2,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use keye_backend::{BackendError, KvDtype};
-use keye_engine::{Engine, EngineError, EngineOptions, Event, EventStream, Request, SamplingParams};
+use keye_engine::{
+    Canceller, Engine, EngineError, EngineOptions, Event, EventStream, NothingYet, Request, SamplingParams,
+};
 use keye_media::{Access, Loader, MediaItem, TimestampRule};
 use keye_model::ModelError;
 use keye_processor::{
@@ -226,14 +229,30 @@ pub struct Events {
     stream: EventStream,
 }
 
+impl Events {
+    /// Waits for the next event for at most `timeout`: `Ok(None)` is the end, `Err` that nothing came.
+    pub fn next_timeout(&mut self, timeout: Duration) -> Result<Option<Result<Event, EngineError>>, NothingYet> {
+        Ok(self.stream.next_timeout(timeout)?.map(failure_as_error))
+    }
+
+    /// A handle that cancels the question from elsewhere.
+    pub fn canceller(&self) -> Canceller {
+        self.stream.canceller()
+    }
+}
+
 impl Iterator for Events {
     type Item = Result<Event, EngineError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        Some(match self.stream.next()? {
-            Event::Failed(error) => Err(error),
-            event => Ok(event),
-        })
+        self.stream.next().map(failure_as_error)
+    }
+}
+
+fn failure_as_error(event: Event) -> Result<Event, EngineError> {
+    match event {
+        Event::Failed(error) => Err(error),
+        event => Ok(event),
     }
 }
 

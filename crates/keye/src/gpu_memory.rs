@@ -4,6 +4,7 @@ use keye_backend::BLOCK_TOKENS;
 use keye_processor::Dtype;
 
 use crate::WeightBytes;
+use crate::units::bytes_text;
 
 /// Bytes for what a clip's patches and a step's rows pass through, lists and scores included. An estimate: no GPU has
 /// shown its peak yet.
@@ -53,13 +54,12 @@ pub(crate) fn fit_tokens(
     if let Some(wanted) = wanted.filter(|wanted| *wanted == 0 || *wanted > longest) {
         return Err(format!("a length (--max-model-len) of {wanted} tokens: this model takes 1 to {longest}"));
     }
-    let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
     let available = memory.available(part);
     let room = format!(
         "of the GPU's {} {} are free, and --gpu-memory {part} lets {} be taken",
-        gb(memory.total),
-        gb(memory.free),
-        gb(available)
+        bytes_text(memory.total),
+        bytes_text(memory.free),
+        bytes_text(available)
     );
     let block = (bytes_per_token as u64).saturating_mul(BLOCK_TOKENS as u64).max(1);
     let needed = wanted.unwrap_or(LEAST.min(longest)).div_ceil(BLOCK_TOKENS) as u64;
@@ -69,18 +69,18 @@ pub(crate) fn fit_tokens(
         return Err(format!(
             "this model needs {} for weights, {} for activations and {} for the shortest cache; {room}: take a quantised \
              model (keye quantize), a larger part, or end what else uses the GPU",
-            gb(weights),
-            gb(ACTIVATIONS),
-            gb(needed.saturating_mul(block))
+            bytes_text(weights),
+            bytes_text(ACTIVATIONS),
+            bytes_text(needed.saturating_mul(block))
         ));
     }
     if let Some(wanted) = wanted.filter(|_| blocks < needed) {
         return Err(format!(
             "{wanted} tokens of cache need {} beside {} of weights and {} for activations; {room}, in which {} tokens fit: \
              choose a smaller length (--max-model-len), or bf16 or int8 for the cache (--kv-cache)",
-            gb(needed.saturating_mul(block)),
-            gb(weights),
-            gb(ACTIVATIONS),
+            bytes_text(needed.saturating_mul(block)),
+            bytes_text(weights),
+            bytes_text(ACTIVATIONS),
             blocks.saturating_mul(BLOCK_TOKENS as u64)
         ));
     }
@@ -119,12 +119,12 @@ mod tests {
     fn what_does_not_fit_is_refused_with_figures() {
         let card = GpuMemory { total: 24 * GB, free: 23 * GB };
         let error = fit_tokens(131_072, None, 61 * GB, TOKEN, card, 0.9).unwrap_err();
-        for figure in ["61.0 GB", "3.2 GB", "24.0 GB", "23.0 GB", "0.9", "20.6 GB", "keye quantize"] {
+        for figure in ["61.00 GB", "3.22 GB", "24.00 GB", "23.00 GB", "0.9", "20.60 GB", "keye quantize"] {
             assert!(error.contains(figure), "{figure}: {error}");
         }
         // 20.6 GB less 17 and 3.2 leave some hundred MB.
         let error = fit_tokens(131_072, Some(32_768), 17 * GB, TOKEN, card, 0.9).unwrap_err();
-        for figure in ["32768 tokens", "4.8 GB", "2560 tokens fit", "--kv-cache"] {
+        for figure in ["32768 tokens", "4.83 GB", "2560 tokens fit", "--kv-cache"] {
             assert!(error.contains(figure), "{figure}: {error}");
         }
         for wanted in [0, 131_073] {

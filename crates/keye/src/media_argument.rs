@@ -196,7 +196,16 @@ fn fragment_options(fragment: &str) -> Result<ItemOptions, String> {
             map.insert(key.into(), number(value).ok_or_else(wrong)?);
         }
     }
-    serde_json::from_value(Value::Object(map)).map_err(|error| error.to_string())
+    // One by one: what is wrong with a value does not name its option.
+    for (key, value) in &map {
+        let alone = Map::from_iter([(key.clone(), value.clone())]);
+        options(alone).map_err(|error| format!("option {key}: {error}"))?;
+    }
+    options(map).map_err(|error| error.to_string())
+}
+
+fn options(map: Map<String, Value>) -> Result<ItemOptions, serde_json::Error> {
+    serde_json::from_value(Value::Object(map))
 }
 
 fn number(text: &str) -> Option<Value> {
@@ -271,7 +280,9 @@ mod tests {
             ("fsp=1", "fsp"),
             ("fps=fast", "fps"),
             ("fps", "fps"),
-            ("max_pixels=1.5", "1.5"),
+            ("max_pixels=1.5", "option max_pixels: "),
+            ("fps=1&max_pixels=1e5", "option max_pixels: "),
+            ("t=3,8&min_frames=-1", "option min_frames: "),
         ] {
             let error = media_item(&format!("https://x/a.mp4#{fragment}")).unwrap_err().to_string();
             assert!(error.starts_with("https://x/a.mp4#") && error.contains(named), "{error}");

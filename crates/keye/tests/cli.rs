@@ -19,6 +19,9 @@ mod keye_671b;
 mod nano;
 #[path = "cli/quantize.rs"]
 mod quantize;
+#[cfg(feature = "serve")]
+#[path = "cli/serve.rs"]
+mod serve;
 #[path = "cli/support.rs"]
 mod support;
 #[path = "cli/trace.rs"]

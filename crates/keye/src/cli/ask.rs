@@ -76,7 +76,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut status = Status::new(args.quiet || args.json);
     let keye = args.model.load(wants_remote(&media), &mut status)?;
     // Until the model is there nothing needs an orderly end; from here on decoders run.
-    let guard = signals::guard();
+    let guard = signals::swift_guard();
     let result = answer(&args, &keye, question, &mut media, &mut status, &guard);
     end(keye, result.as_ref().is_err_and(|error| error.is::<Interrupted>()));
     result

@@ -36,9 +36,9 @@ pub struct Args {
     /// Which model's sizes
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)), required_unless_present = "model")]
     preset: Option<String>,
-    /// Measure this checkpoint instead of random weights
-    #[arg(short, long, value_name = "DIR", conflicts_with_all = ["preset", "quant", "dtype", "write_checkpoint"])]
-    model: Option<PathBuf>,
+    /// Measure this checkpoint instead of random weights: a directory, a hub id, or keye-nano
+    #[arg(short, long, value_name = "DIR|HUB_ID", conflicts_with_all = ["preset", "quant", "dtype", "write_checkpoint"])]
+    model: Option<String>,
     /// Format of the weights, as `keye quantize` writes them [default: int4 to measure]
     #[arg(long, value_name = "FORMAT", value_parser = ["int4", "int8", "bf16"])]
     quant: Option<String>,
@@ -244,7 +244,7 @@ fn bench(
             write(model.dir(), preset, weights, args.seed, guard, status)?;
             model
         }
-        (None, Some(dir)) => Model::stored(dir),
+        (None, Some(name)) => Model::stored(name, status)?,
         (None, None) => return Err(Usage("--preset or --model says what to measure".into()).into()),
     };
     let report = measure(&mut model, &plan, &|| guard.interrupted(), status)?;

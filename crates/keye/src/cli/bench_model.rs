@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use keye::{CacheSize, Device, ItemOptions, MediaItem, MemoryPlan, Overrides, Source, cache_spec_of_ranks};
+use keye::{
+    CacheSize, CheckpointFiles, Claim, Device, ItemOptions, LoadError, MediaItem, MemoryPlan, Overrides, Source,
+    cache_spec_of_ranks, claim_dir, resolve_model,
+};
 use keye_backend::{BLOCK_TOKENS, CacheSpec};
 use keye_limits::Limits;
 use keye_media::{Loader, MediaCost, MediaKind, Patches, Pixels, media_cost, write_sample_clip};
@@ -26,12 +29,21 @@ const GREEDY: LogitRows = LogitRows::Highest(1);
 /// Memory that is left to others when random weights go to /dev/shm.
 const SPARE: u64 = 4 << 30;
 
+/// What the folders of random weights are called, with a process's id behind it.
+const TEMPORARY: &str = "keye-bench-";
+
 /// The checkpoint that is measured; a temporary one is gone when this is dropped, and from the disk once it is loaded.
 pub struct Model {
     name: String,
     quant: String,
-    dir: PathBuf,
-    temporary: bool,
+    files: CheckpointFiles,
+    temporary: Option<Temporary>,
+}
+
+/// A folder that is gone when this is dropped; maps of its files stay.
+struct Temporary {
+    folder: PathBuf,
+    _claim: Claim,
 }
 
 impl Model {
@@ -46,31 +58,46 @@ impl Model {
         if !root.is_dir() {
             bail!("--dir: there is no directory {}", root.display());
         }
-        let dir = root.join(format!("keye-bench-{}", std::process::id()));
-        Ok(Self { name: name.to_owned(), quant: quant.to_owned(), dir, temporary: true })
+        let temporary = Temporary::create(&root)?;
+        let files = CheckpointFiles::Directory(temporary.folder.join("model"));
+        Ok(Self { name: name.to_owned(), quant: quant.to_owned(), files, temporary: Some(temporary) })
     }
 
     /// A checkpoint that is there.
-    pub fn stored(dir: &Path) -> Self {
-        Self { name: dir.display().to_string(), quant: "as stored".into(), dir: dir.to_owned(), temporary: false }
+    pub fn stored(name: &str, status: &mut Status) -> Result<Self> {
+        let files = resolve_model(name, false, &mut |progress| status.loading(progress))?;
+        Ok(Self { name: name.to_owned(), quant: "as stored".into(), files, temporary: None })
     }
 
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.files.root()
     }
+}
 
-    /// Takes a temporary directory's names away; maps of its files stay.
-    fn unlink(&self) {
-        if self.temporary {
-            // What was never written is not there.
-            let _ = std::fs::remove_dir_all(&self.dir);
+impl Temporary {
+    /// In `root`, which is rid of what killed runs left there.
+    fn create(root: &Path) -> Result<Self> {
+        for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let process = name.strip_prefix(TEMPORARY).is_some_and(|id| id.parse::<u32>().is_ok());
+            let folder = process && entry.file_type().is_ok_and(|kind| kind.is_dir());
+            // One that still runs has a claim of its own.
+            if folder && let Ok(claim @ Claim::Ours(_)) = claim_dir(&entry.path()) {
+                drop(Self { folder: entry.path(), _claim: claim });
+            }
+        }
+        let folder = root.join(format!("{TEMPORARY}{}", std::process::id()));
+        match claim_dir(&folder).with_context(|| format!("cannot create {}", folder.display()))? {
+            Claim::Taken => bail!("{} is another run's; name another --dir", folder.display()),
+            claim => Ok(Self { folder, _claim: claim }),
         }
     }
 }
 
-impl Drop for Model {
+impl Drop for Temporary {
     fn drop(&mut self) {
-        self.unlink();
+        // What cannot be removed is left to the next run.
+        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 
@@ -103,7 +130,7 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
     };
     step(status, "the machine's limits")?;
     let before = limits(None);
-    let processor = Processor::load(model.dir(), &Overrides::default())?;
+    let processor = Processor::load(&model.files, &Overrides::default()).map_err(LoadError::from)?;
     let mut media = Vec::new();
     if wants(Part::Media) {
         step(status, "media: a clip to patches")?;
@@ -115,10 +142,10 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
     let longest = plan.prompts.iter().chain(&plan.contexts).max().copied().unwrap_or(0);
     let tokens = longest + CHUNK;
     let start = Instant::now();
-    let mut bench = Bench::load(model.dir(), plan, tokens)?;
+    let mut bench = Bench::load(&model.files, plan, tokens)?;
     bench.prefill(16, 0, 16)?;
     let first_token = start.elapsed().as_secs_f64();
-    model.unlink();
+    model.temporary = None;
 
     let mut report = Report {
         model: model.name.clone(),
@@ -217,9 +244,9 @@ struct Bench {
 }
 
 impl Bench {
-    fn load(dir: &Path, plan: &Plan, tokens: usize) -> Result<Self> {
-        let processor = Processor::load(dir, &Overrides::default())?;
-        let checkpoint = Checkpoint::open(dir)?;
+    fn load(files: &CheckpointFiles, plan: &Plan, tokens: usize) -> Result<Self> {
+        let processor = Processor::load(files, &Overrides::default()).map_err(LoadError::from)?;
+        let checkpoint = Checkpoint::open(files).map_err(LoadError::from)?;
         let config = processor.config.clone();
         let pixels = &processor.media.processor;
         let loaded = plan.device.load(&config, pixels, &checkpoint, plan.kv_dtype, CacheSize::Exactly(tokens))?;
@@ -343,6 +370,35 @@ mod tests {
         let a = Limits { read: 1.0, int8: Some(5.0), f16: None, f32: Some(2.0) };
         let b = Limits { read: 3.0, int8: Some(4.0), f16: None, f32: Some(2.5) };
         assert_eq!(better(a, b), Limits { read: 3.0, int8: Some(5.0), f16: None, f32: Some(2.5) });
+    }
+
+    #[test]
+    fn what_killed_runs_left_is_taken_away_and_what_others_use_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let [killed, running, other] =
+            ["keye-bench-1", "keye-bench-2", "keye-bench-mine"].map(|name| root.path().join(name));
+        for folder in [&killed, &other] {
+            std::fs::create_dir_all(folder.join("model.partial")).unwrap();
+        }
+        let claim = claim_dir(&running).unwrap();
+        assert!(matches!(claim, Claim::Ours(_)));
+        let ours = Temporary::create(root.path()).unwrap();
+        assert!(!killed.exists() && running.exists() && other.exists() && ours.folder.exists());
+        assert!(Temporary::create(root.path()).is_err(), "the process has one already");
+        drop((ours, claim));
+        Temporary::create(root.path()).unwrap();
+        let left: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(left, [other]);
+    }
+
+    #[test]
+    #[cfg(feature = "nano")]
+    fn the_model_inside_is_measured_too() {
+        let model = Model::stored(keye::NANO, &mut Status::new(true)).unwrap();
+        let device = keye::DeviceOptions { threads: Some(1), ..keye::DeviceOptions::default() };
+        let (parts, prompts, contexts) = (Vec::new(), Vec::new(), Vec::new());
+        let plan = Plan { parts, prompts, contexts, device, threads: 1, repeat: 1, kv_dtype: keye::KvDtype::F32 };
+        Bench::load(&model.files, &plan, 16).unwrap().prefill(16, 0, 16).unwrap();
     }
 
     #[test]

@@ -174,7 +174,7 @@ impl Chat<'_> {
             think: self.think,
             ..Request::default()
         };
-        let guard = signals::guard();
+        let guard = signals::swift_guard();
         let mut writer = AnswerWriter::new(Shown::choose(self.args.quiet));
         let mut begun = false;
         let result = generate(&self.keye, request, &mut self.status, &guard, &mut |text| {

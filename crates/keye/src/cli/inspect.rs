@@ -1,5 +1,7 @@
 //! `keye inspect`: what a checkpoint is, from its files' headers.
 
+mod text;
+
 use std::path::Path;
 
 use anyhow::Result;
@@ -12,12 +14,13 @@ use keye::{
 use keye_backend::BLOCK_TOKENS;
 use keye_media::VideoRule;
 use keye_model::{TensorShape, stored_layout, weight_layout};
-use keye_processor::{Checkpoint, ModelConfig, Overrides, PackedFormat, Processor, Variant};
+use keye_processor::{Checkpoint, ModelConfig, Overrides, PackedFormat, Processor, ProcessorError, Variant};
 use serde_json::{Map, Value, json};
 
+use self::text::{model_lines, plan_lines, text};
 use super::args::UNNAMED;
 use super::failure::Usage;
-use super::ui::{self, Status, bytes, grouped};
+use super::ui::{self, Status};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -29,7 +32,9 @@ Examples:
   keye inspect --preset keye-vl-671b
 
 The plan for devices divides the decoder's matrices among them, leaves a fifth of their memory to activations and holds the \
-cache in bf16. --preset plans a published model from its sizes alone. Weights are not read, only the headers of their files. Exit code 3 when tensors are missing or have wrong shapes.";
+cache in bf16. --preset plans a published model from its sizes alone. Weights are not read, only the headers of their files. Exit code 3 when \
+tensors are missing or have wrong shapes, or a file that answering needs, like the tokenizer's, cannot be read; what the others say \
+is told.";
 
 /// Say what a checkpoint is, how large, and whether it is whole
 #[derive(clap::Args)]
@@ -37,10 +42,11 @@ cache in bf16. --preset plans a published model from its sizes alone. Weights ar
 pub struct Args {
     /// Checkpoint directory, or hub id
     #[cfg_attr(feature = "nano", doc = "[default: keye-nano, inside this program]")]
+    #[arg(env = MODEL)]
     #[cfg_attr(not(feature = "nano"), arg(required_unless_present = "preset"))]
     model: Option<String>,
     /// Plan the memory of this model from its sizes, without a checkpoint
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)), conflicts_with = "model")]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)))]
     preset: Option<String>,
     /// One JSON object
     #[arg(long)]
@@ -50,25 +56,35 @@ pub struct Args {
     offline: bool,
 }
 
+/// Names the model when the command line does not.
+const MODEL: &str = "KEYE_MODEL";
+
 pub fn run(args: Args) -> Result<()> {
+    // An empty variable, as build and container files leave it, names nothing.
+    let named = args.model.as_deref().filter(|name| !name.is_empty());
     if args.preset.is_some() {
+        // The variable steps back behind a preset.
+        if named.is_some_and(|name| std::env::var_os(MODEL).is_none_or(|default| default != name)) {
+            return Err(Usage("--preset plans without a checkpoint: leave the model out".into()).into());
+        }
         return preset(&args);
     }
     let mut status = Status::new(args.json);
-    if args.model.is_none() {
+    if named.is_none() {
         status.line(UNNAMED);
     }
-    let model = args.model.as_deref().unwrap_or(NANO);
-    let files = resolve_model(model, args.offline, &mut |progress| status.loading(progress))?;
+    let files = resolve_model(named.unwrap_or(NANO), args.offline, &mut |progress| status.loading(progress))?;
     status.clear();
-    let processor = Processor::load(&files, &Overrides::default()).map_err(LoadError::from)?;
+    let config = ModelConfig::load(&files).map_err(LoadError::from)?;
     let checkpoint = Checkpoint::open(&files).map_err(LoadError::from)?;
-    let facts = facts(files.root(), &processor, &checkpoint);
+    let processor = Processor::load(&files, &Overrides::default());
+    let facts = facts(files.root(), &config, &checkpoint, &processor);
     if args.json {
         ui::out(&format!("{facts:#}\n"))?;
     } else {
         ui::out(&text(&facts))?;
     }
+    processor.map_err(LoadError::from)?;
     match facts["weights"]["problems"].as_array().and_then(|problems| problems.first()) {
         Some(first) => Err(LoadError::Resolve(format!(
             "{} tensors are missing or wrong, the first: {}",
@@ -125,43 +141,12 @@ fn quantized(bytes: impl Fn(PackedFormat) -> Result<u64>) -> Value {
     sizes.collect::<Result<Map<_, _>>>().map_or(Value::Null, Value::Object)
 }
 
-fn quantized_line(sizes: &Value) -> Option<String> {
-    let sizes = sizes.as_object()?.iter();
-    let sizes: Vec<String> = sizes.map(|(to, size)| format!("{to} {}", bytes(size.as_u64().unwrap_or(0)))).collect();
-    Some(format!("{} (keye quantize)", sizes.join(", ")))
-}
-
-fn plan_lines(plan: &Value, out: &mut String) {
-    let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
-    let types: Vec<String> = plan["types"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .map(|(name, bytes)| format!("{name} {}", size(bytes)))
-        .collect();
-    *out += &format!("{:<14} {} = {}\n", "plan weights", size(&plan["weight_bytes"]), types.join(" + "));
-    let latent = if plan["latent"] == true { ", the latents of all heads, whole on every device" } else { "" };
-    *out += &format!("{:<14} {} a token in bf16{latent}\n", "plan cache", size(&plan["cache_bytes_per_token"]));
-    for device in plan["devices"].as_array().into_iter().flatten() {
-        let gigabytes = device["device_bytes"].as_u64().unwrap_or(0) / 1_000_000_000;
-        let name = format!("{} x {gigabytes} GB", device["devices"]);
-        let weights = size(&device["weight_bytes"]);
-        let verdict = match device["fits"].as_bool() {
-            Some(true) => format!(
-                "{weights} of weights each, then {} tokens of cache",
-                grouped(device["cache_tokens"].as_u64().unwrap_or(0))
-            ),
-            _ => format!("does not fit: {weights} of weights each, {} usable", size(&device["usable_bytes"])),
-        };
-        *out += &format!("{name:<14} {verdict}\n");
-    }
-    if let Some(sizes) = quantized_line(&plan["quantized_bytes"]) {
-        *out += &format!("{:<14} {sizes}\n", "quantised");
-    }
-}
-
-fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
-    let config = &processor.config;
+fn facts(
+    dir: &Path,
+    config: &ModelConfig,
+    checkpoint: &Checkpoint,
+    processor: &Result<Processor, ProcessorError>,
+) -> Value {
     let layout = stored_layout(config, checkpoint);
     let wrong = |tensor: &TensorShape| checkpoint.tensor(&tensor.name, &tensor.shape).err().map(|e| e.to_string());
     let problems: Vec<String> = layout.iter().filter_map(wrong).collect();
@@ -197,6 +182,24 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
             "bf16": memory(config, checkpoint, KvDtype::Bf16),
             "int8": memory(config, checkpoint, KvDtype::Int8),
         },
+        "processor": {
+            "complete": processor.is_ok(),
+            "problem": processor.as_ref().err().map(ToString::to_string),
+        },
+        "plan": plan,
+    });
+    let of_processor = processor.as_ref().map(processor_facts).unwrap_or_default();
+    for more in [more, of_processor] {
+        if let (Some(facts), Value::Object(more)) = (facts.as_object_mut(), more) {
+            facts.extend(more);
+        }
+    }
+    facts
+}
+
+/// What the files beside weights and config.json say.
+fn processor_facts(processor: &Processor) -> Value {
+    json!({
         "media": media(processor),
         "generation": {
             "do_sample": processor.generation.do_sample,
@@ -207,12 +210,7 @@ fn facts(dir: &Path, processor: &Processor, checkpoint: &Checkpoint) -> Value {
             "repetition_penalty": processor.generation.repetition_penalty,
         },
         "special_tokens": special_tokens(processor),
-        "plan": plan,
-    });
-    if let (Some(facts), Value::Object(more)) = (facts.as_object_mut(), more) {
-        facts.extend(more);
-    }
-    facts
+    })
 }
 
 /// What config.json says.
@@ -328,150 +326,4 @@ fn special_tokens(processor: &Processor) -> Value {
     }
     tokens["end"] = processor.generation.eos_token_id.iter().map(|id| named(*id)).collect();
     tokens
-}
-
-/// What config.json says, for the eye.
-fn model_lines(facts: &Value, out: &mut String) {
-    let number = |value: &Value| grouped(value.as_u64().unwrap_or(0));
-    let (text, vision, parameters) = (&facts["text"], &facts["vision"], &facts["parameters"]);
-    let plain = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let mut line = |name: &str, value: String| *out += &format!("{name:<14} {value}\n");
-    line("model", format!("{} ({})", plain(&facts["variant"]), plain(&facts["architecture"])));
-    if facts["directory"].is_string() {
-        line("directory", plain(&facts["directory"]));
-    }
-    let keys = match text["latent_dim"].as_u64() {
-        Some(width) => format!("latent keys and values of {width}"),
-        None => format!("{} key/value heads", text["kv_heads"]),
-    };
-    line(
-        "text",
-        format!(
-            "{} layers, width {}, feed-forward {}, {} heads of {}, {keys}, vocabulary {}, {} positions",
-            text["layers"],
-            text["hidden_size"],
-            text["intermediate_size"],
-            text["heads"],
-            text["head_dim"],
-            number(&text["vocab_size"]),
-            number(&text["max_position_embeddings"])
-        ),
-    );
-    line(
-        "vision",
-        format!(
-            "{} layers, width {}, feed-forward {}, {} heads, patches of {} merged {} by {}",
-            vision["layers"],
-            vision["hidden_size"],
-            vision["intermediate_size"],
-            vision["heads"],
-            vision["patch_size"],
-            vision["spatial_merge_size"],
-            vision["spatial_merge_size"]
-        ),
-    );
-    line(
-        "parameters",
-        format!(
-            "{} = vision {} + projector {} + text {}",
-            number(&parameters["total"]),
-            number(&parameters["vision"]),
-            number(&parameters["projector"]),
-            number(&parameters["text"])
-        ),
-    );
-}
-
-/// The same facts for the eye.
-fn text(facts: &Value) -> String {
-    let number = |value: &Value| grouped(value.as_u64().unwrap_or(0));
-    let size = |value: &Value| bytes(value.as_u64().unwrap_or(0));
-    let weights = &facts["weights"];
-    let mut out = String::new();
-    model_lines(facts, &mut out);
-    // A model that one device holds needs no plan.
-    let large = facts["plan"]["devices"][1]["fits"] == false;
-    let mut line = |name: &str, value: String| out += &format!("{name:<14} {value}\n");
-    let plain = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let types: Vec<String> = weights["types"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .map(|(name, total)| format!("{name} {}", size(&total["bytes"])))
-        .collect();
-    let problems = weights["problems"].as_array().map_or(0, Vec::len);
-    let files = match weights["files"].as_u64() {
-        Some(1) => "1 file".to_owned(),
-        _ => format!("{} files", weights["files"]),
-    };
-    let whole = match problems {
-        0 => "all tensors are there".to_owned(),
-        n => format!("{n} tensors are missing or wrong"),
-    };
-    line("weights", format!("{}, {} tensors, {}; {whole}", files, weights["tensors"], types.join(", ")));
-    if let Some(sizes) = quantized_line(&facts["plan"]["quantized_bytes"]).filter(|_| !large) {
-        line("quantised", sizes);
-    }
-    for (name, cache) in facts["kv_cache"].as_object().into_iter().flatten() {
-        line(
-            &format!("cache {name}"),
-            format!(
-                "{} a token; 8K {}, 32K {}, 128K {}",
-                size(&cache["bytes_per_token"]),
-                size(&cache["bytes_at_8k"]),
-                size(&cache["bytes_at_32k"]),
-                size(&cache["bytes_at_128k"])
-            ),
-        );
-    }
-    for (name, plan) in facts["memory"].as_object().into_iter().flatten() {
-        let fits = match (plan["machine"].as_u64(), plan["tokens_that_fit"].as_u64()) {
-            (Some(machine), Some(tokens)) => {
-                format!(
-                    "; in this machine's {} fit {} tokens",
-                    bytes(machine),
-                    grouped(tokens.min(plan["tokens"].as_u64().unwrap_or(0)))
-                )
-            }
-            _ => String::new(),
-        };
-        let (tokens, sum) = (number(&plan["tokens"]), plain(&plan["text"]));
-        line(&format!("memory {name}"), format!("{tokens} tokens: {sum}{fits}"));
-    }
-    let (image, video) = (&facts["media"]["image"], &facts["media"]["video"]);
-    line("images", format!("{} to {} pixels", number(&image["min_pixels"]), number(&image["max_pixels"])));
-    line(
-        "videos",
-        format!(
-            "{}, {} frames a second, {} to {} pixels a frame, {} in all",
-            plain(&video["rule"]),
-            video["fps"],
-            number(&video["min_pixels"]),
-            number(&video["max_pixels"]),
-            number(&video["total_pixels"])
-        ),
-    );
-    let generation = &facts["generation"];
-    let set: Vec<String> = generation
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(name, value)| *name != "do_sample" && !value.is_null())
-        .map(|(name, value)| format!("{name} {}", value.as_f64().map_or(String::new(), |v| format!("{}", v as f32))))
-        .collect();
-    line("sampling", if generation["do_sample"] == true { set.join(", ") } else { "greedy".into() });
-    let mut tokens = Vec::new();
-    for (name, token) in facts["special_tokens"].as_object().into_iter().flatten() {
-        for token in token.as_array().map_or(std::slice::from_ref(token), Vec::as_slice) {
-            tokens.push(format!("{name} {} {}", token["id"], plain(&token["text"])));
-        }
-    }
-    line("tokens", tokens.join(", "));
-    for problem in weights["problems"].as_array().into_iter().flatten() {
-        line("problem", plain(problem));
-    }
-    if large {
-        plan_lines(&facts["plan"], &mut out);
-    }
-    out
 }

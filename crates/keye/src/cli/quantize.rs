@@ -41,6 +41,8 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     let to = PackedFormat::from_name(&args.to).ok_or_else(|| Usage(format!("{} is no format", args.to)))?;
+    // A model may have to be downloaded first.
+    keye::check_new_dir(&args.output)?;
     let mut status = Status::new(false);
     let from = keye::resolve_model(&args.model, args.offline, &mut |progress| status.loading(progress))?;
     let guard = signals::guard();

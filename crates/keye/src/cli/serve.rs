@@ -1,6 +1,6 @@
 //! `keye serve`: the OpenAI-compatible server.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -34,9 +34,9 @@ The first Ctrl-C or SIGTERM ends in order: open streams finish, nothing new is t
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Address to listen on; 0.0.0.0 is all of this machine's
+    /// Address to listen on, or a name of one; 0.0.0.0 is all of this machine's
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
-    host: IpAddr,
+    host: String,
     /// Port; 0 takes a free one
     #[arg(long, value_name = "PORT", default_value = "8000")]
     port: u16,
@@ -131,6 +131,9 @@ struct LimitFlags {
     /// Largest image or clip, in MiB
     #[arg(long, value_name = "MIB", default_value = "2048", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     max_media_size: u32,
+    /// Most pixels of a picture or frame as it comes, before it is resized
+    #[arg(long, value_name = "PIXELS", default_value = "67108864")]
+    max_source_pixels: u64,
     /// Time to fetch and decode one image or clip, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = clap::value_parser!(u32).range(1..))]
     media_timeout: u32,
@@ -168,8 +171,7 @@ pub fn run(args: Args) -> Result<()> {
     let ceilings = config.ceilings.clone();
     let model = args.model.chosen(&mut status);
     let keye = Keye::load_adjusted(model, options, &mut |progress| status.loading(progress), |loader| {
-        loader.limits = ceilings.limits();
-        ceilings.lower(&mut loader.config.video);
+        ceilings.apply(loader);
     })?;
     status.clear();
     super::args::warn_of_disk(&keye, &mut status);
@@ -214,7 +216,7 @@ impl Args {
             }
         }
         Ok(ServerConfig {
-            host: self.host,
+            host: address(&self.host)?,
             port: self.port,
             tls: self
                 .tls_cert
@@ -241,6 +243,7 @@ impl Args {
                 max_tokens: limits.max_tokens.map(|n| n as usize),
                 choices: limits.max_choices.into(),
                 media_bytes: u64::from(limits.max_media_size) << 20,
+                source_pixels: limits.max_source_pixels,
                 media_time: Duration::from_secs(limits.media_timeout.into()),
             },
             ..ServerConfig::default()
@@ -265,6 +268,24 @@ impl MediaFlags {
         let policy = RemotePolicy { domains: self.media_domain.clone(), hosts, only_hosts: !self.allow_remote_media };
         Ok(MediaAccess { path, remote: remote.then_some(policy) })
     }
+}
+
+/// The address that `host` is or is the name of. Whether it is a loopback one, which decides what clients have to send, is asked
+/// of the address, not of the name.
+fn address(host: &str) -> Result<IpAddr> {
+    if let Ok(address) = host.parse() {
+        return Ok(address);
+    }
+    let found = (host, 0).to_socket_addrs().map_err(|error| error.to_string());
+    // Of several one is listened on; clients that know the server by 127.0.0.1 know no other.
+    let address = found.map(|found| found.map(|found| found.ip()).min_by_key(IpAddr::is_ipv6));
+    let reason = match address {
+        Ok(Some(address)) => return Ok(address),
+        Ok(None) => "it has none".to_owned(),
+        Err(reason) => reason,
+    };
+    let expected = "expected an address of this machine, like 127.0.0.1, or a name that has one";
+    Err(Usage(format!("--host {host}: {expected}: {reason}")).into())
 }
 
 fn host_and_port(text: &str) -> Result<(String, u16)> {

@@ -1,11 +1,12 @@
 //! Ctrl-C (and SIGTERM).
 //!
-//! While something runs that has to be ended in order ([`guard`]), the first signal only raises a flag and the second ends the
-//! program; at all other times the first one does.
+//! While something runs that has to be ended in order ([`guard`]), the first signal only raises a flag, and says so; the second
+//! ends the program. At all other times the first one does.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 static GUARDED: AtomicBool = AtomicBool::new(false);
+static ANNOUNCED: AtomicBool = AtomicBool::new(false);
 static SIGNALS: AtomicU32 = AtomicU32::new(0);
 
 const INTERRUPTED: libc::c_int = 130;
@@ -13,12 +14,18 @@ const INTERRUPTED: libc::c_int = 130;
 extern "C" fn on_signal(_signal: libc::c_int) {
     // Only what a signal handler may do: atomics, write, _exit.
     if !GUARDED.load(Ordering::SeqCst) || SIGNALS.fetch_add(1, Ordering::SeqCst) > 0 {
-        // SAFETY: both calls are async-signal-safe and the buffer outlives them.
-        unsafe {
-            libc::write(2, b"\n".as_ptr().cast(), 1);
-            libc::_exit(INTERRUPTED)
-        }
+        say(b"\n");
+        // SAFETY: async-signal-safe, touches no memory.
+        unsafe { libc::_exit(INTERRUPTED) }
+    } else if ANNOUNCED.load(Ordering::SeqCst) {
+        say(b"\nstopping; once more ends it at once\n");
     }
+}
+
+/// Writes to standard error from a signal's handler.
+fn say(text: &[u8]) {
+    // SAFETY: async-signal-safe, and the buffer outlives the call.
+    unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
 }
 
 /// Takes the signals over. A closed pipe stays an error of writing, which Rust's runtime sees to.
@@ -36,9 +43,19 @@ pub fn install() {
 /// While it lives the first signal raises a flag only.
 pub struct Guard(());
 
-/// Starts a guarded piece of work.
+/// Starts a guarded piece of work that may take a while to stop.
 pub fn guard() -> Guard {
+    start(true)
+}
+
+/// Starts one that stops within a blink: nothing has to be said.
+pub fn swift_guard() -> Guard {
+    start(false)
+}
+
+fn start(announced: bool) -> Guard {
     SIGNALS.store(0, Ordering::SeqCst);
+    ANNOUNCED.store(announced, Ordering::SeqCst);
     GUARDED.store(true, Ordering::SeqCst);
     Guard(())
 }

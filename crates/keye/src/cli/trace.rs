@@ -1,6 +1,7 @@
 //! `keye trace`: every intermediate tensor of one request, or of given token ids.
 
 mod inputs;
+mod output;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +19,7 @@ use keye_model::{LoadOptions, Runner, Tap};
 use keye_processor::{Checkpoint, ModelConfig, Overrides, Processor, Prompt, TemplateOptions, seconds_per_grid};
 use serde_json::Value;
 
-use super::args::{AttentionArgs, check_output};
+use super::args::AttentionArgs;
 use super::failure::Usage;
 use super::golden::{self, Difference, Golden, Tensor, Values};
 use super::ui::{self, Status};
@@ -89,13 +90,14 @@ const BACKENDS: [&str; 2] = ["reference", "cpu"];
 const BACKENDS: [&str; 4] = ["reference", "cpu", "cuda", "cuda-f32"];
 
 pub fn run(args: Args) -> Result<()> {
-    check_output(&args.out)?;
-    check_overwrite(&args)?;
+    let given = [&args.request, &args.inputs, &args.pixels, &args.compare];
+    output::check(&args.out, given.into_iter().flatten().cloned())?;
     let mut status = Status::new(false);
     if args.backend.starts_with("cuda") {
         super::args::warn_of_device(keye::Device::Cuda(0), &mut status);
     }
     let files = resolve_model(&args.model, false, &mut |progress| status.loading(progress))?;
+    output::check_model(&args.out, &files)?;
     let tensors = match (&args.inputs, &args.request) {
         (Some(path), _) => from_inputs(&args, &files, path, &mut status)?,
         (None, Some(path)) => from_request(&args, &files, path, &mut status)?,
@@ -176,20 +178,6 @@ fn load(
     })
 }
 
-/// The output takes the place of a file; neither of one that is read nor of a device.
-fn check_overwrite(args: &Args) -> Result<()> {
-    let out = args.out.display();
-    let Ok(place) = args.out.canonicalize() else { return Ok(()) };
-    if !place.is_file() {
-        return Err(Usage(format!("--out {out} is no regular file; the name of a file is expected")).into());
-    }
-    let inputs = [&args.request, &args.inputs, &args.pixels, &args.compare];
-    match inputs.into_iter().flatten().any(|input| input.canonicalize().is_ok_and(|input| input == place)) {
-        true => Err(Usage(format!("--out {out} is an input too; choose another name")).into()),
-        false => Ok(()),
-    }
-}
-
 fn read_request(path: &Path) -> Result<Conversation> {
     let mut text = Vec::new();
     let mut read = |path| File::open(path)?.take(REQUEST_BYTES + 1).read_to_end(&mut text);
@@ -213,6 +201,7 @@ fn load_media(
 ) -> Result<Vec<Media>> {
     let folder = request.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let root = args.media_root.as_deref().unwrap_or(folder);
+    output::check_media(&args.out, conversation.media(), root)?;
     let loader = Loader {
         access: Access { root: Some(root.to_owned()), ..Access::default() },
         timestamps: TimestampRule::Reference,

@@ -130,11 +130,7 @@ pub fn run_command(args: Args) -> Result<()> {
 
 /// A directory that is to be made: told before the work that fills it.
 fn absent(out: &Path) -> Result<()> {
-    let is_empty = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
-    match out.exists() && !is_empty {
-        true => Err(Usage(format!("{} is there already; choose another name or remove it", out.display())).into()),
-        false => Ok(()),
-    }
+    keye::check_new_dir(out).map_err(|error| Usage(error.to_string()).into())
 }
 
 /// Of models and their mean, on the same packs.

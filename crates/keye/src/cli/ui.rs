@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+pub use keye::bytes_text as bytes;
 use keye::{FinishReason, LoadProgress, Stage, Timings, Usage};
 use keye_media::Progress;
 use keye_processor::{Part, ThinkSplitter};
@@ -219,15 +220,6 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-pub fn bytes(bytes: u64) -> String {
-    match bytes as f64 {
-        b if b < 1e3 => format!("{b:.0} B"),
-        b if b < 1e6 => format!("{:.1} kB", b / 1e3),
-        b if b < 1e9 => format!("{:.1} MB", b / 1e6),
-        b => format!("{:.2} GB", b / 1e9),
-    }
-}
-
 /// 1234567 as 1,234,567.
 pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
@@ -335,7 +327,6 @@ mod tests {
     fn numbers_are_short() {
         assert_eq!([0.0, 9.876, 98.76, 987.6].map(figures), ["0.00", "9.88", "98.8", "988"]);
         assert_eq!([0.5, 59.0, 61.0, 3725.0].map(duration), ["0.50 s", "59.0 s", "1 min 1 s", "1 h 2 min"]);
-        assert_eq!([7, 1500, 2_500_000, 17_350_000_000].map(bytes), ["7 B", "1.5 kB", "2.5 MB", "17.35 GB"]);
         assert_eq!([7, 1234, 123_456, 1_234_567].map(grouped), ["7", "1,234", "123,456", "1,234,567"]);
     }
 }

@@ -152,7 +152,6 @@ fn silent_decoder(folder: &std::path::Path) -> (std::path::PathBuf, std::path::P
     (program, pid)
 }
 
-#[cfg(target_os = "linux")]
 fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
     let start = std::time::Instant::now();
     loop {
@@ -195,7 +194,11 @@ fn interrupted_while_a_server_is_silent() {
     let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/a.png", server.local_addr().unwrap());
     let mut child = command().args(["ask", "-m", &model(), &url, "What?"]).spawn().unwrap();
-    let _connection = server.accept().unwrap();
+    server.set_nonblocking(true).unwrap();
+    let _connection = eventually(|| {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended before it asked the server");
+        server.accept().ok()
+    });
     let start = std::time::Instant::now();
     // SAFETY: sends a signal to a child that has not been waited for.
     assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);

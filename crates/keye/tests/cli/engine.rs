@@ -1,9 +1,14 @@
 //! Every golden case through the library: files to tokens by the engine, on the vectorised backend.
 
-use keye::{Access, Conversation, Event, Keye, LoadOptions, Request, SamplingParams, TimestampRule};
+use std::time::Duration;
+
+use keye::{
+    Access, Conversation, EngineError, EngineOptions, Event, Keye, LoadOptions, NothingYet, Request, SamplingParams,
+    TimestampRule,
+};
 use keye_processor::Checkpoint;
 
-use crate::support::{FIXTURES, cases, fixture};
+use crate::support::{FIXTURES, cases, fixture, model};
 
 #[test]
 fn the_engine_generates_the_golden_tokens() {
@@ -36,6 +41,27 @@ fn the_engine_generates_the_golden_tokens() {
             assert_eq!(tokens, golden, "{name}/{case}");
         }
     }
+}
+
+#[test]
+fn a_question_is_waited_for_and_cancelled() {
+    let engine = EngineOptions { max_running: 1, ..EngineOptions::default() };
+    let options = LoadOptions { max_model_len: Some(32_000), engine, ..LoadOptions::default() };
+    let keye = Keye::load(model(), options).unwrap();
+    // The question has to wait behind this.
+    let sampling = SamplingParams { max_tokens: 30_000, ignore_eos: true, ..SamplingParams::default() };
+    let mut conversation = Conversation::new();
+    conversation.push_user(Vec::new(), "Tell a long story.");
+    let mut long = keye.submit(Request { conversation, sampling, ..Request::default() }).unwrap();
+    assert!(long.any(|event| matches!(event, Event::Token { .. })));
+
+    let mut events = keye.ask::<&str>(&[], "And what is this?").unwrap();
+    let canceller = events.canceller();
+    assert!(matches!(events.next_timeout(Duration::from_secs(60)), Ok(Some(Ok(Event::Stage(_))))));
+    while !matches!(events.next_timeout(Duration::ZERO), Err(NothingYet)) {}
+    canceller.cancel();
+    let end = std::iter::from_fn(|| events.next_timeout(Duration::from_secs(60)).unwrap()).last();
+    assert!(matches!(end, Some(Err(EngineError::Cancelled))), "{end:?}");
 }
 
 /// The five lines of the documentation, as a program.

@@ -133,6 +133,45 @@ fn a_trace_overwrites_no_input_and_no_device() {
     assert!(!pipe.is_file());
 }
 
+/// `keye trace --out` took the place of weights, and of a picture that the request shows.
+#[test]
+fn a_trace_overwrites_neither_the_model_nor_media() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = |from: std::path::PathBuf, to: &std::path::Path| {
+        std::fs::create_dir(to).unwrap();
+        for file in std::fs::read_dir(from).unwrap().map(|file| file.unwrap().path()).filter(|path| path.is_file()) {
+            std::fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
+        }
+    };
+    let [model, linked, media] = ["model", "linked", "media"].map(|name| folder.path().join(name));
+    copy(fixture("keye-1_5-tiny").join("model"), &model);
+    copy(fixture("keye-1_5-tiny").join("inputs"), &media);
+    // As the hub's cache has them.
+    std::fs::create_dir(&linked).unwrap();
+    for file in std::fs::read_dir(&model).unwrap().map(|file| file.unwrap()) {
+        std::os::unix::fs::symlink(file.path(), linked.join(file.file_name())).unwrap();
+    }
+    let request = media.join("request.json");
+    let parts = r#"{"type": "image", "image": "one.png"}, {"type": "video", "video": ["big.png", "wide.png"]}"#;
+    std::fs::write(&request, format!(r#"{{"messages": [{{"role": "user", "content": [{parts}]}}]}}"#)).unwrap();
+    let weights = model.join("model.safetensors");
+    let before = [&weights, &media.join("one.png"), &media.join("wide.png")].map(|path| std::fs::read(path).unwrap());
+    for (model, out, words) in [
+        (&model, weights.clone(), "is in the model's directory"),
+        (&model, model.join("trace.safetensors"), "is in the model's directory"),
+        (&linked, weights.clone(), "is an input too"),
+        (&model, media.join("one.png"), "is an input too"),
+        (&model, media.join("wide.png"), "is an input too"),
+    ] {
+        let [model, request, out] = [model, &request, &out].map(|path| path.to_str().unwrap());
+        let run = keye(&["trace", "-m", model, "--request", request, "--out", out, "--generate", "1"]);
+        assert_eq!(run.code, Some(2), "{out}: {run:#?}");
+        assert!(run.stderr.contains(words) && run.stderr.contains(out), "{words}: {run:#?}");
+    }
+    let after = [&weights, &media.join("one.png"), &media.join("wide.png")].map(|path| std::fs::read(path).unwrap());
+    assert!(before == after && !model.join("trace.safetensors").exists());
+}
+
 /// Names from damaged or hostile files do not steer the terminal.
 #[test]
 fn control_characters_are_shown_not_sent() {

@@ -20,6 +20,43 @@ fn a_whole_checkpoint() {
     assert!(text.contains("all tensors are there") && text.contains("<|image_pad|>"), "{text}");
 }
 
+/// The tiny 2.0 model has no tokenizer.
+#[test]
+fn what_can_be_told_is_told_when_a_file_is_missing() {
+    let dir = fixture("keye-2-tiny").join("model");
+    let dir = dir.to_str().unwrap();
+    let run = keye(&["inspect", dir, "--json"]);
+    assert_eq!(run.code, Some(3), "{run:#?}");
+    let facts = run.json();
+    assert_eq!((&facts["variant"], &facts["weights"]["complete"]), (&"Keye-VL-2.0".into(), &true.into()), "{facts}");
+    assert!(facts["memory"]["f32"]["total"].as_u64().unwrap() > 0 && facts["special_tokens"].is_null(), "{facts}");
+    assert_eq!(facts["processor"]["complete"], false);
+    let problem = facts["processor"]["problem"].as_str().unwrap();
+    assert!(problem.contains(dir) && run.stderr.contains(problem), "{run:#?}");
+    let run = keye(&["inspect", dir]);
+    assert!(run.code == Some(3) && run.stdout.contains(&format!("problem        {problem}")), "{run:#?}");
+    assert!(run.stdout.contains("all tensors are there") && run.stdout.contains("memory f32"), "{run:#?}");
+    assert!(!run.stdout.contains("videos "), "{run:#?}");
+}
+
+#[test]
+fn the_variable_names_the_model_and_steps_back_behind_a_preset() {
+    let dir = crate::support::model();
+    let inspect = |variable: &str, arguments: &[&str]| {
+        let mut command = crate::support::command();
+        command.env("KEYE_MODEL", variable).args(["inspect", "--json"]).args(arguments);
+        let output = command.output().unwrap();
+        (output.status.code(), serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap_or_default())
+    };
+    let (code, facts) = inspect(&dir, &[]);
+    assert_eq!((code, facts["directory"].as_str()), (Some(0), Some(dir.as_str())));
+    #[cfg(feature = "nano")]
+    assert_eq!(inspect("", &[]).1["directory"], "keye-nano");
+    let (code, facts) = inspect("./no/such/model", &["--preset", "keye-vl-2"]);
+    assert_eq!((code, facts["variant"].as_str()), (Some(0), Some("Keye-VL-2.0")));
+    assert_eq!(inspect(&dir, &["./other", "--preset", "keye-vl-2"]).0, Some(2));
+}
+
 #[test]
 fn a_written_checkpoint_answers() {
     let folder = tempfile::tempdir().unwrap();
@@ -36,7 +73,8 @@ fn a_written_checkpoint_answers() {
 
 #[test]
 fn help_teaches_by_example() {
-    for command in ["ask", "chat", "trace", "inspect", "bench", "completions"] {
+    let commands = ["ask", "chat", "trace", "inspect", "bench", "quantize", "completions"];
+    for command in commands.into_iter().chain(cfg!(feature = "serve").then_some("serve")) {
         let help = keye(&[command, "--help"]).ok().stdout;
         let examples = help.split("Examples:").nth(1).map_or(0, |text| text.matches("keye ").count());
         assert!(examples >= 3, "{command}: {help}");

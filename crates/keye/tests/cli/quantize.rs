@@ -15,6 +15,17 @@ fn a_quantised_model_answers() {
     let again = keye(&["quantize", &dir, "--to", "int8", "-o", &format!("{dir}2")]);
     assert!(again.code == Some(1) && again.stderr.contains("quantised already"), "{again:?}");
     assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
+    // Told before a model is looked for.
+    std::os::unix::fs::symlink(&dir, root.path().join("link")).unwrap();
+    let link = root.path().join("link").display().to_string();
+    let refused = keye(&["quantize", "./no/such/model", "--to", "int8", "-o", &link]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("link is a link"), "{refused:?}");
+}
+
+#[test]
+fn bench_takes_models_as_other_commands_do() {
+    let missing = keye(&["bench", "-m", "./no/such/model", "--only", "start"]);
+    assert!(missing.code == Some(3) && missing.stderr.contains("./no/such/model"), "{missing:?}");
 }
 
 #[test]

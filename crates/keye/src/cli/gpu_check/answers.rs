@@ -27,7 +27,7 @@ pub fn compare(device: usize) -> Result<Option<Checked>> {
             LoadOptions { device, max_model_len: Some(4096), kv_dtype: KvDtype::Bf16, ..LoadOptions::default() };
         Keye::load(keye::NANO, options)
     };
-    let questions = questions();
+    let questions = questions()?;
     let on_cpu = together(&load(Device::Cpu)?, &questions)?;
     let gpu = load(Device::Cuda(device))?;
     let alone = questions.iter().map(|question| together(&gpu, std::slice::from_ref(question)));
@@ -76,29 +76,30 @@ fn judge(answers: &[Answers<'_>], seconds: f64) -> Checked {
 type Question = (keye_media::MediaItem, String);
 
 #[cfg(feature = "nano")]
-fn questions() -> Vec<Question> {
-    use keye_media::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
+fn questions() -> Result<Vec<Question>> {
+    use keye::{FrameItem, ItemOptions, MediaItem, MediaKind, Source, rgb_source};
     use keye_world::{Split, World};
 
     let world = World::new(Split::Test);
-    let picture = |clip: &keye_world::Clip, frame: u32| {
-        Source::Bytes(bitmap(clip.width() as usize, clip.height() as usize, &clip.frame(frame)).into())
+    let picture = |clip: &keye_world::Clip, frame: u32| rgb_source(clip.width(), clip.height(), &clip.frame(frame));
+    let ask = |kind, source, sample: &keye_world::Sample| {
+        let item = MediaItem { kind, source, options: ItemOptions::default() };
+        Some((item, sample.turns.first()?.question.clone()))
     };
-    let stills = (0..PICTURES).map(|i| world.still(i)).filter_map(|sample| {
-        let clip = sample.media.first()?.1.clip().clone();
-        let source = picture(&clip, 0);
-        let item = MediaItem { kind: MediaKind::Image, source, options: ItemOptions::default() };
-        Some((item, sample.turns.first()?.question.clone()))
-    });
-    let clips = (0..CLIPS).map(|i| world.clip(i)).filter_map(|sample| {
-        let clip = sample.media.first()?.1.clip().clone();
+    let mut questions = Vec::new();
+    for sample in (0..PICTURES).map(|i| world.still(i)) {
+        let Some((_, medium)) = sample.media.first() else { continue };
+        questions.extend(ask(MediaKind::Image, picture(medium.clip(), 0)?, &sample));
+    }
+    for sample in (0..CLIPS).map(|i| world.clip(i)) {
+        let Some((_, medium)) = sample.media.first() else { continue };
+        let clip = medium.clip();
         let step = (clip.len() / 6).max(1) as usize;
-        let frames = (0..clip.len()).step_by(step).map(|i| FrameItem { source: picture(&clip, i), options: None });
-        let source = Source::Frames(frames.collect());
-        let item = MediaItem { kind: MediaKind::Video, source, options: ItemOptions::default() };
-        Some((item, sample.turns.first()?.question.clone()))
-    });
-    stills.chain(clips).collect()
+        let frame = |i| Ok(FrameItem { source: picture(clip, i)?, options: None });
+        let frames = (0..clip.len()).step_by(step).map(frame).collect::<Result<_>>()?;
+        questions.extend(ask(MediaKind::Video, Source::Frames(frames), &sample));
+    }
+    Ok(questions)
 }
 
 /// Greedy answers to questions that are asked at the same time.
@@ -127,34 +128,13 @@ fn together(keye: &keye::Keye, questions: &[Question]) -> Result<Vec<String>> {
     streams.into_iter().map(answer).collect()
 }
 
-/// A picture file (BMP, 24 bits, from the top) of RGB bytes.
-#[cfg(feature = "nano")]
-fn bitmap(width: usize, height: usize, rgb: &[u8]) -> Vec<u8> {
-    const HEAD: usize = 54;
-    let row = (3 * width).next_multiple_of(4);
-    let mut out = Vec::with_capacity(HEAD + row * height);
-    out.extend(b"BM");
-    for word in [HEAD + row * height, 0, HEAD, 40, width] {
-        out.extend((word as u32).to_le_bytes());
-    }
-    // A negative height: the first row is the uppermost. One plane of 24 bits; the rest is zero.
-    out.extend((-(height as i32)).to_le_bytes());
-    out.extend([1, 0, 24, 0]);
-    out.resize(HEAD, 0);
-    for pixels in rgb.chunks_exact(3 * width) {
-        out.extend(pixels.chunks_exact(3).flat_map(|pixel| [pixel[2], pixel[1], pixel[0]]));
-        out.resize(out.len() + row - 3 * width, 0);
-    }
-    out
-}
-
 #[cfg(all(test, feature = "nano"))]
 mod tests {
     use super::*;
 
     #[test]
     fn nano_is_asked_about_pictures_and_frames() {
-        let questions = questions();
+        let questions = questions().unwrap();
         assert_eq!(questions.len() as u64, PICTURES + CLIPS);
         let options = keye::LoadOptions { max_model_len: Some(4096), ..keye::LoadOptions::default() };
         let keye = keye::Keye::load(keye::NANO, options).unwrap();
