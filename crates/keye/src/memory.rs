@@ -247,7 +247,7 @@ mod tests {
         let plan = plans(62 * GB, 58 * GB, 100_000, memory.total);
         assert_eq!(fit(262_144, 100_000, Some(65_536), &plan, &memory), Ok(65_536));
         assert!(plan(65_536).reads_experts_from_disk() && !plan(65_536).exceeds());
-        assert!(fit(262_144, 100_000, Some(262_144), &plan, &memory).unwrap_err().contains("(experts 58.0)"));
+        assert!(fit(262_144, 100_000, Some(262_144), &plan, &memory).unwrap_err().contains("(experts 58.00 GB)"));
         assert!(!plans(17 * GB, 16 * GB, 100_000, memory.total)(1024).reads_experts_from_disk());
     }
 

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use keye::{MediaItem, MediaKind, Request, Source, media_item};
+use keye::{Grammar, MediaItem, MediaKind, Request, Source, media_item};
 use serde_json::{Value, json};
 
 use super::args::{MediaArgs, ModelArgs, SamplingArgs, conversation, name_of, wants_remote};
@@ -29,6 +29,8 @@ Examples:
   keye ask -m ./model --think --json chart.png \"Which year was best?\" | jq -r .parts.answer
   curl -s https://example.org/cat.jpg | keye ask -m ./model - \"Which breed?\"
   keye ask -m ./model \"What is the capital of France?\"            no media at all
+  keye ask -q clip.mp4 \"Is there a ring?\" --choice yes --choice no
+  keye ask -q clip.mp4 \"What is shown?\" --json-schema schema.json | jq .title
 
 Media are files, URLs (naming one is the consent to fetch it) or - for standard input. Pictures and clips are told apart by \
 content, URLs by extension; image:NAME and video:NAME decide it. A file is read as NAME#OPTION=VALUE&... unless a file of that \
@@ -54,6 +56,12 @@ pub struct Args {
     /// Only the answer: no status, no thinking
     #[arg(short, long)]
     quiet: bool,
+    /// The answer, behind what is thought before it, is JSON of this schema: a file, or the schema itself
+    #[arg(long, value_name = "FILE|JSON", conflicts_with = "choice")]
+    json_schema: Option<String>,
+    /// The same, one of these texts: an option for each
+    #[arg(long, value_name = "TEXT")]
+    choice: Vec<String>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -70,6 +78,7 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Usage(format!("{question} is a file: the question comes last, behind the media")).into());
     }
     args.sampling.check()?;
+    let grammar = grammar(&args)?;
     let mut media = open_media(names)?;
     args.media.check(&media)?;
 
@@ -77,7 +86,7 @@ pub fn run(args: Args) -> Result<()> {
     let keye = args.model.load(wants_remote(&media), &mut status)?;
     // Until the model is there nothing needs an orderly end; from here on decoders run.
     let guard = signals::swift_guard();
-    let result = answer(&args, &keye, question, &mut media, &mut status, &guard);
+    let result = answer(&args, &keye, question, grammar, &mut media, &mut status, &guard);
     end(keye, result.as_ref().is_err_and(|error| error.is::<Interrupted>()));
     result
 }
@@ -101,6 +110,7 @@ fn answer(
     args: &Args,
     keye: &keye::Keye,
     question: &str,
+    grammar: Option<Grammar>,
     media: &mut [MediaItem],
     status: &mut Status,
     guard: &signals::Guard,
@@ -111,13 +121,17 @@ fn answer(
     let seed = sampling.seed;
     let mut conversation = conversation(args.system.as_deref());
     conversation.push_user(media.to_vec(), question);
-    let request = Request { conversation, sampling, think: args.sampling.think_mode(), ..Request::default() };
+    let has_form = grammar.is_some();
+    let request = Request { conversation, sampling, grammar, think: args.sampling.think_mode(), ..Request::default() };
 
     if args.json {
         let finished = generate(keye, request, status, guard, &mut |_| Ok(()))?;
         return ui::out(&format!("{:#}\n", object(&finished, media, seed, args, keye)));
     }
     let mut writer = AnswerWriter::new(Shown::choose(args.quiet));
+    if has_form {
+        writer = writer.before_form();
+    }
     let mut begun = false;
     let result = generate(keye, request, status, guard, &mut |text| {
         begun = true;
@@ -129,6 +143,24 @@ fn answer(
     let finished = result?;
     status.finished(&finished.usage, &finished.timings, &finished.reason);
     Ok(())
+}
+
+/// The form that is asked for.
+fn grammar(args: &Args) -> Result<Option<Grammar>> {
+    let Some(schema) = &args.json_schema else {
+        return Ok(Some(Grammar::Choice(args.choice.clone())).filter(|_| !args.choice.is_empty()));
+    };
+    let text = match schema.trim_start().starts_with('{') {
+        true => schema.clone(),
+        false => std::fs::read_to_string(schema).map_err(|error| {
+            Usage(format!(
+                "--json-schema {schema}: expected a file, or a schema like {{\"type\": \"object\"}}: {error}"
+            ))
+        })?,
+    };
+    let schema = serde_json::from_str(&text)
+        .map_err(|error| Usage(format!("--json-schema {schema}: expected a schema in JSON: {error}")))?;
+    Ok(Some(Grammar::JsonSchema(schema)))
 }
 
 /// Media from the command line; `-` is standard input.

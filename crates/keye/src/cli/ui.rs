@@ -277,6 +277,11 @@ impl AnswerWriter {
         Self { shown, colors, splitter: ThinkSplitter::new(), part: None }
     }
 
+    /// For an answer with a form that was asked for.
+    pub fn before_form(self) -> Self {
+        Self { splitter: self.splitter.before_form(), ..self }
+    }
+
     pub fn push(&mut self, text: &str) -> anyhow::Result<()> {
         match self.shown {
             Shown::Verbatim => out(text),

@@ -42,6 +42,35 @@ fn quiet_is_the_answer_alone() {
 }
 
 #[test]
+fn an_answer_has_the_form_that_was_asked_for() {
+    let picture = input("one.png");
+    for flags in [&["-q"][..], &[]] {
+        let run =
+            ask(&[flags, &["--no-think", &picture, "Is it red?", "--choice", "red", "--choice", "not red </think>"]]
+                .concat())
+            .ok();
+        assert!(["red\n", "not red </think>\n"].contains(&run.stdout.as_str()), "{run:#?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("schema.json");
+    let schema = r#" {"type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"], "additionalProperties": false}"#;
+    std::fs::write(&path, schema).unwrap();
+    for schema in [schema, path.to_str().unwrap()] {
+        let run = ask(&["-q", "--no-think", &picture, "Is it red?", "--json-schema", schema]).ok();
+        let found: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+        assert!(found["red"].is_boolean(), "{run:#?}");
+        let object = ask(&["--json", "--no-think", &picture, "Is it red?", "--json-schema", schema]).ok().json();
+        assert_eq!(object["parts"]["answer"].as_str(), run.stdout.strip_suffix('\n'));
+    }
+    for (wrong, told) in
+        [("gone.json", "--json-schema gone.json: expected a file"), ("{", "a schema in JSON"), (r#"{"type": 1}"#, "")]
+    {
+        let run = ask(&["--no-think", &picture, "Is it red?", "--json-schema", wrong]);
+        assert!(run.code == Some(2) && run.stderr.contains(told), "{run:#?}");
+    }
+}
+
+#[test]
 fn a_fragment_is_a_flag_for_one_item() {
     let clip = input("clip.mp4");
     let facts = |arguments: &[&str]| ask(&[arguments, &["--json", "What?"]].concat()).ok().json()["media"].clone();
