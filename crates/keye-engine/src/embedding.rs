@@ -49,7 +49,7 @@ impl EmbeddingStream {
                     return Ok(Ok(Embedding { values, usage }));
                 }
                 Some(Event::Failed(error)) => return Ok(Err(error)),
-                Some(Event::Stage(_) | Event::Thinking | Event::Token { .. }) => {}
+                Some(Event::Stage(_) | Event::Thinking(_) | Event::Token { .. }) => {}
                 None => return Ok(Err(EngineError::Stopped)),
             }
         }

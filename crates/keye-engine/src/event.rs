@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use keye_processor::Answer;
+use keye_processor::{Answer, ThinkTag};
 
 use crate::EngineError;
 use crate::queue::{Queue, Timeout};
@@ -110,9 +110,8 @@ pub struct TokenLogprob {
 pub enum Event {
     /// Work before the first token.
     Stage(Stage),
-    /// The prompt has opened [`ThinkTag::Think`](keye_processor::ThinkTag): the text of the tokens begins inside thinking. At
-    /// most once, before the first token.
-    Thinking,
+    /// The prompt has opened this tag: the text of the tokens begins inside thinking. At most once, before the first token.
+    Thinking(ThinkTag),
     /// A generated token. `text` is what it adds to the answer; it may be empty while a character is incomplete or while a
     /// stop string may be forming.
     Token {
@@ -223,8 +222,8 @@ impl EventSender {
         self.channel.events.push_or_replace(event, same);
     }
 
-    pub fn thinking(&self) {
-        let _ = self.channel.events.push(Event::Thinking);
+    pub fn thinking(&self, tag: ThinkTag) {
+        let _ = self.channel.events.push(Event::Thinking(tag));
     }
 
     pub fn token(&self, id: u32, text: String, logprob: Option<TokenLogprob>) {

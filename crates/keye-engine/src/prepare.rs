@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keye_media::{Loader, Media};
-use keye_processor::{Processor, Prompt, ThinkTag, Thinking};
+use keye_processor::{Processor, Prompt, Thinking};
 
 use crate::constraint::Constraint;
 use crate::engine::{Branch, Shared, Submission};
@@ -139,8 +139,8 @@ impl Preparer {
             }
         };
         clock.lap(|timings| &mut timings.media);
-        if Thinking::of(&prompt.text).tag() == Some(ThinkTag::Think) {
-            branches.iter().for_each(|branch| branch.events.thinking());
+        if let Some(tag) = Thinking::of(&prompt.text).tag() {
+            branches.iter().for_each(|branch| branch.events.thinking(tag));
         }
         let constraint = (matcher.is_some() || request.max_reasoning_tokens.is_some()).then(|| {
             let (tokenizer, end_tokens) = (self.processor.tokenizer.clone(), Arc::clone(&self.end_tokens));

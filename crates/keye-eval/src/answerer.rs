@@ -91,7 +91,7 @@ impl Answerer for EngineAnswerer<'_> {
             match event {
                 Event::Finished { answer, reason, .. } => return Ok(Reply::new(answer, &reason)),
                 Event::Failed(error) => return Err(error.into()),
-                Event::Stage(_) | Event::Thinking | Event::Token { .. } => {}
+                Event::Stage(_) | Event::Thinking(_) | Event::Token { .. } => {}
             }
         }
         Err(AnswerError::Stopped)

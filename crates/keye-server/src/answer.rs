@@ -1,6 +1,7 @@
 //! Updates to OpenAI's answers: chunks of a stream, or one object at the end, by the same steps.
 
 use keye_engine::{FinishReason, Usage};
+use keye_processor::ThinkTag;
 use serde_json::{Value, json};
 
 use crate::app::{random, seconds_since_1970};
@@ -207,9 +208,9 @@ impl Answering for Answer {
         chunk
     }
 
-    fn thinking(&mut self, index: usize) {
+    fn thinking(&mut self, index: usize, tag: ThinkTag) {
         if let Some(choice) = self.choices.get_mut(index) {
-            choice.parts.open_thinking();
+            choice.parts.open_thinking(tag);
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 use keye_engine::{
     Canceller, EngineError, Event, EventStream, FinishReason, NothingYet, Request, Stage, Timings, Usage,
 };
+use keye_processor::ThinkTag;
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -31,7 +32,7 @@ pub(crate) enum Update {
     /// Nothing to tell for a while.
     Waiting,
     /// Its text begins inside thinking.
-    Thinking { choice: usize },
+    Thinking { choice: usize, tag: ThinkTag },
     /// A token; the text may be empty.
     Token { choice: usize, text: String, logprob: Option<Logprob> },
     /// Its end.
@@ -161,7 +162,7 @@ impl Carrier {
                     accepted = true;
                     Some(Update::Accepted)
                 }
-                Ok(Some(Event::Thinking)) => Some(Update::Thinking { choice: self.choice }),
+                Ok(Some(Event::Thinking(tag))) => Some(Update::Thinking { choice: self.choice, tag }),
                 Ok(Some(Event::Token { id, text, logprob })) => {
                     let tokenizer = &self.app.processor.tokenizer;
                     let logprob = logprob.map(|logprob| Logprob::new(tokenizer, id, &logprob));

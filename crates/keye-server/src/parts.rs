@@ -33,9 +33,9 @@ impl Parts {
         Self { splitter, calls, reasoning_part: None, form_ahead: form }
     }
 
-    /// The text begins inside thinking. Before the first.
-    pub fn open_thinking(&mut self) {
-        self.splitter = splitter(ThinkSplitter::opened(ThinkTag::Think), self.form_ahead);
+    /// The text begins inside this tag. Before the first.
+    pub fn open_thinking(&mut self, tag: ThinkTag) {
+        self.splitter = splitter(ThinkSplitter::opened(tag), self.form_ahead);
     }
 
     /// Takes the next text; returns what is settled, in order.
@@ -140,7 +140,7 @@ mod tests {
     fn an_answer_can_begin_inside_thinking() {
         for form in [false, true] {
             let mut parts = Parts::new(&["f".into()], form);
-            parts.open_thinking();
+            parts.open_thinking(ThinkTag::Think);
             let mut pieces =
                 parts.push("hm\n</think>\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>");
             pieces.extend(parts.finish());

@@ -1,7 +1,7 @@
 //! Updates to the items and events of `/v1/responses`.
 
 use keye_engine::{FinishReason, Usage};
-use keye_processor::ToolCall;
+use keye_processor::{ThinkTag, ToolCall};
 use serde_json::{Map, Value, json};
 
 use crate::app::{random, seconds_since_1970};
@@ -203,8 +203,8 @@ impl Answering for ResponseAnswer {
         self.event("keye.progress", json!({"keye": report}))
     }
 
-    fn thinking(&mut self, _choice: usize) {
-        self.parts.open_thinking();
+    fn thinking(&mut self, _choice: usize, tag: ThinkTag) {
+        self.parts.open_thinking(tag);
     }
 
     fn token(&mut self, _choice: usize, text: &str, logprob: Option<Logprob>) -> Vec<Value> {

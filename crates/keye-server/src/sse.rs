@@ -9,6 +9,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use keye_engine::{FinishReason, Usage};
+use keye_processor::ThinkTag;
 use serde_json::Value;
 
 use crate::error::{ApiError, json_response};
@@ -24,8 +25,8 @@ pub(crate) trait Answering: Send + Unpin + 'static {
     fn begin(&mut self) -> Vec<Value>;
     /// Work before the first token, for those who asked to hear of it.
     fn progress(&mut self, report: Value) -> Value;
-    /// The text of a choice begins inside thinking.
-    fn thinking(&mut self, choice: usize);
+    /// The text of a choice begins inside this tag.
+    fn thinking(&mut self, choice: usize, tag: ThinkTag);
     /// A token of a choice.
     fn token(&mut self, choice: usize, text: &str, logprob: Option<Logprob>) -> Vec<Value>;
     /// The end of a choice.
@@ -51,7 +52,7 @@ pub(crate) async fn respond<A: Answering>(
 async fn whole(mut generation: Generation, mut answer: impl Answering) -> Result<Response, ApiError> {
     while !answer.is_done() {
         match generation.next().await {
-            Some(Update::Thinking { choice }) => answer.thinking(choice),
+            Some(Update::Thinking { choice, tag }) => answer.thinking(choice, tag),
             Some(Update::Token { choice, text, logprob }) => drop(answer.token(choice, &text, logprob)),
             Some(Update::Finished { choice, reason, usage }) => drop(answer.finished(choice, reason, &usage)),
             Some(Update::Failed(error)) => return Err(error),
@@ -108,7 +109,7 @@ impl<A: Answering> Events<A> {
                 self.push(vec![chunk]);
             }
             Some(Update::Waiting) => self.ready.push_back(Bytes::from_static(b": waiting\n\n")),
-            Some(Update::Thinking { choice }) => self.answer.thinking(choice),
+            Some(Update::Thinking { choice, tag }) => self.answer.thinking(choice, tag),
             Some(Update::Token { choice, text, logprob }) => {
                 let chunks = self.answer.token(choice, &text, logprob);
                 self.push(chunks);

@@ -118,5 +118,5 @@ pub use keye_media::{
 };
 pub use keye_processor::{
     Answer, AttentionKind, CheckpointFiles, Conversation, IndexScorer, Overrides, PackedFormat, Processor,
-    TemplateOptions, ThinkMode,
+    TemplateOptions, ThinkMode, ThinkTag,
 };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use keye_media::{Access, ItemOptions, Loader, Media, MediaItem, MediaKind, Source};
 use keye_model::NoTap;
-use keye_processor::{Conversation, Overrides, Processor, ThinkMode};
+use keye_processor::{Conversation, Overrides, Processor, ThinkMode, ThinkTag};
 
 use crate::fake::FakeRunner;
 use crate::{
@@ -61,7 +61,7 @@ fn text_of(stream: EventStream) -> Result<(Vec<u32>, String, crate::Usage), Engi
                 return Ok((tokens, text, usage));
             }
             Event::Failed(error) => return Err(error),
-            Event::Stage(_) | Event::Thinking => {}
+            Event::Stage(_) | Event::Thinking(_) => {}
         }
     }
     panic!("a stream without an end");
@@ -286,16 +286,21 @@ fn a_prompt_becomes_a_vector_of_length_one() {
 #[test]
 fn a_prompt_that_opens_thinking_says_so_before_the_first_token() {
     let engine = engine(FakeRunner::new(500, 64), EngineOptions::default());
-    for (prompt, opened) in [("a<|im_end|>\n<think>\n", true), ("<think>\n\n</think>\n\n", false)] {
+    for (prompt, opened) in [
+        ("a<|im_end|>\n<think>\n", Some(ThinkTag::Think)),
+        ("a<|im_end|>\n<analysis>", Some(ThinkTag::Analysis)),
+        ("<think>\n\n</think>\n\n", None),
+    ] {
         let asked = Request { raw_prompt: Some(prompt.into()), ..request(vec![], "", 5) };
         let events: Vec<Event> = engine.submit(asked).expect("room").collect();
-        let told = events.iter().filter(|event| matches!(event, Event::Thinking)).count();
-        assert_eq!(told, usize::from(opened), "{prompt:?}: {events:?}");
+        let told = events.iter().filter_map(|event| if let Event::Thinking(tag) = event { Some(*tag) } else { None });
+        assert_eq!(told.collect::<Vec<_>>(), Vec::from_iter(opened), "{prompt:?}: {events:?}");
         let position = |wanted: fn(&Event) -> bool| events.iter().position(wanted);
         let token = position(|event| matches!(event, Event::Token { .. }));
-        assert!(position(|event| matches!(event, Event::Thinking)).is_none_or(|at| Some(at) < token));
+        assert!(position(|event| matches!(event, Event::Thinking(_))).is_none_or(|at| Some(at) < token));
         let Some(Event::Finished { text, answer, .. }) = events.last() else { panic!("{events:?}") };
-        let expected = if opened { Some(text.trim()) } else { None };
-        assert_eq!(answer.thinking.as_deref(), expected, "{prompt:?}");
+        let inside = |tag| (opened == Some(tag)).then_some(text.trim());
+        assert_eq!(answer.thinking.as_deref(), inside(ThinkTag::Think), "{prompt:?}");
+        assert_eq!(answer.analysis.as_deref(), inside(ThinkTag::Analysis), "{prompt:?}");
     }
 }

@@ -144,7 +144,7 @@ pub(super) fn outcome(stream: EventStream) -> Result<Outcome, EngineError> {
             Event::Finished { reason, text, usage, timings, .. } => {
                 return Ok(Outcome { stages, tokens, streamed, reason, text, usage, timings });
             }
-            Event::Thinking => panic!("no prompt here opens thinking"),
+            Event::Thinking(_) => panic!("no prompt here opens thinking"),
             Event::Failed(error) => return Err(error),
         }
     }

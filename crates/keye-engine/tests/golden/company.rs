@@ -59,7 +59,7 @@ fn tokens(stream: EventStream) -> Vec<u32> {
             Event::Token { id, .. } => tokens.push(id),
             Event::Finished { .. } => return tokens,
             Event::Failed(error) => panic!("{error}"),
-            Event::Stage(_) | Event::Thinking => {}
+            Event::Stage(_) | Event::Thinking(_) => {}
         }
     }
     panic!("a stream without an end");

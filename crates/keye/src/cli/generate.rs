@@ -38,7 +38,7 @@ pub fn generate(
     })?;
     let mut media = Vec::new();
     // The tag that the prompt ended with belongs to the answer, for whoever reads it.
-    let mut tag = "";
+    let mut tag = None;
     loop {
         if guard.interrupted() {
             status.clear();
@@ -54,11 +54,11 @@ pub fn generate(
                 }
                 status.stage(&stage);
             }
-            Some(Event::Thinking) => tag = "<think>\n",
+            Some(Event::Thinking(opened)) => tag = Some(opened),
             Some(Event::Token { text, .. }) => {
                 status.clear();
-                if !tag.is_empty() {
-                    on_text(std::mem::take(&mut tag))?;
+                if let Some(tag) = tag.take() {
+                    on_text(&format!("{}\n", tag.open()))?;
                 }
                 if !text.is_empty() {
                     on_text(&text)?;

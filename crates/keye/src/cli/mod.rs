@@ -46,7 +46,7 @@ Examples:
   keye serve -m ./model
   keye inspect ./model
 
-KEYE_MODEL names the model when --model does not.
+KEYE_MODEL names the model when --model does not; bench takes --model or --preset alone.
 
 Exit codes:
   0    done

@@ -120,7 +120,7 @@ fn together(keye: &keye::Keye, questions: &[Question]) -> Result<Vec<String>> {
             match event {
                 Event::Finished { text, .. } => return Ok(text),
                 Event::Failed(error) => return Err(error.into()),
-                Event::Stage(_) | Event::Thinking | Event::Token { .. } => {}
+                Event::Stage(_) | Event::Thinking(_) | Event::Token { .. } => {}
             }
         }
         Err(EngineError::Stopped.into())
