@@ -1,6 +1,5 @@
 //! Why a request fails, and whose fault that is.
 
-use std::any::Any;
 use std::fmt;
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -158,12 +157,6 @@ impl From<&ProcessorError> for Fault {
     }
 }
 
-/// What a panic said, if it did.
-pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("(no message)")
-}
-
 #[cfg(test)]
 mod tests {
     use std::error::Error;
@@ -193,6 +186,5 @@ mod tests {
         assert_eq!(EngineError::from(file).fault(), Fault::Machine);
         assert_eq!(EngineError::from(ProcessorError::Prompt("x".into())).fault(), Fault::Request);
         assert_eq!(EngineError::from(ModelError::Media("x".into())).fault(), Fault::Machine);
-        assert_eq!(panic_text(&*std::panic::catch_unwind(|| panic!("boom {}", 1)).unwrap_err()), "boom 1");
     }
 }

@@ -43,9 +43,10 @@ mod worker;
 
 pub use embedding::{Embedding, EmbeddingStream};
 pub use engine::{Engine, EngineOptions, EngineStats};
-pub use error::{EngineError, Fault, MediumError, panic_text};
+pub use error::{EngineError, Fault, MediumError};
 pub use event::{Canceller, Event, EventStream, FinishReason, NothingYet, Stage, Timings, TokenLogprob, Usage};
 pub use grammar::{MAX_GRAMMAR_BYTES, spaced};
+pub use keye_model::panic_text;
 pub use request::{Grammar, MAX_LOGPROBS, Pooling, Request};
 pub use sampling::{
     MAX_STOP_BYTES, MAX_STOPS, MIN_P, PENALTY, REPETITION_PENALTY, SamplingParams, TEMPERATURE, distribution, sample,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use keye_media::{FrameKind, Media};
-use keye_model::{Batch, Chunk, LogitRows, ModelError, NoTap, Runner};
+use keye_model::{Batch, Chunk, LogitRows, ModelError, NoTap, Runner, panic_text};
 use keye_processor::FeatureSpan;
 
 use crate::block_manager::BlockManager;
@@ -16,7 +16,7 @@ use crate::feature_cache::{FeatureCache, feature_key};
 use crate::pace::Pace;
 use crate::scheduler::{Planned, Scheduled, Scheduler};
 use crate::sequence::{PreparedRequest, Sequence};
-use crate::{EngineError, EngineOptions, FinishReason, Stage, panic_text};
+use crate::{EngineError, EngineOptions, FinishReason, Stage};
 
 pub(crate) struct Worker {
     runner: Box<dyn Runner>,

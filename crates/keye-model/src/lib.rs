@@ -23,6 +23,7 @@ mod indexer;
 mod latent_attention;
 mod layout;
 mod model;
+mod panic;
 mod parallel;
 mod projector;
 mod ranks;
@@ -36,6 +37,7 @@ mod weights;
 pub use cost::{Cost, vision_flops};
 pub use layout::{TensorShape, split_experts, stored_layout, weight_layout};
 pub use model::{KeyeModel, LoadOptions};
+pub use panic::panic_text;
 pub use parallel::{ParallelModel, RankDevice};
 pub use ranks::cache_spec;
 pub use runner::{

@@ -24,6 +24,7 @@ use keye_processor::{Checkpoint, ModelConfig};
 
 use crate::decoder::Decoder;
 use crate::model::rows_of;
+use crate::panic::panicked;
 use crate::ranks::{Peers, cache_spec, check};
 use crate::step::Rows;
 use crate::weights::Weights;
@@ -111,7 +112,7 @@ impl<B: Backend> Part<B> {
             let collective = Arc::clone(&self.collective);
             let result = guarded(&*collective, || self.step(&step)).unwrap_or_else(|panic| {
                 let (rank, ranks) = (collective.rank(), collective.ranks());
-                Err(BackendError::Rank { rank, ranks, reason: said(&*panic) }.into())
+                Err(BackendError::Rank { rank, ranks, reason: panicked(&*panic) }.into())
             });
             if results.send(result).is_err() {
                 return;
@@ -130,15 +131,9 @@ fn guarded<B: Backend, T>(
     match &result {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => collective.abort(&error.to_string()),
-        Err(panic) => collective.abort(&said(&**panic)),
+        Err(panic) => collective.abort(&panicked(&**panic)),
     }
     result
-}
-
-/// What a panic said.
-fn said(panic: &(dyn std::any::Any + Send)) -> String {
-    let said = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    format!("panicked: {}", said.unwrap_or("(no message)"))
 }
 
 impl<B: Backend> ParallelModel<B> {

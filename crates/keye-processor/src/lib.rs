@@ -15,6 +15,7 @@
 
 mod checkpoint;
 mod checkpoint_files;
+mod claim;
 mod config;
 mod conversation;
 mod dtype;
@@ -41,6 +42,7 @@ mod writer;
 
 pub use checkpoint::{Checkpoint, DtypeTotal, StoredTensor};
 pub use checkpoint_files::{CheckpointFiles, EmbeddedFiles};
+pub use claim::{Claim, claim_dir};
 pub use config::{ExpertsConfig, ModelConfig, TextConfig, VisionConfig};
 pub use conversation::Conversation;
 pub use dtype::Dtype;

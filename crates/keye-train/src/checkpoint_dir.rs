@@ -1,11 +1,11 @@
 //! Checkpoint directories in Hugging Face layout, read and written.
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use keye_backend::{WeightSource, f32_to_bf16};
-use keye_processor::{Checkpoint, Dtype, NewTensor, StoredTensor, write_checkpoint};
+use keye_processor::{Checkpoint, Claim, Dtype, NewTensor, StoredTensor, claim_dir, write_checkpoint};
 use serde_json::Value;
 
 use crate::params::{Layout, Params};
@@ -85,7 +85,7 @@ pub fn export(
     extras: bool,
 ) -> Result<(), TrainError> {
     let partial = partial(out);
-    let _ours = empty_dir(&partial)?;
+    let _claim = empty_dir(&partial)?;
     gather(files, &partial)?;
     set_dtype(&partial.join("config.json"), dtype)?;
     let stored = match dtype {
@@ -107,12 +107,10 @@ pub fn export(
     fs::rename(&partial, out).map_err(io(out))
 }
 
-/// Makes `dir`, empties it of what a killed run left, and keeps other runs from it for as long as the file is open.
-fn empty_dir(dir: &Path) -> Result<File, TrainError> {
-    fs::create_dir_all(dir).map_err(io(dir))?;
-    let ours = File::open(dir).map_err(io(dir))?;
-    // Another error: the file system has no locks.
-    if let Err(TryLockError::WouldBlock) = ours.try_lock() {
+/// Makes `dir`, empties it of what a killed run left, and keeps other runs from it for as long as the claim lives.
+fn empty_dir(dir: &Path) -> Result<Claim, TrainError> {
+    let claim = claim_dir(dir).map_err(io(dir))?;
+    if matches!(claim, Claim::Taken) {
         let busy = "another run is writing it; wait for it or choose another name";
         return Err(io(dir)(std::io::Error::new(ErrorKind::ResourceBusy, busy)));
     }
@@ -120,7 +118,7 @@ fn empty_dir(dir: &Path) -> Result<File, TrainError> {
         let path = entry.map_err(io(dir))?.path();
         fs::remove_file(&path).map_err(io(&path))?;
     }
-    Ok(ours)
+    Ok(claim)
 }
 
 /// `NAME.partial` beside a directory that is being made.

@@ -99,7 +99,7 @@ pub use device_plan::{DevicePlan, WeightBytes, device_plans};
 pub use disk::free_bytes;
 pub use media_argument::{ArgumentError, kind_of_bytes, media_item};
 pub use memory::{CacheFit, MemoryPlan, cache_spec, cache_spec_of_ranks, fit_cache};
-pub use new_dir::{Claim, check_new_dir, claim_dir};
+pub use new_dir::check_new_dir;
 pub use ranks::{ModelFiles, load_cpu, load_ranks};
 pub use rgb::rgb_source;
 pub use units::bytes_text;
@@ -117,6 +117,6 @@ pub use keye_media::{
     Progress, RemotePolicy, Source, TimestampRule,
 };
 pub use keye_processor::{
-    Answer, AttentionKind, CheckpointFiles, Conversation, IndexScorer, Overrides, PackedFormat, Processor,
-    TemplateOptions, ThinkMode, ThinkTag,
+    Answer, AttentionKind, CheckpointFiles, Claim, Conversation, IndexScorer, Overrides, PackedFormat, Processor,
+    TemplateOptions, ThinkMode, ThinkTag, claim_dir,
 };

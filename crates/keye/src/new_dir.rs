@@ -1,19 +1,17 @@
 //! A directory of a checkpoint that appears whole or not at all.
 
-use std::fs::{self, File, TryLockError};
-use std::io;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use keye_processor::{Claim, claim_dir};
 
 use crate::disk::free_bytes;
 use crate::units::bytes_text;
 
 /// What json files and headers need, generously.
 const EXTRA_BYTES: u64 = 64 << 20;
-/// How often a directory may be gone again before it is locked.
-const TRIES: usize = 100;
 
 /// `DIR.partial`, removed when dropped before it is kept. No other run comes in while it lives; what a killed run left is taken
 /// away by the next one.
@@ -101,38 +99,6 @@ pub fn check_new_dir(dir: &Path) -> Result<()> {
 /// Without a slash behind it, which would lead through a link.
 fn plain(dir: &Path) -> PathBuf {
     dir.components().collect()
-}
-
-/// Whose a directory is.
-pub enum Claim {
-    /// This process's, for as long as the file is open and under any name that the directory is given.
-    Ours(File),
-    /// Another one's.
-    Taken,
-    /// Nobody can tell: the file system locks no directories, as some of networks.
-    Unknown,
-}
-
-/// Makes the directory `path` where it is not there, and claims it.
-pub fn claim_dir(path: &Path) -> io::Result<Claim> {
-    for _ in 0..TRIES {
-        fs::create_dir_all(path)?;
-        let dir = match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            dir => dir?,
-        };
-        match dir.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(Claim::Taken),
-            Err(TryLockError::Error(_)) => return Ok(Claim::Unknown),
-        }
-        let ours = dir.metadata()?;
-        // Whoever had it may have renamed or removed it before the lock was free.
-        if fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == (ours.dev(), ours.ino())) {
-            return Ok(Claim::Ours(dir));
-        }
-    }
-    Ok(Claim::Unknown)
 }
 
 /// Whether `name` is that of a small file of a checkpoint: config, tokenizer, template, licence, readme, code.
