@@ -4,6 +4,8 @@
 
 mod latent;
 mod sparse;
+pub mod training;
+mod training_dense;
 
 use std::ops::Range;
 

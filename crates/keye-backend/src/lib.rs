@@ -37,6 +37,7 @@ mod packed_search;
 mod reference;
 mod select;
 mod spare;
+pub mod training;
 mod weight;
 mod wide_tiles;
 

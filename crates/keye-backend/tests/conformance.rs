@@ -62,3 +62,51 @@ fn cuda_kernels_do_not_race() {
         assert!(failed.is_empty(), "{}: {failed:#?}", cuda.describe());
     }
 }
+
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn cuda_training_agrees_with_plain_formulas() {
+    use keye_backend::{Cuda, Products, conformance::training};
+    let Some(cuda) = Cuda::for_tests(Products::F32) else { return };
+    let checks = training::run(&cuda, 2e-5).unwrap();
+    assert!(checks.len() > 200, "{} checks", checks.len());
+    let failed: Vec<_> = checks.iter().filter(|check| !check.passed()).collect();
+    assert!(failed.is_empty(), "{}: {failed:#?}", cuda.describe());
+    // Nothing agrees to the last bit with f64.
+    let checks = training::run_small(&cuda, 0.0).unwrap();
+    let wrong = |part: &str| checks.iter().any(|check| check.name.contains(part) && !check.passed());
+    for part in ["add_column_sums", "RMSNorm", "LayerNorm", "heads", "silu_mul", "gelu", "softmax_loss", "adamw"] {
+        assert!(wrong(part), "{part}");
+    }
+}
+
+/// Every kernel of training, each load and store looked at.
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn cuda_training_does_not_race() {
+    use keye_backend::{Cuda, Products, conformance::training};
+    let Some(cuda) = Cuda::watched(Products::F32) else { return };
+    let failed: Vec<_> =
+        training::run_small(&cuda, 1e-4).unwrap().into_iter().filter(|check| !check.passed()).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Indices beyond an array are refused before anything is launched.
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn cuda_training_stays_inside_arrays() {
+    use keye_backend::training::{Device, Taps, View, ViewMut};
+    use keye_backend::{Cuda, Products};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    let Some(cuda) = Cuda::for_tests(Products::F32) else { return };
+    let device = &cuda;
+    let array = || Device::zeros(device, 6).unwrap();
+    let refused = |what: &str, f: &dyn Fn()| assert!(catch_unwind(AssertUnwindSafe(f)).is_err(), "{what}");
+    refused("a view", &|| drop(Device::values(device, View { array: &array(), start: 1, rows: 2, cols: 3 })));
+    refused("gather", &|| drop(device.gather(View::of(&array(), 3, 2), &[0, 3])));
+    refused("scatter", &|| drop(device.scatter(ViewMut::of(&mut array(), 1, 6), &[1], &array())));
+    refused("scatter twice", &|| drop(device.scatter(ViewMut::of(&mut array(), 6, 1), &[0, 1, 2, 3, 4, 1], &array())));
+    let taps = Taps::new(3, [(0, 3, 1.0)].into_iter());
+    refused("taps", &|| drop(device.add_taps(ViewMut::of(&mut array(), 3, 2), View::of(&array(), 3, 2), &taps)));
+    refused("a token", &|| drop(device.softmax_loss(&mut array(), &[(0, 1.0), (3, 1.0)])));
+}

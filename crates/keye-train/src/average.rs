@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use keye_backend::training::Device;
+
 use crate::checkpoint_dir::{load_params, open_weights};
 use crate::params::Params;
 use crate::small_files::different_file;
@@ -23,7 +25,7 @@ pub struct Mean {
 /// # Errors
 /// No directories; those whose tensors differ in name or shape (those of stage 0 may be missing), or whose config, tokenizer or
 /// preprocessor config do.
-pub fn average(model: &Model, dirs: &[PathBuf], start: &Params) -> Result<Mean, TrainError> {
+pub fn average<D: Device>(model: &Model<D>, dirs: &[PathBuf], start: &Params) -> Result<Mean, TrainError> {
     let Some(first) = dirs.first() else { return Err(TrainError::Model("no checkpoints to average".into())) };
     let names = Names::read(model, first)?;
     let mut extras = names.extras;
@@ -67,7 +69,7 @@ struct Names {
 }
 
 impl Names {
-    fn read(model: &Model, dir: &Path) -> Result<Self, TrainError> {
+    fn read<D: Device>(model: &Model<D>, dir: &Path) -> Result<Self, TrainError> {
         let checkpoint = open_weights(dir)?;
         let mut others: BTreeSet<&str> = checkpoint.names().filter(|name| !is_mean(name)).collect();
         let (mut names, mut extras) = (BTreeSet::new(), true);

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use keye_backend::training::Device;
 use keye_backend::{WeightSource, f32_to_bf16};
 use keye_processor::{Checkpoint, Claim, Dtype, NewTensor, StoredTensor, claim_dir, write_checkpoint};
 use serde_json::Value;
@@ -39,7 +40,7 @@ pub(crate) fn open_weights(dir: &Path) -> Result<Checkpoint, TrainError> {
 
 /// Reads the parameters of a checkpoint directory of any float type, or of a run's `step-N`, into `params`. Tensors of stage 0 that are not there
 /// keep their values; any other that is missing is an error.
-pub fn load_params(model: &Model, dir: &Path, params: &mut Params) -> Result<(), TrainError> {
+pub fn load_params<D: Device>(model: &Model<D>, dir: &Path, params: &mut Params) -> Result<(), TrainError> {
     let checkpoint = open_weights(dir)?;
     let layout: &Layout = model.layout();
     for (i, tensor) in layout.tensors().iter().enumerate() {
@@ -76,8 +77,8 @@ fn floats(stored: &StoredTensor) -> Result<Vec<f32>, TrainError> {
 
 /// Writes `out`, which must not exist, with the weights and the small files (config, tokenizer, template, preprocessor and
 /// generation config) of `files`. Appears whole or not at all. The tensors of stage 0 are left out without `extras`.
-pub fn export(
-    model: &Model,
+pub fn export<D: Device>(
+    model: &Model<D>,
     params: &Params,
     files: &[PathBuf],
     out: &Path,
@@ -86,7 +87,24 @@ pub fn export(
 ) -> Result<(), TrainError> {
     let partial = partial(out);
     let _claim = empty_dir(&partial)?;
-    gather(files, &partial)?;
+    let written = write_model(model, params, files, &partial, dtype, extras);
+    let done = written.and_then(|()| fs::rename(&partial, out).map_err(io(out)));
+    if done.is_err() {
+        // On a full disk what was written is best gone; the error that is told is the first.
+        let _ = fs::remove_dir_all(&partial);
+    }
+    done
+}
+
+fn write_model<D: Device>(
+    model: &Model<D>,
+    params: &Params,
+    files: &[PathBuf],
+    partial: &Path,
+    dtype: ExportDtype,
+    extras: bool,
+) -> Result<(), TrainError> {
+    gather(files, partial)?;
     set_dtype(&partial.join("config.json"), dtype)?;
     let stored = match dtype {
         ExportDtype::F32 => Dtype::F32,
@@ -97,28 +115,35 @@ pub fn export(
         .filter(|tensor| extras || !model.is_extra(&tensor.name))
         .map(|tensor| NewTensor { name: tensor.name.clone(), dtype: stored, shape: tensor.shape.clone() })
         .collect();
-    write_checkpoint(&partial, &tensors, SHARD_BYTES, &mut |tensor: &NewTensor, to: &mut dyn Write| {
+    let written = write_checkpoint(partial, &tensors, SHARD_BYTES, &mut |tensor: &NewTensor, to: &mut dyn Write| {
         let values = params.tensor(&tensor.name).unwrap_or_default();
         match dtype {
             ExportDtype::F32 => values.iter().try_for_each(|v| to.write_all(&v.to_le_bytes())),
             ExportDtype::Bf16 => values.iter().try_for_each(|v| to.write_all(&f32_to_bf16(*v).to_le_bytes())),
         }
-    })?;
-    fs::rename(&partial, out).map_err(io(out))
+    });
+    Ok(written?)
 }
 
 /// Makes `dir`, empties it of what a killed run left, and keeps other runs from it for as long as the claim lives.
 fn empty_dir(dir: &Path) -> Result<Claim, TrainError> {
-    let claim = claim_dir(dir).map_err(io(dir))?;
-    if matches!(claim, Claim::Taken) {
-        let busy = "another run is writing it; wait for it or choose another name";
-        return Err(io(dir)(std::io::Error::new(ErrorKind::ResourceBusy, busy)));
-    }
+    let claim = claimed(dir)?;
     for entry in fs::read_dir(dir).map_err(io(dir))? {
         let path = entry.map_err(io(dir))?.path();
         fs::remove_file(&path).map_err(io(&path))?;
     }
     Ok(claim)
+}
+
+/// Makes `dir` and keeps other runs from it for as long as the claim lives.
+pub(crate) fn claimed(dir: &Path) -> Result<Claim, TrainError> {
+    match claim_dir(dir).map_err(io(dir))? {
+        Claim::Taken => {
+            let busy = "another run is writing it; wait for it or choose another name";
+            Err(io(dir)(std::io::Error::new(ErrorKind::ResourceBusy, busy)))
+        }
+        claim => Ok(claim),
+    }
 }
 
 /// `NAME.partial` beside a directory that is being made.

@@ -33,7 +33,7 @@ pub enum TrainError {
         reason: String,
     },
     /// A run that ended with an error, and could not save its last steps either.
-    #[error("{error}; the steps after {step} are lost: {reason}")]
+    #[error("{}", lost_steps(error, *step, reason))]
     Unsaved {
         /// What ended it.
         error: Box<TrainError>,
@@ -50,4 +50,13 @@ pub enum TrainError {
         /// The system's word.
         source: std::io::Error,
     },
+}
+
+/// Where saving is what ended the run, the second try most often fails alike: told once.
+fn lost_steps(error: &TrainError, step: u64, reason: &TrainError) -> String {
+    let (error, reason) = (error.to_string(), reason.to_string());
+    match error == reason {
+        true => format!("{error}; the steps after {step} are lost"),
+        false => format!("{error}; the steps after {step} are lost: {reason}"),
+    }
 }

@@ -1,16 +1,20 @@
-//! The training recipe of Keye-VL 1.5 at a small scale, on the CPU.
+//! The training recipe of Keye-VL 1.5 at a small scale.
 //!
 //! **In**: packed samples ([`Pack`]). **Out**: a checkpoint directory in Hugging Face layout that the engine loads.
+//!
+//! The models are written once over [`Device`]; the [`Cpu`] is here, CUDA is `keye-backend`'s. On one device the same run gives the
+//! same bits, stopped and gone on with or not, on any number of threads.
 
 mod average;
 mod checkpoint_dir;
+mod cpu;
 pub mod data;
 mod error;
 mod flops;
+mod layers;
 mod metrics;
 mod model;
 mod muon;
-mod ops;
 mod optimizer;
 mod pack;
 mod params;
@@ -21,12 +25,13 @@ mod state;
 
 pub use average::{Mean, average};
 pub use checkpoint_dir::{ExportDtype, export, load_params};
+pub use cpu::Cpu;
 pub use error::TrainError;
 pub use flops::training_flops;
+pub use keye_backend::training::{Device, Precision};
 pub use metrics::{StepMetrics, loss_svg};
 pub use model::Model;
 pub use model::contrast::{SigmoidLoss, sigmoid_loss};
-pub use ops::linear::Precision;
 pub use optimizer::{Group, Means, Optimizer, Schedule, groups};
 pub use pack::{PATCH_VALUES, Pack, PackSource};
 pub use params::{Gradients, Layout, Params};

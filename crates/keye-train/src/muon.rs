@@ -2,8 +2,10 @@
 //!
 //! Steps are scaled to the size that AdamW's have (`0.2 sqrt(max(rows, cols))`), so both take the same learning rate and decay.
 
-use keye_backend::Isa;
-use keye_backend::matmul::{Matrix, Old, par_matmul_bf16};
+use keye_backend::matmul::Old;
+use keye_backend::training::{Device, Precision, View, ViewMut};
+
+use crate::layers::Result;
 
 const MOMENTUM: f32 = 0.95;
 /// Of the root mean square of a step.
@@ -13,53 +15,65 @@ const ITERATIONS: usize = 5;
 const POLYNOMIAL: [f32; 3] = [3.4445, -4.775, 2.0315];
 const EPS: f32 = 1e-7;
 
-/// One step of a matrix of `rows` rows; `g` is scaled by `clip` first.
-#[expect(clippy::too_many_arguments, reason = "a step and its operands")]
-pub(crate) fn step(isa: Isa, rows: usize, p: &mut [f32], g: &[f32], m: &mut [f32], clip: f32, lr: f32, decay: f32) {
-    let cols = p.len() / rows;
-    let mut x: Vec<f32> = (m.iter_mut().zip(g))
-        .map(|(m, g)| {
-            *m = MOMENTUM * *m + clip * g;
-            MOMENTUM * *m + clip * g
-        })
-        .collect();
-    if rows > cols {
-        x = transposed(&x, rows, cols);
-        orthogonalise(isa, &mut x, cols, rows);
-        x = transposed(&x, cols, rows);
-    } else {
-        orthogonalise(isa, &mut x, rows, cols);
-    }
-    let size = SIZE * (rows.max(cols) as f32).sqrt();
-    p.iter_mut().zip(&x).for_each(|(p, x)| *p -= lr * (size * x + decay * *p));
+/// What a step of a matrix takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Muon {
+    /// Its first element in parameters, gradients and means.
+    pub(crate) start: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) lr: f32,
+    pub(crate) decay: f32,
+    /// What gradients are multiplied with first.
+    pub(crate) clip: f32,
 }
 
-/// Brings all singular values of a matrix with no more rows than columns near 1 (Newton and Schulz).
-fn orthogonalise(isa: Isa, x: &mut Vec<f32>, rows: usize, cols: usize) {
-    let norm = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
-    x.iter_mut().for_each(|x| *x /= norm + EPS);
+impl Muon {
+    /// One step of the matrix in parameters `p` with gradients `g` and momenta `m`.
+    pub(crate) fn step<D: Device>(&self, device: &D, p: &mut D::Array, g: &D::Array, m: &mut D::Array) -> Result<()> {
+        let Self { start, rows, cols, lr, decay, clip } = *self;
+        let gradient = View { array: g, start, rows, cols };
+        device.combine(MOMENTUM, ViewMut { array: m, start, rows, cols }, clip, gradient)?;
+        let mut x = device.repeat(View { array: m, start, rows, cols }, 1)?;
+        device.combine(MOMENTUM, ViewMut::of(&mut x, rows, cols), clip, gradient)?;
+        let x = orthogonalised(device, x, rows, cols)?;
+        let size = SIZE * (rows.max(cols) as f32).sqrt();
+        let p = ViewMut { array: p, start, rows, cols };
+        device.combine(1.0 - lr * decay, p, -lr * size, View::of(&x, rows, cols))
+    }
+}
+
+/// The matrix with all singular values brought near 1 (Newton and Schulz), by the products of its shorter side.
+fn orthogonalised<D: Device>(device: &D, mut x: D::Array, rows: usize, cols: usize) -> Result<D::Array> {
     let [a, b, c] = POLYNOMIAL;
-    let mut gram = vec![0.0; rows * rows];
-    let mut square = gram.clone();
+    let (short, tall) = (rows.min(cols), rows > cols);
+    let norm = device.square_sum(View::of(&x, rows, cols))?.sqrt() as f32;
+    let mut next = device.zeros(rows * cols)?;
+    device.combine(0.0, ViewMut::of(&mut next, rows, cols), 1.0 / (norm + EPS), View::of(&x, rows, cols))?;
+    std::mem::swap(&mut x, &mut next);
+    let mut gram = device.zeros(short * short)?;
+    let mut square = device.zeros(short * short)?;
+    let bf16 = Precision::Bf16;
     for _ in 0..ITERATIONS {
-        let whole = Matrix::new(x, rows, cols);
-        par_matmul_bf16(isa, whole, whole.t(), &mut gram, Old::Replace);
-        let grams = Matrix::new(&gram, rows, rows);
-        par_matmul_bf16(isa, grams, grams, &mut square, Old::Replace);
-        square.iter_mut().zip(&gram).for_each(|(square, gram)| *square = b * gram + c * *square);
-        let mut next: Vec<f32> = x.iter().map(|x| a * x).collect();
-        par_matmul_bf16(isa, Matrix::new(&square, rows, rows), whole, &mut next, Old::Keep);
-        *x = next;
+        let whole = View::of(&x, rows, cols);
+        let (left, right) = if tall { (whole.t(), whole.plain()) } else { (whole.plain(), whole.t()) };
+        device.product(bf16, left, right, ViewMut::of(&mut gram, short, short), Old::Replace)?;
+        let grams = View::of(&gram, short, short);
+        device.product(bf16, grams.plain(), grams.plain(), ViewMut::of(&mut square, short, short), Old::Replace)?;
+        device.combine(c, ViewMut::of(&mut square, short, short), b, grams)?;
+        device.combine(0.0, ViewMut::of(&mut next, rows, cols), a, whole)?;
+        let square = View::of(&square, short, short).plain();
+        let (left, right) = if tall { (whole.plain(), square) } else { (square, whole.plain()) };
+        device.product(bf16, left, right, ViewMut::of(&mut next, rows, cols), Old::Keep)?;
+        std::mem::swap(&mut x, &mut next);
     }
-}
-
-fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    (0..cols).flat_map(|c| (0..rows).map(move |r| x[r * cols + c])).collect()
+    Ok(x)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Cpu;
 
     #[test]
     fn a_step_moves_every_direction_alike() {
@@ -70,7 +84,8 @@ mod tests {
                 g[i * cols + i] = value;
             }
             let (mut p, mut m) = (vec![0.0; 15], vec![0.0; 15]);
-            step(Isa::detect(), rows, &mut p, &g, &mut m, 2.0, 0.1, 0.0);
+            let muon = Muon { start: 0, rows, cols, lr: 0.1, decay: 0.0, clip: 2.0 };
+            muon.step(&Cpu::detect(), &mut p, &g, &mut m).unwrap();
             let size = 0.1 * 0.2 * 5f32.sqrt();
             for i in 0..3 {
                 let ratio = -p[i * cols + i] / size;
@@ -81,7 +96,8 @@ mod tests {
         }
         // Decay alone.
         let (mut p, mut m) = (vec![1.0; 4], vec![0.0; 4]);
-        step(Isa::detect(), 2, &mut p, &[0.0; 4], &mut m, 1.0, 0.1, 0.5);
+        let muon = Muon { start: 0, rows: 2, cols: 2, lr: 0.1, decay: 0.5, clip: 1.0 };
+        muon.step(&Cpu::detect(), &mut p, &vec![0.0; 4], &mut m).unwrap();
         assert!(p.iter().all(|p| (p - 0.95).abs() < 1e-6));
     }
 }

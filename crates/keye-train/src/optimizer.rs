@@ -1,11 +1,10 @@
 //! AdamW and Muon with parameter groups, clipping by the global norm, and learning-rate schedules (spec §2.3, 4.2 and 4.3).
 
-use keye_backend::Isa;
-use rayon::prelude::*;
+use keye_backend::BackendError;
+use keye_backend::training::{AdamW, Device, Update};
 use serde::{Deserialize, Serialize};
 
-use crate::muon;
-use crate::ops::kernels;
+use crate::muon::Muon;
 use crate::params::{Gradients, Layout, Params};
 
 /// How the learning rate goes.
@@ -72,19 +71,17 @@ pub fn groups(layout: &Layout, optimizer: Optimizer, vision_lr: f32, decay: f32)
 
 /// What an optimiser remembers. AdamW: betas 0.9 and 0.95, epsilon 1e-8; Muon: momentum 0.95, of Nesterov's kind.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Means {
+pub struct Means<A = Vec<f32>> {
     /// Running means of gradients.
-    pub m: Vec<f32>,
+    pub m: A,
     /// Running means of their squares; zero for what Muon trains.
-    pub v: Vec<f32>,
+    pub v: A,
     /// Steps taken.
     pub steps: u64,
 }
 
 const BETAS: [f32; 2] = [0.9, 0.95];
 const EPS: f32 = 1e-8;
-/// Elements of a task.
-const PART: usize = 1 << 13;
 
 impl Means {
     /// No steps taken yet.
@@ -92,47 +89,49 @@ impl Means {
         Self { m: vec![0.0; layout.len()], v: vec![0.0; layout.len()], steps: 0 }
     }
 
+    /// To a device.
+    pub fn onto<D: Device>(self, device: &D) -> Result<Means<D::Array>, BackendError> {
+        Ok(Means { m: device.array(self.m)?, v: device.array(self.v)?, steps: self.steps })
+    }
+}
+
+impl<A> Means<A> {
     /// Takes a step with gradients whose global norm is brought down to `clip` first; returns the norm before. Where the
     /// norm is not finite nothing is changed.
-    pub fn step(
+    pub fn step<D: Device<Array = A>>(
         &mut self,
-        isa: Isa,
-        params: &mut Params,
-        gradients: &Gradients,
+        device: &D,
+        params: &mut Params<A>,
+        gradients: &Gradients<A>,
         groups: &[Group],
         lr: f64,
         clip: f64,
-    ) -> f64 {
-        let parts: Vec<f64> =
-            gradients.values.par_chunks(PART).map(|g| g.iter().map(|g| f64::from(*g).powi(2)).sum()).collect();
-        let norm = parts.iter().sum::<f64>().sqrt();
+    ) -> Result<f64, BackendError> {
+        let norm = device.square_sum(gradients.view())?.sqrt();
         if !norm.is_finite() {
-            return norm;
+            return Ok(norm);
         }
         self.steps += 1;
-        let factor = if norm > clip { (clip / norm) as f32 } else { 1.0 };
+        let clip = if norm > clip { (clip / norm) as f32 } else { 1.0 };
         let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(self.steps as f64))) as f32;
-        let (m_scale, v_scale) = (correction(BETAS[0]), correction(BETAS[1]));
+        let adamw = AdamW { clip, betas: BETAS, corrections: BETAS.map(correction), eps: EPS };
         let layout = params.layout.clone();
-        let [mut values, mut m, mut v] = [&mut params.values[..], &mut self.m, &mut self.v];
-        let mut jobs = Vec::new();
-        for (i, group) in groups.iter().enumerate() {
-            let range = layout.range(i);
-            let [p, m, v] = [&mut values, &mut m, &mut v].map(|rest| rest.split_off_mut(..range.len()));
-            let (Some(p), Some(m), Some(v)) = (p, m, v) else { break };
-            if gradients.trained()[i] {
-                jobs.push((&layout.tensors()[i], group, p, &gradients.values[range], m, v));
+        let (mut updates, mut matrices) = (Vec::new(), Vec::new());
+        for (i, group) in groups.iter().enumerate().filter(|(i, _)| gradients.trained()[*i]) {
+            let (range, lr) = (layout.range(i), (lr * f64::from(group.lr_scale)) as f32);
+            match group.optimizer {
+                Optimizer::AdamW => updates.push(Update { range, lr, decay: group.decay }),
+                Optimizer::Muon => {
+                    let rows = layout.tensors()[i].shape[0];
+                    let (start, cols) = (range.start, range.len() / rows);
+                    matrices.push(Muon { start, rows, cols, lr, decay: group.decay, clip });
+                }
             }
         }
-        jobs.into_par_iter().for_each(|(tensor, group, p, g, m, v)| {
-            let lr = (lr * f64::from(group.lr_scale)) as f32;
-            match group.optimizer {
-                Optimizer::AdamW => {
-                    kernels::adamw(isa, p, g, m, v, factor, BETAS, m_scale, v_scale, EPS, lr, group.decay);
-                }
-                Optimizer::Muon => muon::step(isa, tensor.shape[0], p, g, m, factor, lr, group.decay),
-            }
-        });
-        norm
+        device.adamw(&mut params.values, &gradients.values, &mut self.m, &mut self.v, adamw, &updates)?;
+        for matrix in matrices {
+            matrix.step(device, &mut params.values, &gradients.values, &mut self.m)?;
+        }
+        Ok(norm)
     }
 }

@@ -2,8 +2,10 @@
 
 use crate::TrainError;
 
+/// Pixels of a patch's side.
+pub(crate) const PATCH_SIDE: usize = 14;
 /// Values of a patch: 3 channels of 14 by 14.
-pub const PATCH_VALUES: usize = 3 * 14 * 14;
+pub const PATCH_VALUES: usize = 3 * PATCH_SIDE * PATCH_SIDE;
 
 /// Several samples in one sequence. Attention never crosses a sample, nor an image or a frame in the vision tower.
 ///

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use keye_backend::BackendError;
+use keye_backend::training::{Device, View, ViewMut};
 use keye_model::TensorShape;
-use rayon::prelude::*;
 
 use crate::TrainError;
 
@@ -21,10 +22,6 @@ pub(crate) struct Slot {
 impl Slot {
     pub(crate) fn len(&self) -> usize {
         self.rows * self.cols
-    }
-
-    fn range(&self) -> Range<usize> {
-        self.start..self.start + self.len()
     }
 
     /// Some rows of a matrix.
@@ -102,13 +99,25 @@ impl Layout {
     }
 }
 
-/// Values of all tensors.
+/// Values of all tensors, on a device or (without one) on the host.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Params {
+pub struct Params<A = Vec<f32>> {
     /// What lies where.
     pub layout: Arc<Layout>,
     /// `[layout.len()]`
-    pub values: Vec<f32>,
+    pub values: A,
+}
+
+impl<A> Params<A> {
+    /// From a device.
+    pub(crate) fn onto_host<D: Device<Array = A>>(&self, device: &D) -> Result<Params, BackendError> {
+        let values = device.values(View::of(&self.values, 1, self.layout.len()))?.into_owned();
+        Ok(Params { layout: self.layout.clone(), values })
+    }
+
+    pub(crate) fn get(&self, slot: Slot) -> View<'_, A> {
+        View { array: &self.values, start: slot.start, rows: slot.rows, cols: slot.cols }
+    }
 }
 
 impl Params {
@@ -116,10 +125,6 @@ impl Params {
     pub fn zeros(layout: Arc<Layout>) -> Self {
         let values = vec![0.0; layout.len()];
         Self { layout, values }
-    }
-
-    pub(crate) fn get(&self, slot: Slot) -> &[f32] {
-        &self.values[slot.range()]
     }
 
     /// A tensor by name.
@@ -133,21 +138,36 @@ impl Params {
         let range = self.layout.range(i);
         Some(&mut self.values[range])
     }
+
+    /// To a device.
+    pub fn onto<D: Device>(self, device: &D) -> Result<Params<D::Array>, BackendError> {
+        Ok(Params { values: device.array(self.values)?, layout: self.layout })
+    }
 }
 
 /// Sums of gradients, kept for the tensors that are trained.
 #[derive(Debug, Clone)]
-pub struct Gradients {
+pub struct Gradients<A = Vec<f32>> {
     /// Shaped like the parameters; zero where nothing is trained.
-    pub values: Vec<f32>,
+    pub values: A,
+    layout: Arc<Layout>,
     trained: Vec<bool>,
 }
 
-impl Gradients {
-    /// Zeros; `trained` has a flag per tensor.
-    pub fn zeros(layout: &Layout, trained: Vec<bool>) -> Self {
+impl<A> Gradients<A> {
+    /// Zeros on a device; `trained` has a flag per tensor.
+    pub fn zeros<D: Device<Array = A>>(
+        device: &D,
+        layout: &Arc<Layout>,
+        trained: Vec<bool>,
+    ) -> Result<Self, BackendError> {
         assert_eq!(trained.len(), layout.tensors.len(), "one flag per tensor");
-        Self { values: vec![0.0; layout.len()], trained }
+        Ok(Self { values: device.zeros(layout.len())?, layout: layout.clone(), trained })
+    }
+
+    /// Zeros for the same tensors.
+    pub(crate) fn alike<D: Device<Array = A>>(&self, device: &D) -> Result<Self, BackendError> {
+        Self::zeros(device, &self.layout, self.trained.clone())
     }
 
     /// Whether a tensor is trained.
@@ -155,18 +175,19 @@ impl Gradients {
         &self.trained
     }
 
-    /// Adds those of the same tensors.
-    pub fn add(&mut self, other: &Self) {
-        self.values.par_iter_mut().zip(&other.values).for_each(|(to, from)| *to += from);
+    /// All of them, as one row.
+    pub(crate) fn view(&self) -> View<'_, A> {
+        View::of(&self.values, 1, self.layout.len())
     }
 
-    /// Forgets the sums.
-    pub fn clear(&mut self) {
-        self.values.fill(0.0);
+    /// Adds those of the same tensors.
+    pub fn add<D: Device<Array = A>>(&mut self, device: &D, other: &Self) -> Result<(), BackendError> {
+        device.combine(1.0, ViewMut::of(&mut self.values, 1, self.layout.len()), 1.0, other.view())
     }
 
     /// The sums of a tensor; `None` where it is frozen.
-    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<&mut [f32]> {
-        self.trained[slot.tensor].then(|| &mut self.values[slot.range()])
+    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<ViewMut<'_, A>> {
+        let Slot { start, rows, cols, .. } = slot;
+        self.trained[slot.tensor].then_some(ViewMut { array: &mut self.values, start, rows, cols })
     }
 }

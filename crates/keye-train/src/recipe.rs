@@ -3,12 +3,21 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use keye_backend::training::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint_dir::io;
 use crate::small_files::gather;
-use crate::{Layout, Optimizer, Precision, Schedule, TrainError};
+use crate::{Layout, Optimizer, Schedule, TrainError};
+
+/// How a recipe spells a [`Precision`].
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Precision", rename_all = "lowercase")]
+enum PrecisionName {
+    F32,
+    Bf16,
+}
 
 /// What is learnt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +97,7 @@ pub struct Recipe {
     #[serde(default)]
     pub optimizer: Optimizer,
     /// What the operands of products with weights are rounded to.
-    #[serde(default)]
+    #[serde(default, with = "PrecisionName")]
     pub precision: Precision,
     /// Largest global norm of the gradient.
     #[serde(default = "clip")]
@@ -199,8 +208,12 @@ impl Recipe {
     pub(crate) fn terms(&self) -> Value {
         let mut terms = serde_json::to_value(self).unwrap_or_default();
         if let Some(fields) = terms.as_object_mut() {
-            for field in ["files", "start", "recompute", "checkpoint_every", "validation"] {
+            for field in ["files", "recompute", "checkpoint_every", "validation"] {
                 fields.remove(field);
+            }
+            // Where a directory lies depends on where the recipe is read from.
+            if self.start.as_ref().is_some_and(|start| start.contains('/')) {
+                fields.insert("start".into(), "a directory".into());
             }
         }
         if let Some(data) = terms["data"].as_object_mut() {

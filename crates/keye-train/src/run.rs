@@ -1,21 +1,20 @@
 //! A stage from its first step, or its last checkpoint, to its exported model.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use keye_backend::Isa;
+use keye_backend::training::{Device, Precision};
 use keye_processor::{Overrides, Processor};
 use rayon::prelude::*;
 use serde_json::Value;
 
-use crate::checkpoint_dir::{ExportDtype, export, io, load_params};
+use crate::checkpoint_dir::{ExportDtype, claimed, export, load_params};
 use crate::metrics::{Metrics, StepMetrics};
 use crate::optimizer::{Means, groups};
 use crate::params::{Gradients, Params};
 use crate::recipe::{Objective, Recipe, Weighting};
 use crate::state::{State, check_made_by};
-use crate::{Model, Pack, PackSource, Precision, TrainError, training_flops};
+use crate::{Model, Pack, PackSource, TrainError, training_flops};
 
 /// Steps in a row without a finite gradient after which a run gives up.
 const LOST: u32 = 10;
@@ -30,20 +29,20 @@ pub enum Outcome {
 }
 
 /// The model that a recipe's files describe.
-pub fn load_model(recipe: &Recipe, isa: Isa) -> Result<Model, TrainError> {
-    let mut model = model_in(recipe.gather()?.path(), isa, recipe.precision)?;
+pub fn load_model<D: Device>(recipe: &Recipe, device: D) -> Result<Model<D>, TrainError> {
+    let mut model = model_in(recipe.gather()?.path(), device, recipe.precision)?;
     model.recompute = recipe.recompute;
     Ok(model)
 }
 
 /// The model that the small files of a checkpoint directory describe.
-pub fn model_of(dir: &Path, isa: Isa) -> Result<Model, TrainError> {
-    model_in(dir, isa, Precision::F32)
+pub fn model_of<D: Device>(dir: &Path, device: D) -> Result<Model<D>, TrainError> {
+    model_in(dir, device, Precision::F32)
 }
 
-fn model_in(dir: &Path, isa: Isa, precision: Precision) -> Result<Model, TrainError> {
+fn model_in<D: Device>(dir: &Path, device: D, precision: Precision) -> Result<Model<D>, TrainError> {
     let processor = Processor::load(dir, &Overrides::default())?;
-    Model::new(&processor.config, &processor.media.processor, isa, precision)
+    Model::new(&processor.config, &processor.media.processor, device, precision)
 }
 
 /// Runs a stage under `out`. Without steps left it only exports. `told` hears of every step, and as often as the recipe says of
@@ -52,9 +51,9 @@ fn model_in(dir: &Path, isa: Isa, precision: Precision) -> Result<Model, TrainEr
 /// # Errors
 /// A stage, ended or not, of a recipe that has been changed since; data, files and models that do not fit; gradients that stay
 /// infinite.
-pub fn run(
+pub fn run<D: Device>(
     recipe: &Recipe,
-    model: &Model,
+    model: &Model<D>,
     out: &Path,
     source: &mut dyn PackSource,
     held_out: &[Pack],
@@ -75,7 +74,7 @@ pub fn run(
             return Err(TrainError::Model(format!("{name} starts from {start}, but {from} {reason}")));
         }
     }
-    fs::create_dir_all(&folder).map_err(io(&folder))?;
+    let _claim = claimed(&folder)?;
     let layout = model.layout();
     let trained = recipe.trained(layout)?;
     let mut state =
@@ -89,6 +88,7 @@ pub fn run(
         model.add_sines(&mut state.params, recipe.sines)?;
     }
     let (saved, metrics) = (state.step, Metrics::open(&folder, state.step)?);
+    let state = state.onto(model.device())?;
     let mut stage = Stage { recipe, model, folder, trained, state, saved, metrics };
     match stage.steps(source, held_out, stop, told) {
         Ok(true) => return Ok(Outcome::Stopped(stage.state.step)),
@@ -102,24 +102,25 @@ pub fn run(
             });
         }
     }
-    export(model, &stage.state.params, &recipe.files, &exported, ExportDtype::F32, true)?;
+    let params = stage.state.params.onto_host(model.device())?;
+    export(model, &params, &recipe.files, &exported, ExportDtype::F32, true)?;
     Ok(Outcome::Done(exported))
 }
 
 /// A stage on its way.
-struct Stage<'a> {
+struct Stage<'a, D: Device> {
     recipe: &'a Recipe,
-    model: &'a Model,
+    model: &'a Model<D>,
     folder: PathBuf,
     trained: Vec<bool>,
     /// After the last finished step, at any time.
-    state: State,
+    state: State<D::Array>,
     /// The step of the newest checkpoint.
     saved: u64,
     metrics: Metrics,
 }
 
-impl Stage<'_> {
+impl<D: Device> Stage<'_, D> {
     /// The steps that are left; true when told to stop.
     fn steps(
         &mut self,
@@ -128,20 +129,20 @@ impl Stage<'_> {
         stop: &dyn Fn() -> bool,
         told: &mut dyn FnMut(&StepMetrics),
     ) -> Result<bool, TrainError> {
-        let (recipe, model) = (self.recipe, self.model);
+        let (recipe, model, device) = (self.recipe, self.model, self.model.device());
         let groups = groups(model.layout(), recipe.optimizer, recipe.vision_lr, recipe.weight_decay);
-        let mut gradients = Gradients::zeros(model.layout(), self.trained.clone());
+        let mut gradients = Gradients::zeros(device, model.layout(), self.trained.clone())?;
         let schedule = recipe.schedule();
         let mut lost = 0;
         while self.state.step < recipe.steps {
             let begin = Instant::now();
             let packs = (0..recipe.accumulate).map(|_| source.next_pack()).collect::<Result<Vec<_>, _>>()?;
             let waiting = begin.elapsed().as_secs_f64();
-            gradients.clear();
+            device.clear(&mut gradients.values)?;
             let loss = loss_of(recipe, model, &self.state.params, Some(&mut gradients), &packs)?;
             let State { step, params, optimizer, loader } = &mut self.state;
             let lr = schedule.at(*step + 1);
-            let norm = optimizer.step(model.isa(), params, &gradients, &groups, lr, recipe.clip);
+            let norm = optimizer.step(device, params, &gradients, &groups, lr, recipe.clip)?;
             (*step, *loader) = (*step + 1, source.state());
             let step = *step;
             let seconds = begin.elapsed().as_secs_f64();
@@ -189,7 +190,7 @@ impl Stage<'_> {
     /// A checkpoint of what was done since the newest.
     fn save(&mut self) -> Result<(), TrainError> {
         if self.state.step > self.saved {
-            self.state.save(&self.folder, &self.trained, self.recipe)?;
+            self.state.save(self.model.device(), &self.folder, &self.trained, self.recipe)?;
             self.saved = self.state.step;
             self.metrics.draw()?;
         }
@@ -199,16 +200,16 @@ impl Stage<'_> {
 
 /// The loss of a step of these packs, as the recipe weights it; its gradients are added up where they are wanted.
 ///
-/// Packs are computed side by side, one on each thread, and their gradients added in order, so that threads wait for one another
-/// once a step and the sums do not depend on how many there are.
+/// Packs are computed side by side, one in each of the device's lanes, and their gradients added in order, so that threads wait for
+/// one another once a step and the sums do not depend on how many there are.
 ///
 /// # Errors
 /// Packs that do not fit the model or have nothing to learn.
-pub fn loss_of(
+pub fn loss_of<D: Device>(
     recipe: &Recipe,
-    model: &Model,
-    params: &Params,
-    mut gradients: Option<&mut Gradients>,
+    model: &Model<D>,
+    params: &Params<D::Array>,
+    mut gradients: Option<&mut Gradients<D::Array>>,
     packs: &[Pack],
 ) -> Result<f64, TrainError> {
     let weights: Vec<Vec<f32>> = packs.iter().map(|pack| weights(pack, recipe.weighting)).collect();
@@ -219,22 +220,24 @@ pub fn loss_of(
     if total == 0.0 {
         return Err(TrainError::Pack("no token of the step carries loss".into()));
     }
-    let one = |pack: &Pack, weights: &[f32], gradients: Option<&mut Gradients>| match recipe.objective {
+    let one = |pack: &Pack, weights: &[f32], gradients: Option<&mut Gradients<D::Array>>| match recipe.objective {
         Objective::NextToken => model.next_token(params, gradients, pack, weights, (1.0 / total) as f32),
         Objective::Contrastive => model.contrastive(params, gradients, pack, (1.0 / total) as f32),
     };
     let mut loss = 0.0;
-    let lanes = rayon::current_num_threads();
+    let device = model.device();
+    let lanes = device.lanes();
     for (packs, weights) in packs.chunks(lanes).zip(weights.chunks(lanes)) {
-        let trained = gradients.as_ref().map(|gradients| gradients.trained().to_vec());
-        let parts = packs.par_iter().zip(weights).map(|(pack, weights)| {
-            let mut part = trained.clone().map(|trained| Gradients::zeros(model.layout(), trained));
-            Ok((one(pack, weights, part.as_mut())?, part))
+        let parts = (0..packs.len()).map(|_| gradients.as_ref().map(|sums| sums.alike(device)).transpose());
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        let computed = packs.par_iter().zip(weights).zip(parts).map(|((pack, weights), mut part)| {
+            let sum = one(pack, weights, part.as_mut())?;
+            Ok((sum, part))
         });
-        for (sum, part) in parts.collect::<Result<Vec<_>, TrainError>>()? {
+        for (sum, part) in computed.collect::<Result<Vec<_>, TrainError>>()? {
             loss += sum / total;
             if let (Some(gradients), Some(part)) = (gradients.as_deref_mut(), part) {
-                gradients.add(&part);
+                gradients.add(device, &part)?;
             }
         }
     }

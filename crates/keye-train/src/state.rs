@@ -8,6 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use keye_backend::training::{Device, View};
 use keye_processor::{Checkpoint, Dtype, NewTensor, write_file};
 use serde_json::{Value, json};
 
@@ -24,47 +25,33 @@ const MEANS: [&str; 2] = ["exp_avg.", "exp_avg_sq."];
 
 /// Where a run is.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct State {
+pub(crate) struct State<A = Vec<f32>> {
     /// Steps done.
     pub(crate) step: u64,
-    pub(crate) params: Params,
-    pub(crate) optimizer: Means,
+    pub(crate) params: Params<A>,
+    pub(crate) optimizer: Means<A>,
     /// The loader's, after the packs of the last step.
     pub(crate) loader: Value,
 }
 
-impl State {
+impl<A> State<A> {
     /// Writes `folder/step-N`, points `latest` to it and removes old ones.
-    pub(crate) fn save(&self, folder: &Path, trained: &[bool], recipe: &Recipe) -> Result<(), TrainError> {
+    pub(crate) fn save<D: Device<Array = A>>(
+        &self,
+        device: &D,
+        folder: &Path,
+        trained: &[bool],
+        recipe: &Recipe,
+    ) -> Result<(), TrainError> {
         let name = format!("step-{:08}", self.step);
         let out = folder.join(&name);
         let temporary = partial(&out);
         remove(&temporary)?;
-        fs::create_dir_all(&temporary).map_err(io(&temporary))?;
-        gather(&recipe.files, &temporary)?;
-        let layout = &self.params.layout;
-        let mut bytes = Vec::new();
-        let mut add = |prefix: &str, values: &[f32], i: usize| {
-            let tensor = &layout.tensors()[i];
-            let name = format!("{prefix}{}", tensor.name);
-            let data: Vec<u8> = values[layout.range(i)].iter().flat_map(|v| v.to_le_bytes()).collect();
-            bytes.push((NewTensor { name, dtype: Dtype::F32, shape: tensor.shape.clone() }, data));
-        };
-        for (i, trained) in trained.iter().enumerate() {
-            add("", &self.params.values, i);
-            if *trained {
-                add(MEANS[0], &self.optimizer.m, i);
-                add(MEANS[1], &self.optimizer.v, i);
-            }
+        if let Err(error) = self.write(device, &temporary, trained, recipe) {
+            // On a full disk what was written is best gone; the error that is told is the first.
+            let _ = remove(&temporary);
+            return Err(error);
         }
-        let tensors: Vec<(NewTensor, &[u8])> = bytes.iter().map(|(t, data)| (t.clone(), data.as_slice())).collect();
-        write_file(&temporary.join(STATE_TENSORS), &tensors)?;
-        let state = json!({
-            "step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader,
-            "recipe": recipe.terms(),
-        });
-        let path = temporary.join(STATE_JSON);
-        fs::write(&path, format!("{state:#}\n")).map_err(io(&path))?;
         // A step that was saved before the run was killed and is reached again.
         remove(&out)?;
         fs::rename(&temporary, &out).map_err(io(&out))?;
@@ -74,6 +61,50 @@ impl State {
         fs::rename(&temporary, &pointer).map_err(io(&pointer))?;
         let old = checkpoints(folder)?;
         old.iter().rev().filter(|dir| **dir != out).skip(KEPT - 1).try_for_each(|dir| remove(dir))
+    }
+
+    fn write<D: Device<Array = A>>(
+        &self,
+        device: &D,
+        dir: &Path,
+        trained: &[bool],
+        recipe: &Recipe,
+    ) -> Result<(), TrainError> {
+        fs::create_dir_all(dir).map_err(io(dir))?;
+        gather(&recipe.files, dir)?;
+        let layout = &self.params.layout;
+        let mut bytes = Vec::new();
+        let mut add = |prefix: &str, array: &A, i: usize| -> Result<(), TrainError> {
+            let (tensor, range) = (&layout.tensors()[i], layout.range(i));
+            let name = format!("{prefix}{}", tensor.name);
+            let values = device.values(View { array, start: range.start, rows: 1, cols: range.len() })?;
+            let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            bytes.push((NewTensor { name, dtype: Dtype::F32, shape: tensor.shape.clone() }, data));
+            Ok(())
+        };
+        for (i, trained) in trained.iter().enumerate() {
+            add("", &self.params.values, i)?;
+            if *trained {
+                add(MEANS[0], &self.optimizer.m, i)?;
+                add(MEANS[1], &self.optimizer.v, i)?;
+            }
+        }
+        let tensors: Vec<(NewTensor, &[u8])> = bytes.iter().map(|(t, data)| (t.clone(), data.as_slice())).collect();
+        write_file(&dir.join(STATE_TENSORS), &tensors)?;
+        let state = json!({
+            "step": self.step, "optimizer_steps": self.optimizer.steps, "loader": self.loader,
+            "recipe": recipe.terms(),
+        });
+        let path = dir.join(STATE_JSON);
+        fs::write(&path, format!("{state:#}\n")).map_err(io(&path))
+    }
+}
+
+impl State {
+    /// To a device.
+    pub(crate) fn onto<D: Device>(self, device: &D) -> Result<State<D::Array>, TrainError> {
+        let (params, optimizer) = (self.params.onto(device)?, self.optimizer.onto(device)?);
+        Ok(State { step: self.step, params, optimizer, loader: self.loader })
     }
 
     /// Goes on from the newest checkpoint; `self` is the state of a run that begins. False without a checkpoint. Error: one of
@@ -138,9 +169,15 @@ fn state_of(dir: &Path, recipe: &Recipe) -> Result<Value, TrainError> {
     };
     let text = fs::read(&path).map_err(io(&path))?;
     let state: Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-    // Checkpoints of the first runs do not tell their recipe.
-    let saved = state.get("recipe").map(Recipe::saved_terms);
-    if let Some((field, before, now)) = saved.and_then(|saved| difference("", &saved, &recipe.terms())) {
+    // Checkpoints of the first runs do not tell their recipe, later ones not what it started from.
+    let saved = state.get("recipe").map(|saved| {
+        let mut now = recipe.terms();
+        if saved.get("start").is_none() {
+            now["start"] = Value::Null;
+        }
+        (Recipe::saved_terms(saved), now)
+    });
+    if let Some((field, before, now)) = saved.and_then(|(saved, now)| difference("", &saved, &now)) {
         let remedy = remedy();
         return Err(wrong(format!(
             "this stage was begun with {field} = {before}, the recipe now says {now}; put the old value back {remedy}"

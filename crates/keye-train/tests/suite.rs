@@ -1,5 +1,8 @@
 //! The crate's behaviour through its public interface.
 
+#[cfg(feature = "cuda-tests")]
+#[path = "suite/cuda.rs"]
+mod cuda;
 #[path = "suite/data.rs"]
 mod data;
 #[path = "suite/engine.rs"]

@@ -150,23 +150,41 @@ impl Device {
 
     pub fn zeros(self: &Arc<Self>, what: &str, bytes: usize) -> Result<Memory, BackendError> {
         let memory = self.allocate(what, bytes)?;
-        match &**self {
-            Self::Gpu(gpu) => gpu.zero(memory.address, memory.bytes)?,
-            #[cfg(feature = "cuda-emulator")]
-            Self::Emulator(emulator) => emulator.zero(memory.address, memory.bytes),
-        }
+        self.clear(&memory)?;
         Ok(memory)
+    }
+
+    /// Sets all to zero.
+    pub fn clear(&self, memory: &Memory) -> Result<(), BackendError> {
+        match self {
+            Self::Gpu(gpu) => gpu.zero(memory.address, memory.bytes),
+            #[cfg(feature = "cuda-emulator")]
+            Self::Emulator(emulator) => {
+                emulator.zero(memory.address, memory.bytes);
+                Ok(())
+            }
+        }
     }
 
     /// A copy of host bytes.
     pub fn upload(self: &Arc<Self>, what: &str, bytes: &[u8]) -> Result<Memory, BackendError> {
         let memory = self.allocate(what, bytes.len())?;
-        match &**self {
-            Self::Gpu(gpu) => gpu.upload(memory.address, bytes)?,
-            #[cfg(feature = "cuda-emulator")]
-            Self::Emulator(emulator) => emulator.upload(memory.address, bytes),
-        }
+        self.write(&memory, 0, bytes)?;
         Ok(memory)
+    }
+
+    /// Writes host bytes from byte `at` on.
+    pub fn write(&self, memory: &Memory, at: usize, bytes: &[u8]) -> Result<(), BackendError> {
+        assert!(at + bytes.len() <= memory.bytes, "inside the memory");
+        let address = memory.address + at as u64;
+        match self {
+            Self::Gpu(gpu) => gpu.upload(address, bytes),
+            #[cfg(feature = "cuda-emulator")]
+            Self::Emulator(emulator) => {
+                emulator.upload(address, bytes);
+                Ok(())
+            }
+        }
     }
 
     pub fn upload_u32(self: &Arc<Self>, what: &str, values: &[u32]) -> Result<Memory, BackendError> {
@@ -222,14 +240,23 @@ impl Memory {
 
     /// Its bytes from the start on, on the host; waits for all launches.
     pub fn download(&self, bytes: usize) -> Result<Vec<u8>, BackendError> {
-        assert!(bytes <= self.bytes, "inside the memory");
         let mut out = vec![0; bytes];
-        match &*self.device {
-            Device::Gpu(gpu) => gpu.download(self.address, &mut out)?,
-            #[cfg(feature = "cuda-emulator")]
-            Device::Emulator(emulator) => emulator.download(self.address, &mut out),
-        }
+        self.read(0, &mut out)?;
         Ok(out)
+    }
+
+    /// Its bytes from byte `at` on; waits for all launches.
+    pub fn read(&self, at: usize, out: &mut [u8]) -> Result<(), BackendError> {
+        assert!(at + out.len() <= self.bytes, "inside the memory");
+        let address = self.address + at as u64;
+        match &*self.device {
+            Device::Gpu(gpu) => gpu.download(address, out),
+            #[cfg(feature = "cuda-emulator")]
+            Device::Emulator(emulator) => {
+                emulator.download(address, out);
+                Ok(())
+            }
+        }
     }
 }
 

@@ -11,13 +11,17 @@ pub struct Module {
 const COMMON: &str = include_str!("kernels/common.cuh");
 
 /// All modules.
-pub const MODULES: [Module; 6] = [
+pub const MODULES: [Module; 10] = [
     Module { name: "rows", parts: [COMMON, include_str!("kernels/rows.cu")] },
     Module { name: "product", parts: [COMMON, include_str!("kernels/product.cu")] },
     Module { name: "packed", parts: [COMMON, include_str!("kernels/packed.cu")] },
     Module { name: "attention", parts: [COMMON, include_str!("kernels/attention.cu")] },
     Module { name: "select", parts: [COMMON, include_str!("kernels/select.cu")] },
     Module { name: "experts", parts: [COMMON, include_str!("kernels/experts.cu")] },
+    Module { name: "train_rows", parts: [COMMON, include_str!("kernels/train_rows.cu")] },
+    Module { name: "train_step", parts: [COMMON, include_str!("kernels/train_step.cu")] },
+    Module { name: "train_product", parts: [COMMON, include_str!("kernels/train_product.cu")] },
+    Module { name: "train_attention", parts: [COMMON, include_str!("kernels/train_attention.cu")] },
 ];
 
 impl Module {

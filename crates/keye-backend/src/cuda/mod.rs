@@ -17,6 +17,7 @@ mod libraries;
 pub mod nvrtc;
 mod products;
 mod tensor;
+mod training;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -3,15 +3,16 @@
 
 use keye_backend::Isa;
 use keye_backend::matmul::{Matrix, Old, matmul};
+use keye_backend::training::{AttentionShape, Device, Gelu, Precision, Span, View};
 use keye_model::TensorShape;
 use keye_processor::ModelConfig;
 
 use super::vision::{layer_norm, linear};
 use crate::TrainError;
-use crate::ops::attention::{Attended, Attention, Span};
-use crate::ops::linear::{Linear, Precision};
-use crate::ops::norm::{Norm, Stats};
-use crate::ops::{heads, kernels, rows};
+use crate::cpu::kernels;
+use crate::layers::linear::Linear;
+use crate::layers::norm::Norm;
+use crate::layers::{Result, copy};
 use crate::pack::Pack;
 use crate::params::{Gradients, Layout, Params, Slot};
 
@@ -128,23 +129,29 @@ pub(crate) struct Contrast {
 }
 
 /// What pooling leaves for its reverse.
-struct Pooled {
-    spans: Vec<Span>,
-    probes: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    attended: Attended,
-    merged: Vec<f32>,
-    x: Vec<f32>,
-    stats: Stats,
-    h: Vec<f32>,
-    wide: Vec<f32>,
-    active: Vec<f32>,
+struct Pooled<D: Device> {
+    spans: D::Spans,
+    probes: D::Array,
+    q: D::Array,
+    k: D::Array,
+    v: D::Array,
+    /// What attention gave, and its logarithms of sums.
+    attended: D::Array,
+    lse: D::Array,
+    merged: D::Array,
+    x: D::Array,
+    stats: D::Array,
+    h: D::Array,
+    wide: D::Array,
+    active: D::Array,
 }
 
 impl Contrast {
-    pub(crate) fn new(layout: &Layout, config: &ModelConfig, precision: Precision) -> Result<Self, TrainError> {
+    pub(crate) fn new(
+        layout: &Layout,
+        config: &ModelConfig,
+        precision: Precision,
+    ) -> std::result::Result<Self, TrainError> {
         let d = config.vision.hidden_size;
         let weight = layout.slot(&format!("{HEAD}.attention.in_proj_weight"))?;
         let bias = layout.slot(&format!("{HEAD}.attention.in_proj_bias"))?;
@@ -163,104 +170,111 @@ impl Contrast {
         })
     }
 
-    fn attention(&self) -> Attention {
-        Attention { heads: self.heads, kv_heads: self.heads, d: self.probe.len() / self.heads, causal: false }
+    fn attention(&self) -> AttentionShape {
+        let d = self.probe.len() / self.heads;
+        AttentionShape { heads: self.heads, kv_heads: self.heads, d, causal: false }
     }
 
     /// One embedding an image, over its own patches only: `[images, D]`.
-    fn pool(&self, isa: Isa, params: &Params, patches: &[f32], cu_seqlens: &[u32]) -> (Vec<f32>, Pooled) {
-        let Attention { heads, d, .. } = self.attention();
+    fn pool<D: Device>(
+        &self,
+        device: &D,
+        params: &Params<D::Array>,
+        patches: &D::Array,
+        cu_seqlens: &[u32],
+    ) -> Result<(D::Array, Pooled<D>)> {
+        let AttentionShape { heads, d, .. } = self.attention();
         let images = cu_seqlens.len() - 1;
         let span = |i: usize| Span { queries: i..i + 1, keys: cu_seqlens[i] as usize..cu_seqlens[i + 1] as usize };
-        let spans: Vec<Span> = (0..images).map(span).collect();
-        let probes = params.get(self.probe).repeat(images);
-        let project = |part: usize, x: &[f32]| {
-            heads::split(isa, &self.in_proj[part].forward(isa, params, x), heads, d, None, None)
+        let spans = device.spans((0..images).map(span).collect())?;
+        let probes = device.repeat(params.get(self.probe), images)?;
+        let project = |part: usize, x: &D::Array| {
+            device.split_heads(&self.in_proj[part].forward(device, params, x)?, heads, d, None, None)
         };
-        let (q, k, v) = (project(0, &probes), project(1, patches), project(2, patches));
-        let attended = self.attention().forward(isa, &q, &k, &v, &spans);
-        let merged = heads::merge(&attended.out, heads, d);
-        let x = self.out_proj.forward(isa, params, &merged);
-        let (h, stats) = self.layernorm.forward(isa, params, &x);
-        let wide = self.fc1.forward(isa, params, &h);
-        let mut active = vec![0.0; wide.len()];
-        rows::each_part(&mut active, |at, y| kernels::gelu_tanh(isa, &wide[at..at + y.len()], y));
-        let mut out = x.clone();
-        self.fc2.add_forward(isa, params, &active, &mut out);
-        (out, Pooled { spans, probes, q, k, v, attended, merged, x, stats, h, wide, active })
+        let (q, k, v) = (project(0, &probes)?, project(1, patches)?, project(2, patches)?);
+        let (attended, lse) = device.attention(self.attention(), &q, &k, &v, &spans)?;
+        let merged = device.merge_heads(&attended, heads, d)?;
+        let x = self.out_proj.forward(device, params, &merged)?;
+        let (h, stats) = self.layernorm.forward(device, params, &x)?;
+        let wide = self.fc1.forward(device, params, &h)?;
+        let active = device.gelu(Gelu::Tanh, &wide)?;
+        let mut out = copy(device, &x)?;
+        self.fc2.add_forward(device, params, &active, &mut out)?;
+        Ok((out, Pooled { spans, probes, q, k, v, attended, lse, merged, x, stats, h, wide, active }))
     }
 
     /// The gradient of the patches.
-    fn pool_backward(
+    fn pool_backward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        gradients: &mut Gradients,
-        patches: &[f32],
-        p: Pooled,
-        mut dx: Vec<f32>,
-    ) -> Vec<f32> {
-        let Attention { heads, d, .. } = self.attention();
-        self.fc2.backward_params(isa, gradients, &p.active, &dx);
-        let mut dwide = vec![0.0; p.wide.len()];
-        self.fc2.backward_input(isa, params, &dx, &mut dwide, Old::Replace);
-        rows::each_part(&mut dwide, |at, dy| kernels::gelu_tanh_backward(isa, &p.wide[at..at + dy.len()], dy));
-        self.fc1.backward_params(isa, gradients, &p.h, &dwide);
-        let mut dh = vec![0.0; p.h.len()];
-        self.fc1.backward_input(isa, params, &dwide, &mut dh, Old::Replace);
-        self.layernorm.backward(isa, params, gradients, &p.x, &p.stats, &dh, &mut dx);
-        self.out_proj.backward_params(isa, gradients, &p.merged, &dx);
-        let mut dmerged = vec![0.0; p.merged.len()];
-        self.out_proj.backward_input(isa, params, &dx, &mut dmerged, Old::Replace);
-        let dout = heads::split(isa, &dmerged, heads, d, None, None);
-        let [dq, dk, dv] = self.attention().backward(isa, &p.q, &p.k, &p.v, &p.spans, &p.attended, &dout);
-        let dq = heads::merge(&dq, heads, d);
-        self.in_proj[0].backward_params(isa, gradients, &p.probes, &dq);
-        let mut dprobes = vec![0.0; p.probes.len()];
-        self.in_proj[0].backward_input(isa, params, &dq, &mut dprobes, Old::Replace);
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: &mut Gradients<D::Array>,
+        patches: &D::Array,
+        p: Pooled<D>,
+        mut dx: D::Array,
+    ) -> Result<D::Array> {
+        let AttentionShape { heads, d, .. } = self.attention();
+        self.fc2.backward_params(device, gradients, &p.active, &dx)?;
+        let mut dwide = self.fc2.input_gradient(device, params, &dx)?;
+        device.gelu_backward(Gelu::Tanh, &p.wide, &mut dwide)?;
+        self.fc1.backward_params(device, gradients, &p.h, &dwide)?;
+        let dh = self.fc1.input_gradient(device, params, &dwide)?;
+        self.layernorm.backward(device, params, gradients, &p.x, &p.stats, &dh, &mut dx)?;
+        self.out_proj.backward_params(device, gradients, &p.merged, &dx)?;
+        let dmerged = self.out_proj.input_gradient(device, params, &dx)?;
+        let dout = device.split_heads(&dmerged, heads, d, None, None)?;
+        let shape = self.attention();
+        let [dq, dk, dv] = device.attention_backward(shape, &p.q, &p.k, &p.v, &p.spans, &p.attended, &p.lse, &dout)?;
+        let dq = device.merge_heads(&dq, heads, d)?;
+        self.in_proj[0].backward_params(device, gradients, &p.probes, &dq)?;
+        let dprobes = self.in_proj[0].input_gradient(device, params, &dq)?;
         if let Some(dprobe) = gradients.get_mut(self.probe) {
-            rows::add_column_sums(isa, &dprobes, dprobe);
+            device.add_column_sums(&dprobes, dprobe)?;
         }
-        let mut dpatches = vec![0.0; patches.len()];
+        let mut dpatches = device.zeros(device.len(patches))?;
         for (part, dy) in [(1, dk), (2, dv)] {
-            let dy = heads::merge(&dy, heads, d);
-            self.in_proj[part].backward_params(isa, gradients, patches, &dy);
-            self.in_proj[part].backward_input(isa, params, &dy, &mut dpatches, Old::Keep);
+            let dy = device.merge_heads(&dy, heads, d)?;
+            self.in_proj[part].backward_params(device, gradients, patches, &dy)?;
+            self.in_proj[part].backward_input(device, params, &dy, &mut dpatches, Old::Keep)?;
         }
-        dpatches
+        Ok(dpatches)
     }
 
+    /// Loss and, with gradients, those of the tower's patches and of the texts' mean states. The loss itself is computed on the
+    /// host: it is of as many embeddings as there are images.
     #[expect(clippy::too_many_arguments, reason = "an operation and its operands")]
-    /// Loss and, with gradients, those of the tower's patches and of the texts' mean states.
-    pub(crate) fn step(
+    pub(crate) fn step<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        gradients: Option<&mut Gradients>,
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: Option<&mut Gradients<D::Array>>,
         pack: &Pack,
-        patches: &[f32],
-        texts: &[f32],
+        patches: &D::Array,
+        texts: &D::Array,
         scale: f32,
-    ) -> (f64, Option<[Vec<f32>; 2]>) {
-        let d = self.probe.len();
-        let (mut x, pooled) = self.pool(isa, params, patches, &pack.vit_cu_seqlens());
-        let mut y = self.text_projection.forward(isa, params, texts);
+    ) -> Result<(f64, Option<[D::Array; 2]>)> {
+        let (isa, d) = (Isa::detect(), self.probe.len());
+        let (x, pooled) = self.pool(device, params, patches, &pack.vit_cu_seqlens())?;
+        let y = self.text_projection.forward(device, params, texts)?;
+        let host = |x: &D::Array| Ok(device.values(View::of(x, 1, device.len(x)))?.into_owned());
+        let (mut x, mut y): (Vec<f32>, Vec<f32>) = (host(&x)?, host(&y)?);
         let (x_lengths, y_lengths) = (normalise(isa, &mut x, d), normalise(isa, &mut y, d));
-        let (log_scale, bias) = (params.get(self.logit_scale)[0], params.get(self.logit_bias)[0]);
+        let number = |slot: Slot| Ok(device.values(params.get(slot))?[0]);
+        let (log_scale, bias): (f32, f32) = (number(self.logit_scale)?, number(self.logit_bias)?);
         let mut loss = sigmoid_loss(isa, &x, &y, d, log_scale, bias, 256);
-        let Some(gradients) = gradients else { return (loss.loss, None) };
+        let Some(gradients) = gradients else { return Ok((loss.loss, None)) };
         for (slot, gradient) in [(self.logit_scale, loss.dscale), (self.logit_bias, loss.dbias)] {
             if let Some(sum) = gradients.get_mut(slot) {
-                sum[0] += gradient * scale;
+                device.combine(1.0, sum, 1.0, View::of(&device.array(vec![gradient * scale])?, 1, 1))?;
             }
         }
         loss.dx.iter_mut().chain(&mut loss.dy).for_each(|g| *g *= scale);
         normalise_backward(isa, &x, &x_lengths, d, &mut loss.dx);
         normalise_backward(isa, &y, &y_lengths, d, &mut loss.dy);
-        self.text_projection.backward_params(isa, gradients, texts, &loss.dy);
-        let mut dtexts = vec![0.0; texts.len()];
-        self.text_projection.backward_input(isa, params, &loss.dy, &mut dtexts, Old::Replace);
-        let dpatches = self.pool_backward(isa, params, gradients, patches, pooled, loss.dx);
-        (loss.loss, Some([dpatches, dtexts]))
+        let (dx, dy) = (device.array(loss.dx)?, device.array(loss.dy)?);
+        self.text_projection.backward_params(device, gradients, texts, &dy)?;
+        let dtexts = self.text_projection.input_gradient(device, params, &dy)?;
+        let dpatches = self.pool_backward(device, params, gradients, patches, pooled, dx)?;
+        Ok((loss.loss, Some([dpatches, dtexts])))
     }
 }

@@ -1,15 +1,14 @@
 //! The language model (`docs/spec/keye-vl-8b.md` §6) and its reverse.
 
-use keye_backend::Isa;
 use keye_backend::matmul::Old;
+use keye_backend::training::{Angles, AttentionShape, Device, HeadNorm, Precision, Taps, View};
 use keye_processor::TextConfig;
 
 use crate::TrainError;
-use crate::ops::attention::{Attended, Attention, Span};
-use crate::ops::heads::{self, Angles, frequencies};
-use crate::ops::linear::{Linear, Precision};
-use crate::ops::norm::{Norm, Stats};
-use crate::ops::{kernels, rows};
+use crate::layers::angles::{angles, frequencies};
+use crate::layers::linear::Linear;
+use crate::layers::norm::Norm;
+use crate::layers::{Result, copy};
 use crate::params::{Gradients, Layout, Params, Slot};
 
 pub(crate) struct Decoder {
@@ -39,49 +38,55 @@ struct Layer {
 }
 
 /// What a layer computed on its way, for the reverse.
-struct Activations {
-    stats1: Stats,
+struct Activations<A> {
+    stats1: A,
     /// `[n, H]`, normalised.
-    h1: Vec<f32>,
+    h1: A,
     /// Projections before norm and rotation.
-    q: Vec<f32>,
-    k: Vec<f32>,
+    q: A,
+    k: A,
     /// Head after head, as attention takes them.
-    q_heads: Vec<f32>,
-    k_heads: Vec<f32>,
-    v_heads: Vec<f32>,
-    attended: Attended,
+    q_heads: A,
+    k_heads: A,
+    v_heads: A,
+    /// What attention gave, `[heads, n, d]`, and its logarithms of sums.
+    attended: A,
+    lse: A,
     /// `[n, heads * d]`
-    merged: Vec<f32>,
+    merged: A,
     /// After attention, `[n, H]`.
-    middle: Vec<f32>,
-    stats2: Stats,
-    h2: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    middle: A,
+    stats2: A,
+    h2: A,
+    gate: A,
+    up: A,
     /// `silu(gate) up`
-    product: Vec<f32>,
+    product: A,
 }
 
 /// What the forward pass leaves for the reverse: every layer's input, and all else unless it is computed again.
-pub(crate) struct Trace {
-    inputs: Vec<Vec<f32>>,
-    activations: Vec<Option<Activations>>,
-    angles: Angles,
-    spans: Vec<Span>,
+pub(crate) struct Trace<D: Device> {
+    inputs: Vec<D::Array>,
+    activations: Vec<Option<Activations<D::Array>>>,
+    angles: Angles<D::Array>,
+    spans: D::Spans,
 }
 
 impl Decoder {
-    pub(crate) fn new(layout: &Layout, config: &TextConfig, precision: Precision) -> Result<Self, TrainError> {
+    pub(crate) fn new(
+        layout: &Layout,
+        config: &TextConfig,
+        precision: Precision,
+    ) -> std::result::Result<Self, TrainError> {
         if config.experts.is_some() || config.indexer.is_some() {
             return Err(TrainError::Model(
                 "experts and sparse attention are not trained; a dense 1.5 is expected".into(),
             ));
         }
-        let norm = |name: String| -> Result<Norm, TrainError> {
+        let norm = |name: String| -> std::result::Result<Norm, TrainError> {
             Ok(Norm { weight: layout.slot(&name)?, bias: None, eps: config.rms_norm_eps })
         };
-        let linear = |name: String, bias: bool| -> Result<Linear, TrainError> {
+        let linear = |name: String, bias: bool| -> std::result::Result<Linear, TrainError> {
             let bias = if bias { Some(layout.slot(&format!("{name}.bias"))?) } else { None };
             Ok(Linear { weight: layout.slot(&format!("{name}.weight"))?, bias, precision })
         };
@@ -103,7 +108,7 @@ impl Decoder {
                     down_proj: linear(format!("{at}.mlp.down_proj"), false)?,
                 })
             })
-            .collect::<Result<_, TrainError>>()?;
+            .collect::<std::result::Result<_, TrainError>>()?;
         let embed_tokens = layout.slot("model.embed_tokens.weight")?;
         let lm_head = if config.tie_word_embeddings { embed_tokens } else { layout.slot("lm_head.weight")? };
         Ok(Self {
@@ -117,91 +122,80 @@ impl Decoder {
         })
     }
 
-    fn attention(&self) -> Attention {
+    fn attention(&self) -> AttentionShape {
         let c = &self.config;
-        Attention { heads: c.num_attention_heads, kv_heads: c.num_key_value_heads, d: c.head_dim, causal: true }
+        AttentionShape { heads: c.num_attention_heads, kv_heads: c.num_key_value_heads, d: c.head_dim, causal: true }
     }
 
     /// `[n, H]`
-    pub(crate) fn embed(&self, params: &Params, ids: &[u32]) -> Vec<f32> {
-        let (h, table) = (self.config.hidden_size, params.get(self.embed_tokens));
-        ids.iter().flat_map(|id| &table[*id as usize * h..(*id as usize + 1) * h]).copied().collect()
+    pub(crate) fn embed<D: Device>(&self, device: &D, params: &Params<D::Array>, ids: &[u32]) -> Result<D::Array> {
+        device.gather(params.get(self.embed_tokens), ids)
     }
 
     /// Adds the gradients of the rows that came from the table.
-    pub(crate) fn embed_backward(
+    pub(crate) fn embed_backward<D: Device>(
         &self,
-        isa: Isa,
-        gradients: &mut Gradients,
+        device: &D,
+        gradients: &mut Gradients<D::Array>,
         ids: &[u32],
-        replaced: &[usize],
-        dx: &[f32],
-    ) {
-        let h = self.config.hidden_size;
-        let Some(table) = gradients.get_mut(self.embed_tokens) else { return };
-        let mut replaced = replaced.iter().peekable();
-        for (row, id) in ids.iter().enumerate() {
-            if replaced.next_if(|r| **r == row).is_none() {
-                let to = &mut table[*id as usize * h..(*id as usize + 1) * h];
-                kernels::add(isa, to, &dx[row * h..(row + 1) * h]);
-            }
-        }
+        replaced: &[u32],
+        dx: &D::Array,
+    ) -> Result<()> {
+        let Some(table) = gradients.get_mut(self.embed_tokens) else { return Ok(()) };
+        let mut taken = vec![true; ids.len()];
+        replaced.iter().for_each(|row| taken[*row as usize] = false);
+        let rows = (0..ids.len()).filter(|row| taken[*row]);
+        let taps = Taps::new(table.rows, rows.map(|row| (ids[row], row as u32, 1.0)));
+        device.add_taps(table, View::of(dx, ids.len(), self.config.hidden_size), &taps)
     }
 
     /// All layers, before the final norm: `[n, H]` to `[n, H]`. With `recompute` only the layers' inputs are kept.
-    pub(crate) fn forward(
+    pub(crate) fn forward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        mut x: Vec<f32>,
+        device: &D,
+        params: &Params<D::Array>,
+        mut x: D::Array,
         positions: &[[u32; 3]],
-        spans: Vec<Span>,
+        spans: D::Spans,
         recompute: bool,
-    ) -> (Vec<f32>, Trace) {
-        let angles = Angles::new(&self.frequencies, &self.axes, positions);
+    ) -> Result<(D::Array, Trace<D>)> {
+        let angles = angles(device, &self.frequencies, &self.axes, positions)?;
         let mut trace = Trace { inputs: Vec::new(), activations: Vec::new(), angles, spans };
         for layer in &self.layers {
-            let (out, activations) = self.layer(isa, params, layer, &x, &trace.angles, &trace.spans);
+            let (out, activations) = self.layer(device, params, layer, &x, &trace)?;
             trace.inputs.push(std::mem::replace(&mut x, out));
             trace.activations.push((!recompute).then_some(activations));
         }
-        (x, trace)
+        Ok((x, trace))
     }
 
-    fn layer(
+    fn layer<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
+        device: &D,
+        params: &Params<D::Array>,
         layer: &Layer,
-        x: &[f32],
-        angles: &Angles,
-        spans: &[Span],
-    ) -> (Vec<f32>, Activations) {
-        let c = &self.config;
-        let (d, eps) = (c.head_dim, c.rms_norm_eps);
-        let (h1, stats1) = layer.input_layernorm.forward(isa, params, x);
-        let q = layer.q_proj.forward(isa, params, &h1);
-        let k = layer.k_proj.forward(isa, params, &h1);
-        let v = layer.v_proj.forward(isa, params, &h1);
-        let q_norm = Some((params.get(layer.q_norm), eps));
-        let k_norm = Some((params.get(layer.k_norm), eps));
-        let q_heads = heads::split(isa, &q, c.num_attention_heads, d, q_norm, Some(angles));
-        let k_heads = heads::split(isa, &k, c.num_key_value_heads, d, k_norm, Some(angles));
-        let v_heads = heads::split(isa, &v, c.num_key_value_heads, d, None, None);
-        let attended = self.attention().forward(isa, &q_heads, &k_heads, &v_heads, spans);
-        let merged = heads::merge(&attended.out, c.num_attention_heads, d);
-        let mut middle = x.to_vec();
-        layer.o_proj.add_forward(isa, params, &merged, &mut middle);
-        let (h2, stats2) = layer.post_attention_layernorm.forward(isa, params, &middle);
-        let gate = layer.gate_proj.forward(isa, params, &h2);
-        let up = layer.up_proj.forward(isa, params, &h2);
-        let mut product = vec![0.0; gate.len()];
-        rows::each_part(&mut product, |at, a| {
-            let part = at..at + a.len();
-            kernels::silu_mul(isa, &gate[part.clone()], &up[part], a);
-        });
-        let mut out = middle.clone();
-        layer.down_proj.add_forward(isa, params, &product, &mut out);
+        x: &D::Array,
+        trace: &Trace<D>,
+    ) -> Result<(D::Array, Activations<D::Array>)> {
+        let AttentionShape { heads, kv_heads, d, .. } = self.attention();
+        let (h1, stats1) = layer.input_layernorm.forward(device, params, x)?;
+        let q = layer.q_proj.forward(device, params, &h1)?;
+        let k = layer.k_proj.forward(device, params, &h1)?;
+        let v = layer.v_proj.forward(device, params, &h1)?;
+        let angles = Some(&trace.angles);
+        let q_heads = device.split_heads(&q, heads, d, Some(self.head_norm(params, layer.q_norm)), angles)?;
+        let k_heads = device.split_heads(&k, kv_heads, d, Some(self.head_norm(params, layer.k_norm)), angles)?;
+        let v_heads = device.split_heads(&v, kv_heads, d, None, None)?;
+        let (attended, lse) = device.attention(self.attention(), &q_heads, &k_heads, &v_heads, &trace.spans)?;
+        let merged = device.merge_heads(&attended, heads, d)?;
+        let mut middle = copy(device, x)?;
+        layer.o_proj.add_forward(device, params, &merged, &mut middle)?;
+        let (h2, stats2) = layer.post_attention_layernorm.forward(device, params, &middle)?;
+        let gate = layer.gate_proj.forward(device, params, &h2)?;
+        let up = layer.up_proj.forward(device, params, &h2)?;
+        let product = device.silu_mul(&gate, &up)?;
+        let mut out = copy(device, &middle)?;
+        layer.down_proj.add_forward(device, params, &product, &mut out)?;
         let activations = Activations {
             stats1,
             h1,
@@ -211,6 +205,7 @@ impl Decoder {
             k_heads,
             v_heads,
             attended,
+            lse,
             merged,
             middle,
             stats2,
@@ -219,79 +214,83 @@ impl Decoder {
             up,
             product,
         };
-        (out, activations)
+        Ok((out, activations))
+    }
+
+    fn head_norm<'a, A>(&self, params: &'a Params<A>, weight: Slot) -> HeadNorm<'a, A> {
+        HeadNorm { weight: params.get(weight), eps: self.config.rms_norm_eps }
     }
 
     /// The gradient of what [`Self::forward`] took, from that of what it gave.
-    pub(crate) fn backward(
+    pub(crate) fn backward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        gradients: &mut Gradients,
-        mut trace: Trace,
-        mut dx: Vec<f32>,
-    ) -> Vec<f32> {
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: &mut Gradients<D::Array>,
+        mut trace: Trace<D>,
+        mut dx: D::Array,
+    ) -> Result<D::Array> {
         for (i, layer) in self.layers.iter().enumerate().rev() {
-            let x = &trace.inputs[i];
             let activations = match trace.activations[i].take() {
                 Some(activations) => activations,
-                None => self.layer(isa, params, layer, x, &trace.angles, &trace.spans).1,
+                None => self.layer(device, params, layer, &trace.inputs[i], &trace)?.1,
             };
-            self.layer_backward(isa, params, gradients, layer, x, activations, &trace, &mut dx);
+            self.layer_backward(device, params, gradients, layer, i, activations, &trace, &mut dx)?;
         }
-        dx
+        Ok(dx)
     }
 
-    /// Turns the gradient of a layer's output into that of its input.
+    /// Turns the gradient of layer i's output into that of its input.
     #[expect(clippy::too_many_arguments, reason = "an operation and its operands")]
-    fn layer_backward(
+    fn layer_backward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        gradients: &mut Gradients,
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: &mut Gradients<D::Array>,
         layer: &Layer,
-        x: &[f32],
-        a: Activations,
-        trace: &Trace,
-        dx: &mut [f32],
-    ) {
-        let c = &self.config;
-        let (d, eps) = (c.head_dim, c.rms_norm_eps);
-        let n = x.len() / c.hidden_size;
+        i: usize,
+        a: Activations<D::Array>,
+        trace: &Trace<D>,
+        dx: &mut D::Array,
+    ) -> Result<()> {
+        let AttentionShape { heads, kv_heads, d, .. } = self.attention();
         // Feed-forward block.
-        layer.down_proj.backward_params(isa, gradients, &a.product, dx);
-        let mut dproduct = vec![0.0; a.product.len()];
-        layer.down_proj.backward_input(isa, params, dx, &mut dproduct, Old::Replace);
+        layer.down_proj.backward_params(device, gradients, &a.product, dx)?;
+        let dproduct = layer.down_proj.input_gradient(device, params, dx)?;
         let (mut dgate, mut dup) = (a.gate, a.up);
-        rows::each_pair(&mut dgate, &mut dup, |at, gate, up| {
-            kernels::silu_mul_backward(isa, gate, up, &dproduct[at..at + gate.len()]);
-        });
-        layer.gate_proj.backward_params(isa, gradients, &a.h2, &dgate);
-        layer.up_proj.backward_params(isa, gradients, &a.h2, &dup);
-        let mut dh = vec![0.0; n * c.hidden_size];
-        layer.gate_proj.backward_input(isa, params, &dgate, &mut dh, Old::Replace);
-        layer.up_proj.backward_input(isa, params, &dup, &mut dh, Old::Keep);
-        layer.post_attention_layernorm.backward(isa, params, gradients, &a.middle, &a.stats2, &dh, dx);
+        device.silu_mul_backward(&mut dgate, &mut dup, &dproduct)?;
+        layer.gate_proj.backward_params(device, gradients, &a.h2, &dgate)?;
+        layer.up_proj.backward_params(device, gradients, &a.h2, &dup)?;
+        let mut dh = layer.gate_proj.input_gradient(device, params, &dgate)?;
+        layer.up_proj.backward_input(device, params, &dup, &mut dh, Old::Keep)?;
+        layer.post_attention_layernorm.backward(device, params, gradients, &a.middle, &a.stats2, &dh, dx)?;
         // Attention.
-        layer.o_proj.backward_params(isa, gradients, &a.merged, dx);
-        let mut dmerged = vec![0.0; a.merged.len()];
-        layer.o_proj.backward_input(isa, params, dx, &mut dmerged, Old::Replace);
-        let dout = heads::split(isa, &dmerged, c.num_attention_heads, d, None, None);
-        let [dq, dk, dv] =
-            self.attention().backward(isa, &a.q_heads, &a.k_heads, &a.v_heads, &trace.spans, &a.attended, &dout);
-        let q_norm = Some((params.get(layer.q_norm), eps));
-        let k_norm = Some((params.get(layer.k_norm), eps));
+        layer.o_proj.backward_params(device, gradients, &a.merged, dx)?;
+        let dmerged = layer.o_proj.input_gradient(device, params, dx)?;
+        let dout = device.split_heads(&dmerged, heads, d, None, None)?;
+        let [dq, dk, dv] = device.attention_backward(
+            self.attention(),
+            &a.q_heads,
+            &a.k_heads,
+            &a.v_heads,
+            &trace.spans,
+            &a.attended,
+            &a.lse,
+            &dout,
+        )?;
         let angles = Some(&trace.angles);
+        let (q_norm, k_norm) = (self.head_norm(params, layer.q_norm), self.head_norm(params, layer.k_norm));
         let dw = gradients.get_mut(layer.q_norm);
-        let dq = heads::split_backward(isa, &a.q, c.num_attention_heads, d, q_norm, angles, dq, dw);
+        let dq = device.split_heads_backward(&a.q, heads, d, Some(q_norm), angles, dq, dw)?;
         let dw = gradients.get_mut(layer.k_norm);
-        let dk = heads::split_backward(isa, &a.k, c.num_key_value_heads, d, k_norm, angles, dk, dw);
-        let dv = heads::merge(&dv, c.num_key_value_heads, d);
-        dh.fill(0.0);
-        for (projection, dy) in [(layer.q_proj, &dq), (layer.k_proj, &dk), (layer.v_proj, &dv)] {
-            projection.backward_params(isa, gradients, &a.h1, dy);
-            projection.backward_input(isa, params, dy, &mut dh, Old::Keep);
+        let dk = device.split_heads_backward(&a.k, kv_heads, d, Some(k_norm), angles, dk, dw)?;
+        let dv = device.merge_heads(&dv, kv_heads, d)?;
+        for (projection, dy, old) in
+            [(layer.q_proj, &dq, Old::Replace), (layer.k_proj, &dk, Old::Keep), (layer.v_proj, &dv, Old::Keep)]
+        {
+            projection.backward_params(device, gradients, &a.h1, dy)?;
+            projection.backward_input(device, params, dy, &mut dh, old)?;
         }
-        layer.input_layernorm.backward(isa, params, gradients, x, &a.stats1, &dh, dx);
+        layer.input_layernorm.backward(device, params, gradients, &trace.inputs[i], &a.stats1, &dh, dx)
     }
 }

@@ -1,18 +1,17 @@
 //! The vision tower and the projector of 1.5 (`docs/spec/keye-vl-8b.md` §4 and 5) and their reverse.
 
-use keye_backend::Isa;
 use keye_backend::matmul::Old;
+use keye_backend::training::{Angles, AttentionShape, Device, Gelu, Precision, Taps, View, ViewMut};
 use keye_media::ProcessorConfig;
 use keye_processor::VisionConfig;
-use rayon::prelude::*;
 
+use super::self_spans;
 use crate::TrainError;
-use crate::ops::attention::{Attended, Attention, Span, self_spans};
-use crate::ops::heads::{self, Angles, frequencies};
-use crate::ops::linear::{Linear, Precision};
-use crate::ops::norm::{Norm, Stats};
-use crate::ops::{kernels, rows};
-use crate::pack::{PATCH_VALUES, Pack};
+use crate::layers::angles::{angles, frequencies};
+use crate::layers::linear::Linear;
+use crate::layers::norm::Norm;
+use crate::layers::{Result, copy};
+use crate::pack::{PATCH_SIDE, PATCH_VALUES, Pack};
 use crate::params::{Gradients, Layout, Params, Slot};
 
 /// Epsilon of the projector's LayerNorm, torch's default.
@@ -20,8 +19,8 @@ const PROJECTOR_EPS: f32 = 1e-5;
 
 pub(crate) struct Vision {
     pub(crate) config: VisionConfig,
-    /// Factor and offset that bytes of each channel go through.
-    pixels: [(f64, f64, f64); 3],
+    /// What the bytes of each channel stand for: `(byte * rescale - mean) / std`.
+    pixels: [[f32; 256]; 3],
     patch_embedding: Linear,
     position_embedding: Slot,
     layers: Vec<Layer>,
@@ -40,43 +39,50 @@ struct Layer {
     fc2: Linear,
 }
 
-struct Activations {
-    stats1: Stats,
-    h1: Vec<f32>,
-    q_heads: Vec<f32>,
-    k_heads: Vec<f32>,
-    v_heads: Vec<f32>,
-    attended: Attended,
-    merged: Vec<f32>,
-    middle: Vec<f32>,
-    stats2: Stats,
-    h2: Vec<f32>,
+struct Activations<A> {
+    stats1: A,
+    h1: A,
+    q_heads: A,
+    k_heads: A,
+    v_heads: A,
+    /// What attention gave, `[heads, patches, d]`, and its logarithms of sums.
+    attended: A,
+    lse: A,
+    merged: A,
+    middle: A,
+    stats2: A,
+    h2: A,
     /// Before the GELU.
-    wide: Vec<f32>,
+    wide: A,
     /// After it.
-    active: Vec<f32>,
+    active: A,
 }
 
 /// What the forward pass leaves for the reverse.
-pub(crate) struct Trace {
-    pixels: Vec<f32>,
-    /// Four rows of the position table and their weights for every patch.
-    taps: Vec<[(u32, f32); 4]>,
-    inputs: Vec<Vec<f32>>,
-    activations: Vec<Option<Activations>>,
+pub(crate) struct Trace<D: Device> {
+    pixels: D::Array,
+    /// Of every patch four places in the position table: `(patch, place, weight)`.
+    places: Vec<(u32, u32, f32)>,
+    inputs: Vec<D::Array>,
+    activations: Vec<Option<Activations<D::Array>>>,
     /// Of the last layer, and its norm's statistics.
-    last: Vec<f32>,
-    stats: Stats,
-    angles: Angles,
-    spans: Vec<Span>,
+    last: D::Array,
+    stats: D::Array,
+    pass: Pass<D>,
 }
 
-pub(crate) fn linear(layout: &Layout, precision: Precision, name: &str) -> Result<Linear, TrainError> {
+/// What all layers of a pass share.
+struct Pass<D: Device> {
+    angles: Angles<D::Array>,
+    spans: D::Spans,
+}
+
+pub(crate) fn linear(layout: &Layout, precision: Precision, name: &str) -> std::result::Result<Linear, TrainError> {
     let (weight, bias) = (layout.slot(&format!("{name}.weight"))?, Some(layout.slot(&format!("{name}.bias"))?));
     Ok(Linear { weight, bias, precision })
 }
 
-pub(crate) fn layer_norm(layout: &Layout, name: &str, eps: f32) -> Result<Norm, TrainError> {
+pub(crate) fn layer_norm(layout: &Layout, name: &str, eps: f32) -> std::result::Result<Norm, TrainError> {
     Ok(Norm { weight: layout.slot(&format!("{name}.weight"))?, bias: Some(layout.slot(&format!("{name}.bias"))?), eps })
 }
 
@@ -86,7 +92,7 @@ impl Vision {
         config: &VisionConfig,
         processor: &ProcessorConfig,
         precision: Precision,
-    ) -> Result<Self, TrainError> {
+    ) -> std::result::Result<Self, TrainError> {
         if config.num_channels * config.patch_size * config.patch_size != PATCH_VALUES || config.spatial_merge_size != 2
         {
             return Err(TrainError::Model(format!(
@@ -95,9 +101,12 @@ impl Vision {
             )));
         }
         let rescale = if processor.do_rescale { processor.rescale_factor } else { 1.0 };
-        let channel = |c: usize| match processor.do_normalize {
-            true => (rescale, f64::from(processor.image_mean[c]), f64::from(processor.image_std[c])),
-            false => (rescale, 0.0, 1.0),
+        let channel = |c: usize| {
+            let (mean, std) = match processor.do_normalize {
+                true => (f64::from(processor.image_mean[c]), f64::from(processor.image_std[c])),
+                false => (0.0, 1.0),
+            };
+            std::array::from_fn(|byte| ((byte as f64 * rescale - mean) / std) as f32)
         };
         let tower = "visual.vision_model";
         let eps = config.layer_norm_eps;
@@ -115,7 +124,7 @@ impl Vision {
                     fc2: linear(layout, precision, &format!("{at}.mlp.fc2"))?,
                 })
             })
-            .collect::<Result<_, TrainError>>()?;
+            .collect::<std::result::Result<_, TrainError>>()?;
         let half = frequencies(config.rope_theta, config.hidden_size / config.num_attention_heads / 2);
         Ok(Self {
             pixels: [channel(0), channel(1), channel(2)],
@@ -128,64 +137,43 @@ impl Vision {
         })
     }
 
-    fn attention(&self) -> Attention {
+    fn attention(&self) -> AttentionShape {
         let heads = self.config.num_attention_heads;
-        Attention { heads, kv_heads: heads, d: self.config.hidden_size / heads, causal: false }
-    }
-
-    /// Bytes to `(byte * rescale - mean) / std`.
-    fn normalise(&self, bytes: &[u8]) -> Vec<f32> {
-        let side = PATCH_VALUES / 3;
-        let table: Vec<[f32; 256]> = (self.pixels.iter())
-            .map(|(rescale, mean, std)| std::array::from_fn(|byte| ((byte as f64 * rescale - mean) / std) as f32))
-            .collect();
-        let mut out = vec![0.0; bytes.len()];
-        out.par_chunks_mut(PATCH_VALUES).zip(bytes.par_chunks(PATCH_VALUES)).for_each(|(out, bytes)| {
-            for (c, (out, bytes)) in out.chunks_mut(side).zip(bytes.chunks(side)).enumerate() {
-                out.iter_mut().zip(bytes).for_each(|(out, byte)| *out = table[c][*byte as usize]);
-            }
-        });
-        out
+        AttentionShape { heads, kv_heads: heads, d: self.config.hidden_size / heads, causal: false }
     }
 
     /// The patches of all images and frames, each attending inside itself: `[patches, D]`.
-    pub(crate) fn forward(&self, isa: Isa, params: &Params, pack: &Pack, recompute: bool) -> (Vec<f32>, Trace) {
-        let d = self.config.hidden_size;
-        let pixels = self.normalise(&pack.patches);
-        let mut x = self.patch_embedding.forward(isa, params, &pixels);
-        let places: Vec<[u32; 2]> =
+    pub(crate) fn forward<D: Device>(
+        &self,
+        device: &D,
+        params: &Params<D::Array>,
+        pack: &Pack,
+        recompute: bool,
+    ) -> Result<(D::Array, Trace<D>)> {
+        let pixels = device.pixels(&pack.patches, PATCH_SIDE, &self.pixels)?;
+        let mut x = self.patch_embedding.forward(device, params, &pixels)?;
+        let at: Vec<[u32; 2]> =
             pack.grids.iter().flat_map(|[h, w]| (0..*h).flat_map(move |y| (0..*w).map(move |x| [y, x]))).collect();
-        let taps = self.taps(&pack.grids);
-        let table = params.get(self.position_embedding);
-        rows::each_row(&mut x, d, |row, x| {
-            for (from, weight) in taps[row] {
-                kernels::add_scaled(isa, x, &table[from as usize * d..(from as usize + 1) * d], weight);
-            }
-        });
+        let places = self.places(&pack.grids);
+        let patches = ViewMut::of(&mut x, at.len(), self.config.hidden_size);
+        let taps = Taps::new(at.len(), places.iter().copied());
+        device.add_taps(patches, params.get(self.position_embedding), &taps)?;
         let half = self.frequencies.len() / 2;
         let axes: Vec<usize> = (0..2).flat_map(|axis| std::iter::repeat_n(axis, half)).collect();
-        let mut trace = Trace {
-            pixels,
-            taps,
-            inputs: Vec::new(),
-            activations: Vec::new(),
-            last: Vec::new(),
-            stats: Stats::new(),
-            angles: Angles::new(&self.frequencies, &axes, &places),
-            spans: self_spans(&pack.vit_cu_seqlens()),
-        };
+        let angles = angles(device, &self.frequencies, &axes, &at)?;
+        let pass = Pass { angles, spans: device.spans(self_spans(&pack.vit_cu_seqlens()))? };
+        let (mut inputs, mut kept) = (Vec::new(), Vec::new());
         for layer in &self.layers {
-            let (out, activations) = self.layer(isa, params, layer, &x, &trace);
-            trace.inputs.push(std::mem::replace(&mut x, out));
-            trace.activations.push((!recompute).then_some(activations));
+            let (out, activations) = self.layer(device, params, layer, &x, &pass)?;
+            inputs.push(std::mem::replace(&mut x, out));
+            kept.push((!recompute).then_some(activations));
         }
-        let (y, stats) = self.post_layernorm.forward(isa, params, &x);
-        (trace.last, trace.stats) = (x, stats);
-        (y, trace)
+        let (y, stats) = self.post_layernorm.forward(device, params, &x)?;
+        Ok((y, Trace { pixels, places, inputs, activations: kept, last: x, stats, pass }))
     }
 
     /// Bilinear sampling of the position table without aligned corners (§4.1.2), all in f32.
-    fn taps(&self, grids: &[[u32; 2]]) -> Vec<[(u32, f32); 4]> {
+    fn places(&self, grids: &[[u32; 2]]) -> Vec<(u32, u32, f32)> {
         let side = self.config.image_size / self.config.patch_size;
         let tap = |dst: u32, out: u32| {
             let scale = side as f32 / out as f32;
@@ -193,105 +181,134 @@ impl Vision {
             let low = (src as usize).min(side - 1);
             (low, (low + 1).min(side - 1), src - low as f32)
         };
-        let mut taps = Vec::new();
+        let mut places = Vec::new();
+        let mut patch = 0;
         for [h, w] in grids {
             for (y, x) in (0..*h).flat_map(|y| (0..*w).map(move |x| (y, x))) {
                 let ((y0, y1, fy), (x0, x1, fx)) = (tap(y, *h), tap(x, *w));
-                let at = |y: usize, x: usize| (y * side + x) as u32;
-                taps.push([
-                    (at(y0, x0), (1.0 - fy) * (1.0 - fx)),
-                    (at(y0, x1), (1.0 - fy) * fx),
-                    (at(y1, x0), fy * (1.0 - fx)),
-                    (at(y1, x1), fy * fx),
-                ]);
+                let mut add = |y: usize, x: usize, weight: f32| places.push((patch, (y * side + x) as u32, weight));
+                add(y0, x0, (1.0 - fy) * (1.0 - fx));
+                add(y0, x1, (1.0 - fy) * fx);
+                add(y1, x0, fy * (1.0 - fx));
+                add(y1, x1, fy * fx);
+                patch += 1;
             }
         }
-        taps
+        places
     }
 
-    fn layer(&self, isa: Isa, params: &Params, layer: &Layer, x: &[f32], trace: &Trace) -> (Vec<f32>, Activations) {
-        let Attention { heads, d, .. } = self.attention();
-        let (h1, stats1) = layer.layer_norm1.forward(isa, params, x);
+    fn layer<D: Device>(
+        &self,
+        device: &D,
+        params: &Params<D::Array>,
+        layer: &Layer,
+        x: &D::Array,
+        pass: &Pass<D>,
+    ) -> Result<(D::Array, Activations<D::Array>)> {
+        let AttentionShape { heads, d, .. } = self.attention();
+        let (h1, stats1) = layer.layer_norm1.forward(device, params, x)?;
         let split = |projection: &Linear, angles| {
-            heads::split(isa, &projection.forward(isa, params, &h1), heads, d, None, angles)
+            device.split_heads(&projection.forward(device, params, &h1)?, heads, d, None, angles)
         };
-        let q_heads = split(&layer.q_proj, Some(&trace.angles));
-        let k_heads = split(&layer.k_proj, Some(&trace.angles));
-        let v_heads = split(&layer.v_proj, None);
-        let attended = self.attention().forward(isa, &q_heads, &k_heads, &v_heads, &trace.spans);
-        let merged = heads::merge(&attended.out, heads, d);
-        let mut middle = x.to_vec();
-        layer.out_proj.add_forward(isa, params, &merged, &mut middle);
-        let (h2, stats2) = layer.layer_norm2.forward(isa, params, &middle);
-        let wide = layer.fc1.forward(isa, params, &h2);
-        let mut active = vec![0.0; wide.len()];
-        rows::each_part(&mut active, |at, y| kernels::gelu_tanh(isa, &wide[at..at + y.len()], y));
-        let mut out = middle.clone();
-        layer.fc2.add_forward(isa, params, &active, &mut out);
-        let activations =
-            Activations { stats1, h1, q_heads, k_heads, v_heads, attended, merged, middle, stats2, h2, wide, active };
-        (out, activations)
+        let q_heads = split(&layer.q_proj, Some(&pass.angles))?;
+        let k_heads = split(&layer.k_proj, Some(&pass.angles))?;
+        let v_heads = split(&layer.v_proj, None)?;
+        let (attended, lse) = device.attention(self.attention(), &q_heads, &k_heads, &v_heads, &pass.spans)?;
+        let merged = device.merge_heads(&attended, heads, d)?;
+        let mut middle = copy(device, x)?;
+        layer.out_proj.add_forward(device, params, &merged, &mut middle)?;
+        let (h2, stats2) = layer.layer_norm2.forward(device, params, &middle)?;
+        let wide = layer.fc1.forward(device, params, &h2)?;
+        let active = device.gelu(Gelu::Tanh, &wide)?;
+        let mut out = copy(device, &middle)?;
+        layer.fc2.add_forward(device, params, &active, &mut out)?;
+        let activations = Activations {
+            stats1,
+            h1,
+            q_heads,
+            k_heads,
+            v_heads,
+            attended,
+            lse,
+            merged,
+            middle,
+            stats2,
+            h2,
+            wide,
+            active,
+        };
+        Ok((out, activations))
     }
 
     /// Gradients of the tower's parameters from that of its result.
-    pub(crate) fn backward(&self, isa: Isa, params: &Params, gradients: &mut Gradients, mut trace: Trace, dy: &[f32]) {
-        let d = self.config.hidden_size;
-        let mut dx = vec![0.0; dy.len()];
-        self.post_layernorm.backward(isa, params, gradients, &trace.last, &trace.stats, dy, &mut dx);
+    pub(crate) fn backward<D: Device>(
+        &self,
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: &mut Gradients<D::Array>,
+        mut trace: Trace<D>,
+        dy: &D::Array,
+    ) -> Result<()> {
+        let mut dx = device.zeros(device.len(dy))?;
+        self.post_layernorm.backward(device, params, gradients, &trace.last, &trace.stats, dy, &mut dx)?;
         for (i, layer) in self.layers.iter().enumerate().rev() {
             let activations = match trace.activations[i].take() {
                 Some(activations) => activations,
-                None => self.layer(isa, params, layer, &trace.inputs[i], &trace).1,
+                None => self.layer(device, params, layer, &trace.inputs[i], &trace.pass)?.1,
             };
-            self.layer_backward(isa, params, gradients, layer, &trace.inputs[i], activations, &trace, &mut dx);
+            self.layer_backward(device, params, gradients, layer, &trace.inputs[i], activations, &trace.pass, &mut dx)?;
         }
         if let Some(table) = gradients.get_mut(self.position_embedding) {
-            for (taps, dx) in trace.taps.iter().zip(dx.chunks_exact(d)) {
-                for (to, weight) in taps {
-                    kernels::add_scaled(isa, &mut table[*to as usize * d..(*to as usize + 1) * d], dx, *weight);
-                }
-            }
+            let back = trace.places.iter().map(|(patch, place, weight)| (*place, *patch, *weight));
+            let taps = Taps::new(table.rows, back);
+            let d = self.config.hidden_size;
+            device.add_taps(table, View::of(&dx, device.len(&dx) / d, d), &taps)?;
         }
-        self.patch_embedding.backward_params(isa, gradients, &trace.pixels, &dx);
+        self.patch_embedding.backward_params(device, gradients, &trace.pixels, &dx)
     }
 
     #[expect(clippy::too_many_arguments, reason = "an operation and its operands")]
-    fn layer_backward(
+    fn layer_backward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        gradients: &mut Gradients,
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: &mut Gradients<D::Array>,
         layer: &Layer,
-        x: &[f32],
-        a: Activations,
-        trace: &Trace,
-        dx: &mut [f32],
-    ) {
-        let Attention { heads, d, .. } = self.attention();
-        layer.fc2.backward_params(isa, gradients, &a.active, dx);
-        let mut dwide = vec![0.0; a.wide.len()];
-        layer.fc2.backward_input(isa, params, dx, &mut dwide, Old::Replace);
-        rows::each_part(&mut dwide, |at, dy| kernels::gelu_tanh_backward(isa, &a.wide[at..at + dy.len()], dy));
-        layer.fc1.backward_params(isa, gradients, &a.h2, &dwide);
-        let mut dh = vec![0.0; x.len()];
-        layer.fc1.backward_input(isa, params, &dwide, &mut dh, Old::Replace);
-        layer.layer_norm2.backward(isa, params, gradients, &a.middle, &a.stats2, &dh, dx);
+        x: &D::Array,
+        a: Activations<D::Array>,
+        pass: &Pass<D>,
+        dx: &mut D::Array,
+    ) -> Result<()> {
+        let AttentionShape { heads, d, .. } = self.attention();
+        layer.fc2.backward_params(device, gradients, &a.active, dx)?;
+        let mut dwide = layer.fc2.input_gradient(device, params, dx)?;
+        device.gelu_backward(Gelu::Tanh, &a.wide, &mut dwide)?;
+        layer.fc1.backward_params(device, gradients, &a.h2, &dwide)?;
+        let mut dh = layer.fc1.input_gradient(device, params, &dwide)?;
+        layer.layer_norm2.backward(device, params, gradients, &a.middle, &a.stats2, &dh, dx)?;
 
-        layer.out_proj.backward_params(isa, gradients, &a.merged, dx);
-        let mut dmerged = vec![0.0; a.merged.len()];
-        layer.out_proj.backward_input(isa, params, dx, &mut dmerged, Old::Replace);
-        let dout = heads::split(isa, &dmerged, heads, d, None, None);
-        let [dq, dk, dv] =
-            self.attention().backward(isa, &a.q_heads, &a.k_heads, &a.v_heads, &trace.spans, &a.attended, &dout);
-        // Without a norm the reverse does not look at what was split, only at its size.
-        let back = |dy, angles| heads::split_backward(isa, x, heads, d, None, angles, dy, None);
-        let (dq, dk, dv) = (back(dq, Some(&trace.angles)), back(dk, Some(&trace.angles)), back(dv, None));
-        dh.fill(0.0);
-        for (projection, dy) in [(layer.q_proj, &dq), (layer.k_proj, &dk), (layer.v_proj, &dv)] {
-            projection.backward_params(isa, gradients, &a.h1, dy);
-            projection.backward_input(isa, params, dy, &mut dh, Old::Keep);
+        layer.out_proj.backward_params(device, gradients, &a.merged, dx)?;
+        let dmerged = layer.out_proj.input_gradient(device, params, dx)?;
+        let dout = device.split_heads(&dmerged, heads, d, None, None)?;
+        let [dq, dk, dv] = device.attention_backward(
+            self.attention(),
+            &a.q_heads,
+            &a.k_heads,
+            &a.v_heads,
+            &pass.spans,
+            &a.attended,
+            &a.lse,
+            &dout,
+        )?;
+        let back = |dy, angles| device.split_heads_backward(x, heads, d, None, angles, dy, None);
+        let (dq, dk, dv) = (back(dq, Some(&pass.angles))?, back(dk, Some(&pass.angles))?, back(dv, None)?);
+        for (projection, dy, old) in
+            [(layer.q_proj, &dq, Old::Replace), (layer.k_proj, &dk, Old::Keep), (layer.v_proj, &dv, Old::Keep)]
+        {
+            projection.backward_params(device, gradients, &a.h1, dy)?;
+            projection.backward_input(device, params, dy, &mut dh, old)?;
         }
-        layer.layer_norm1.backward(isa, params, gradients, x, &a.stats1, &dh, dx);
+        layer.layer_norm1.backward(device, params, gradients, x, &a.stats1, &dh, dx)
     }
 }
 
@@ -302,17 +319,17 @@ pub(crate) struct Projector {
     linear_2: Linear,
 }
 
-pub(crate) struct ProjectorTrace {
+pub(crate) struct ProjectorTrace<A> {
     order: Vec<u32>,
-    merged: Vec<f32>,
-    stats: Stats,
-    normed: Vec<f32>,
-    wide: Vec<f32>,
-    active: Vec<f32>,
+    merged: A,
+    stats: A,
+    normed: A,
+    wide: A,
+    active: A,
 }
 
 impl Projector {
-    pub(crate) fn new(layout: &Layout, precision: Precision) -> Result<Self, TrainError> {
+    pub(crate) fn new(layout: &Layout, precision: Precision) -> std::result::Result<Self, TrainError> {
         Ok(Self {
             pre_norm: layer_norm(layout, "mlp_AR.pre_norm", PROJECTOR_EPS)?,
             linear_1: linear(layout, precision, "mlp_AR.linear_1")?,
@@ -336,51 +353,47 @@ impl Projector {
     }
 
     /// `[patches, D]` to `[patches / 4, H]`.
-    pub(crate) fn forward(
+    pub(crate) fn forward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        patches: &[f32],
+        device: &D,
+        params: &Params<D::Array>,
+        patches: &D::Array,
         grids: &[[u32; 2]],
-    ) -> (Vec<f32>, ProjectorTrace) {
+    ) -> Result<(D::Array, ProjectorTrace<D::Array>)> {
         let order = Self::order(grids);
-        let d = patches.len() / order.len();
-        let merged: Vec<f32> =
-            order.iter().flat_map(|p| &patches[*p as usize * d..(*p as usize + 1) * d]).copied().collect();
-        let (normed, stats) = self.pre_norm.forward(isa, params, &merged);
-        let wide = self.linear_1.forward(isa, params, &normed);
-        let mut active = vec![0.0; wide.len()];
-        rows::each_part(&mut active, |at, y| kernels::gelu_erf(isa, &wide[at..at + y.len()], y));
-        let out = self.linear_2.forward(isa, params, &active);
-        (out, ProjectorTrace { order, merged, stats, normed, wide, active })
+        let d = device.len(patches) / order.len();
+        let merged = device.gather(View::of(patches, order.len(), d), &order)?;
+        let (normed, stats) = self.pre_norm.forward(device, params, &merged)?;
+        let wide = self.linear_1.forward(device, params, &normed)?;
+        let active = device.gelu(Gelu::Erf, &wide)?;
+        let out = self.linear_2.forward(device, params, &active)?;
+        Ok((out, ProjectorTrace { order, merged, stats, normed, wide, active }))
     }
 
     /// The gradient of the patches `[patches, D]`; not computed unless somebody below is trained.
-    pub(crate) fn backward(
+    pub(crate) fn backward<D: Device>(
         &self,
-        isa: Isa,
-        params: &Params,
-        gradients: &mut Gradients,
-        trace: ProjectorTrace,
-        dy: &[f32],
+        device: &D,
+        params: &Params<D::Array>,
+        gradients: &mut Gradients<D::Array>,
+        trace: ProjectorTrace<D::Array>,
+        dy: &D::Array,
         below: bool,
-    ) -> Option<Vec<f32>> {
-        self.linear_2.backward_params(isa, gradients, &trace.active, dy);
-        let mut dwide = vec![0.0; trace.wide.len()];
-        self.linear_2.backward_input(isa, params, dy, &mut dwide, Old::Replace);
-        rows::each_part(&mut dwide, |at, dy| kernels::gelu_erf_backward(isa, &trace.wide[at..at + dy.len()], dy));
-        self.linear_1.backward_params(isa, gradients, &trace.normed, &dwide);
-        let mut dnormed = vec![0.0; trace.normed.len()];
-        self.linear_1.backward_input(isa, params, &dwide, &mut dnormed, Old::Replace);
-        let mut dmerged = vec![0.0; trace.merged.len()];
-        self.pre_norm.backward(isa, params, gradients, &trace.merged, &trace.stats, &dnormed, &mut dmerged);
-        below.then(|| {
-            let d = dmerged.len() / trace.order.len();
-            let mut dx = vec![0.0; dmerged.len()];
-            for (from, dmerged) in trace.order.iter().zip(dmerged.chunks_exact(d)) {
-                dx[*from as usize * d..(*from as usize + 1) * d].copy_from_slice(dmerged);
-            }
-            dx
-        })
+    ) -> Result<Option<D::Array>> {
+        self.linear_2.backward_params(device, gradients, &trace.active, dy)?;
+        let mut dwide = self.linear_2.input_gradient(device, params, dy)?;
+        device.gelu_backward(Gelu::Erf, &trace.wide, &mut dwide)?;
+        self.linear_1.backward_params(device, gradients, &trace.normed, &dwide)?;
+        let dnormed = self.linear_1.input_gradient(device, params, &dwide)?;
+        let n = device.len(&trace.merged);
+        let mut dmerged = device.zeros(n)?;
+        self.pre_norm.backward(device, params, gradients, &trace.merged, &trace.stats, &dnormed, &mut dmerged)?;
+        if !below {
+            return Ok(None);
+        }
+        let mut dx = device.zeros(n)?;
+        let rows = trace.order.len();
+        device.scatter(ViewMut::of(&mut dx, rows, n / rows), &trace.order, &dmerged)?;
+        Ok(Some(dx))
     }
 }

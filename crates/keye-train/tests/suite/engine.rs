@@ -164,7 +164,7 @@ fn unlike_models_have_no_mean() {
     export(&model, &model.init(2), &[fixture()], &other, ExportDtype::F32, true).unwrap();
     let mut processor = processor();
     processor.config.text.num_hidden_layers += 1;
-    let deeper = Model::new(&processor.config, &processor.media.processor, model.isa(), Precision::F32).unwrap();
+    let deeper = Model::new(&processor.config, &processor.media.processor, *model.device(), Precision::F32).unwrap();
     // Under the config of the shallow ones.
     export(&deeper, &deeper.init(1), &[fixture()], &deep, ExportDtype::F32, true).unwrap();
     let refused = |dirs: [&Path; 2], named: &str| {

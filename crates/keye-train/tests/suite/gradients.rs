@@ -1,14 +1,20 @@
 //! The reverse pass against differences of the forward pass.
 
 use keye_backend::Isa;
-use keye_train::{Gradients, Model, Pack, Params, Precision, sigmoid_loss};
+use keye_train::{Cpu, Gradients, Model, Pack, Params, Precision, sigmoid_loss};
 
-use crate::support::{Numbers, model, packed, processor, sample, stored, weights};
+use crate::support::{Numbers, model, packed, pairs, processor, sample, stored, weights};
+
+/// Zeros for all tensors.
+fn all_gradients(model: &Model) -> Gradients {
+    let trained = vec![true; model.layout().tensors().len()];
+    Gradients::zeros(model.device(), model.layout(), trained).unwrap()
+}
 
 /// Compares every tensor's gradient with the change of the loss along a random direction of that tensor.
 fn check(model: &Model, params: &Params, loss: &mut dyn FnMut(&Params, Option<&mut Gradients>) -> f64) {
     let layout = model.layout();
-    let mut gradients = Gradients::zeros(layout, vec![true; layout.tensors().len()]);
+    let mut gradients = all_gradients(model);
     let value = loss(params, Some(&mut gradients));
     assert!(value.is_finite() && value != 0.0);
     assert_eq!(value, loss(params, None), "the loss does not depend on whether gradients are wanted");
@@ -70,13 +76,13 @@ fn next_token_gradients_equal_differences() {
 #[test]
 fn gradients_in_mixed_precision_are_near_those_in_f32() {
     let processor = processor();
-    let mixed = Model::new(&processor.config, &processor.media.processor, Isa::detect(), Precision::Bf16).unwrap();
+    let mixed = Model::new(&processor.config, &processor.media.processor, Cpu::detect(), Precision::Bf16).unwrap();
     let exact = model();
     let params = exact.init(2);
     let pack = pack(&exact);
     let weights = weights(&pack);
     let of = |model: &Model| {
-        let mut gradients = Gradients::zeros(model.layout(), vec![true; model.layout().tensors().len()]);
+        let mut gradients = all_gradients(model);
         let loss = model.next_token(&params, Some(&mut gradients), &pack, &weights, 1.0).unwrap();
         (loss, gradients.values)
     };
@@ -85,14 +91,6 @@ fn gradients_in_mixed_precision_are_near_those_in_f32() {
     let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
     let off = square(&mut want.iter().zip(&found).map(|(a, b)| a - b)) / square(&mut want.iter().copied());
     assert!(off > 0.0 && off.sqrt() < 0.03, "{}", off.sqrt());
-}
-
-fn pairs(model: &Model) -> Pack {
-    let text = |seed, n| sample(model, seed, n, &[]);
-    let mut pack = packed(&[text(1, 5), text(2, 9), text(3, 3)]);
-    let images = sample(model, 9, 1, &[[4, 4], [2, 6], [4, 2]]);
-    (pack.grids, pack.patches) = (images.grids, images.patches);
-    pack
 }
 
 #[test]
@@ -113,7 +111,7 @@ fn gradients_do_not_depend_on_threads_nor_on_recomputation() {
     let weights = weights(&pack);
     let run = |model: &Model, threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let mut gradients = Gradients::zeros(model.layout(), vec![true; model.layout().tensors().len()]);
+        let mut gradients = all_gradients(model);
         let loss = pool.install(|| model.next_token(&params, Some(&mut gradients), &pack, &weights, 0.5).unwrap());
         (loss, gradients.values)
     };
@@ -134,7 +132,7 @@ fn frozen_tensors_gather_no_gradient() {
     let weights = weights(&pack);
     let only = |prefix: &str| {
         let trained = model.layout().tensors().iter().map(|t| t.name.starts_with(prefix)).collect();
-        let mut gradients = Gradients::zeros(model.layout(), trained);
+        let mut gradients = Gradients::zeros(model.device(), model.layout(), trained).unwrap();
         model.next_token(&params, Some(&mut gradients), &pack, &weights, 1.0).unwrap();
         gradients.values
     };

@@ -4,8 +4,9 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use keye_backend::Isa;
-use keye_train::{Model, Outcome, Pack, PackSource, Recipe, StepMetrics, TrainError, load_model, run};
+use keye_train::{
+    Cpu, ExportDtype, Model, Outcome, Pack, PackSource, Recipe, StepMetrics, TrainError, export, load_model, run,
+};
 use serde_json::{Value, json};
 
 use crate::support::{fixture, packed, sample};
@@ -72,7 +73,7 @@ pub fn losses(
     end: Option<End>,
     stop_at: u64,
 ) -> (Result<Outcome, TrainError>, Vec<StepMetrics>) {
-    let model = load_model(recipe, Isa::detect()).unwrap();
+    let model = load_model(recipe, Cpu::detect()).unwrap();
     let mut lines = Vec::new();
     let step = Cell::new(0);
     let mut packs = Packs { model: &model, next: 0, end };
@@ -178,6 +179,7 @@ fn a_changed_recipe_does_not_go_on() {
         ("steps = 5\ntrained = [\"\"]", "steps = 4, the recipe now says 5"),
         ("steps = 4\ntrained = [\"mlp_AR.\"]", "trained[0] = \"\", the recipe now says \"mlp_AR.\""),
         ("steps = 4\ntrained = [\"\"]\n[data]\nmax_tokens = 3", "data.max_tokens = null, the recipe now says 3"),
+        ("steps = 4\ntrained = [\"\"]\nstart = \"changed\"", "start = null, the recipe now says \"changed\""),
     ] {
         let error = losses(&load(fields), dir.path(), None, 0).0.unwrap_err().to_string();
         assert!(error.contains(named) && error.contains("begin again"), "{error}");
@@ -186,6 +188,45 @@ fn a_changed_recipe_does_not_go_on() {
     let (outcome, lines) = losses(&load(same), dir.path(), None, 0);
     assert_eq!(outcome.unwrap(), Outcome::Done(dir.path().join("changed/model")));
     assert_eq!(lines.len(), 2);
+}
+
+/// Two runs would take turns at the same checkpoints and metrics.
+#[test]
+fn a_stage_is_run_once_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = Recipe::load(&recipe(dir.path(), "twice", "steps = 3\ntrained = [\"\"]")).unwrap();
+    let model = load_model(&recipe, Cpu::detect()).unwrap();
+    let mut packs = Packs { model: &model, next: 0, end: None };
+    let mut refused = 0;
+    let mut told = |_: &StepMetrics| {
+        let error = losses(&recipe, dir.path(), None, 0).0.unwrap_err().to_string();
+        assert!(error.contains("twice") && error.contains("another run"), "{error}");
+        refused += 1;
+    };
+    let outcome = run(&recipe, &model, dir.path(), &mut packs, &[], &|| false, &mut told);
+    assert_eq!(outcome.unwrap(), Outcome::Done(dir.path().join("twice/model")));
+    assert_eq!(refused, 3);
+}
+
+/// As on a full disk: what could not be finished is gone, and the reason is told once.
+#[test]
+fn what_cannot_be_saved_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = Recipe::load(&recipe(dir.path(), "full", "steps = 3\ntrained = [\"\"]")).unwrap();
+    let model = load_model(&recipe, Cpu::detect()).unwrap();
+    let mut packs = Packs { model: &model, next: 0, end: None };
+    // A directory in the place of the pointer to the newest checkpoint.
+    let folder = dir.path().join("full");
+    let block = |_: &StepMetrics| std::fs::create_dir_all(folder.join("latest.partial/x")).unwrap();
+    let error = run(&recipe, &model, dir.path(), &mut packs, &[], &|| true, &mut { block }).unwrap_err().to_string();
+    assert_eq!(error.matches("latest.partial").count(), 1, "{error}");
+    assert!(error.contains("steps after 0 are lost"), "{error}");
+    let model_dir = dir.path().join("export");
+    let params = model.init(1);
+    let missing = vec![dir.path().join("nowhere")];
+    export(&model, &params, &missing, &model_dir, ExportDtype::F32, true).unwrap_err();
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().contains("export")), "{left:?}");
 }
 
 /// So does a recipe whose small files have been changed: they make other samples of the same data.

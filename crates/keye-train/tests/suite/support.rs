@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use keye_backend::Isa;
 use keye_processor::{Overrides, Processor};
-use keye_train::{Model, PATCH_VALUES, Pack, Params, Precision, load_params};
+use keye_train::{Cpu, Model, PATCH_VALUES, Pack, Params, Precision, load_params};
 
 pub fn fixture() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/keye-1_5-tiny/model"))
@@ -16,7 +15,7 @@ pub fn processor() -> Processor {
 
 pub fn model() -> Model {
     let processor = processor();
-    Model::new(&processor.config, &processor.media.processor, Isa::detect(), Precision::F32).unwrap()
+    Model::new(&processor.config, &processor.media.processor, Cpu::detect(), Precision::F32).unwrap()
 }
 
 /// The fixture's own weights.
@@ -75,6 +74,15 @@ pub fn packed(samples: &[Pack]) -> Pack {
     let mut pack = Pack::default();
     samples.iter().for_each(|sample| pack.push(sample));
     pack.check().unwrap();
+    pack
+}
+
+/// Three texts with a picture each.
+pub fn pairs(model: &Model) -> Pack {
+    let text = |seed, n| sample(model, seed, n, &[]);
+    let mut pack = packed(&[text(1, 5), text(2, 9), text(3, 3)]);
+    let images = sample(model, 9, 1, &[[4, 4], [2, 6], [4, 2]]);
+    (pack.grids, pack.patches) = (images.grids, images.patches);
     pack
 }
 

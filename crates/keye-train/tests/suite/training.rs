@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use keye_backend::Isa;
 use keye_train::data::DataConfig;
 use keye_train::{
-    ExportDtype, Gradients, Means, Optimizer, Recipe, Schedule, StepMetrics, Weighting, export, groups, load_model,
-    load_params, loss_svg, model_of, weights,
+    Cpu, ExportDtype, Gradients, Means, Optimizer, Recipe, Schedule, StepMetrics, Weighting, export, groups,
+    load_model, load_params, loss_svg, model_of, weights,
 };
 
 use crate::resume::{losses, recipe};
@@ -51,15 +50,15 @@ fn a_first_step_moves_by_the_learning_rate() {
     let layout = model.layout();
     let i = layout.find("model.layers.0.mlp.up_proj.weight").unwrap();
     let trained = (0..layout.tensors().len()).map(|t| t == i).collect();
-    let mut gradients = Gradients::zeros(layout, trained);
+    let mut gradients = Gradients::zeros(model.device(), layout, trained).unwrap();
     let range = layout.range(i);
     gradients.values[range.start] = 3.0;
     gradients.values[range.start + 1] = -4.0;
     let start = model.init(1);
     let mut params = start.clone();
     let mut optimizer = Means::new(layout);
-    let norm =
-        optimizer.step(Isa::detect(), &mut params, &gradients, &groups(layout, Optimizer::AdamW, 0.1, 0.5), 1e-2, 1.0);
+    let groups = groups(layout, Optimizer::AdamW, 0.1, 0.5);
+    let norm = optimizer.step(model.device(), &mut params, &gradients, &groups, 1e-2, 1.0).unwrap();
     assert_eq!(norm, 5.0);
     for (at, sign) in [(0, 1.0), (1, -1.0), (2, 0.0)] {
         let p = start.values[range.start + at];
@@ -71,8 +70,7 @@ fn a_first_step_moves_by_the_learning_rate() {
     assert!(untouched.into_iter().all(|j| params.values[j] == start.values[j]));
     gradients.values[range.start] = f32::NAN;
     let before = params.clone();
-    let norm =
-        optimizer.step(Isa::detect(), &mut params, &gradients, &groups(layout, Optimizer::AdamW, 0.1, 0.5), 1e-2, 1.0);
+    let norm = optimizer.step(model.device(), &mut params, &gradients, &groups, 1e-2, 1.0).unwrap();
     assert!(norm.is_nan() && params == before && optimizer.steps == 1);
 }
 
@@ -125,7 +123,7 @@ fn the_middle_of_a_stage_is_exported() {
         Recipe::load(&recipe(dir.path(), "half", "steps = 4\ntrained = [\"\"]\ncheckpoint_every = 2")).unwrap();
     losses(&recipe, dir.path(), None, 0).0.unwrap();
     let read = |from: &Path| {
-        let model = model_of(from, Isa::detect()).unwrap();
+        let model = model_of(from, Cpu::detect()).unwrap();
         let mut params = model.init(9);
         load_params(&model, from, &mut params).unwrap();
         let out = dir.path().join("exported").join(from.file_name().unwrap());
@@ -182,7 +180,7 @@ fn the_recipes_of_keye_nano_fit_together() {
             None => before.contains(start),
         };
         assert!(recipe.start.as_ref().map_or(before.is_empty(), follows), "{}", path.display());
-        recipe.trained(load_model(&recipe, Isa::detect()).unwrap().layout()).unwrap();
+        recipe.trained(load_model(&recipe, Cpu::detect()).unwrap().layout()).unwrap();
         let data = DataConfig::from_table(&recipe.data).unwrap();
         let unused = recipe.validation.as_ref().is_some_and(|validation| validation.every > recipe.steps);
         assert!(!unused && data.held_out().is_ok(), "{}", path.display());

@@ -19,7 +19,7 @@ Needs NVIDIA's driver and nothing else; NVRTC for chips that this program carrie
 is found. Answers may differ from the CPU's by rounding, which is told. Exit code 0: nothing is wrong. 1: something is, or there is \
 no GPU.";
 
-/// Check an NVIDIA GPU: every operation against the CPU, a model's answers, timings beside the chip's own limits
+/// Check an NVIDIA GPU: every operation against its definition, a model's answers, timings beside the chip's own limits
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
@@ -48,6 +48,8 @@ enum Part {
     Small,
     /// The whole conformance suite
     Suite,
+    /// Every operation of training beside plain formulas
+    Training,
     /// cuBLASLt beside our own products
     Library,
     /// keye-nano's answers on the GPU and on the CPU
@@ -102,6 +104,7 @@ fn work(args: &Args, report: &mut report::Report) -> Result<()> {
         match part {
             Part::Small => checks::suite(device, true, &mut |check| report.add(check, show))?,
             Part::Suite => checks::suite(device, false, &mut |check| report.add(check, show))?,
+            Part::Training => checks::training(device, &mut |check| report.add(check, show))?,
             Part::Library => match checks::library(device)? {
                 Ok(check) => report.add(check, show)?,
                 Err(reason) => report.skip("cuBLASLt", reason, show)?,

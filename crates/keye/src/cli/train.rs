@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use keye::Device;
 use keye_backend::Isa;
+use keye_backend::training;
 use keye_processor::{Overrides, Processor};
 use keye_train::data::{DataConfig, Stream, held_out};
 use keye_train::{
-    ExportDtype, Model, Outcome, Params, Recipe, StepMetrics, average, export, load_model, load_params, loss_of,
+    Cpu, ExportDtype, Model, Outcome, Params, Recipe, StepMetrics, average, export, load_model, load_params, loss_of,
     model_of, run,
 };
 use serde_json::json;
@@ -84,6 +86,9 @@ struct RunArgs {
     /// Threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// What computes: cpu, cuda (the first GPU) or cuda:N. A run can go on on another device
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Device,
 }
 
 pub fn run_command(args: Args) -> Result<()> {
@@ -91,8 +96,7 @@ pub fn run_command(args: Args) -> Result<()> {
         Command::Run(args) => run_stages(&args),
         Command::Average { out, models, measure, json } => {
             absent(&out)?;
-            let isa = Isa::from_env()?;
-            let model = model_of(&models[0], isa)?;
+            let model = model_of(&models[0], cpu()?)?;
             let mean = average(&model, &models, &model.init(0))?;
             let losses = measure.map(|recipe| held_out_losses(&recipe, &model, &models, &mean.params)).transpose()?;
             let lowest = losses.iter().flat_map(|losses| &losses.models).copied().fold(f64::INFINITY, f64::min);
@@ -119,13 +123,17 @@ pub fn run_command(args: Args) -> Result<()> {
         }
         Command::Export { model: dir, out } => {
             absent(&out)?;
-            let model = model_of(&dir, Isa::from_env()?)?;
+            let model = model_of(&dir, cpu()?)?;
             let mut params = model.init(0);
             load_params(&model, &dir, &mut params)?;
             export(&model, &params, &[dir], &out, ExportDtype::Bf16, false)?;
             ui::out(&format!("{}\n", out.display()))
         }
     }
+}
+
+fn cpu() -> Result<Cpu> {
+    Ok(Cpu { isa: Isa::from_env()? })
 }
 
 /// A directory that is to be made: told before the work that fills it.
@@ -173,6 +181,7 @@ fn run_stages(args: &RunArgs) -> Result<()> {
         pool = pool.num_threads(threads.into());
     }
     let pool = pool.build().context("cannot start threads")?;
+    super::args::warn_of_device(args.device, &mut Status::new(false));
     let guard = signals::guard();
     for recipe in recipes.iter().filter(wanted) {
         match pool.install(|| stage(recipe, args, &guard))? {
@@ -200,11 +209,31 @@ fn keep_freed_memory() {
 
 fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outcome> {
     keep_freed_memory();
-    let isa = Isa::from_env()?;
+    match args.device {
+        Device::Cpu => stage_on(cpu()?, recipe, args, guard),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(number) => {
+            use keye_backend::{Cuda, CudaOptions};
+            let cuda = Cuda::new(CudaOptions { device: number, ..CudaOptions::default() })?;
+            stage_on(cuda, recipe, args, guard)
+        }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => {
+            Err(Usage("--device cuda: this build has no CUDA: build with --features cuda".into()).into())
+        }
+    }
+}
+
+fn stage_on<D: training::Device>(
+    device: D,
+    recipe: &Recipe,
+    args: &RunArgs,
+    guard: &signals::Guard,
+) -> Result<Outcome> {
     let data = DataConfig::from_table(&recipe.data).with_context(|| recipe.name.clone())?.beside(&recipe.folder);
     let files = recipe.gather()?;
     let processor = Arc::new(Processor::load(files.path(), &Overrides::default())?);
-    let model = load_model(recipe, isa)?;
+    let model = load_model(recipe, device)?;
     let validation = held_out(recipe, &processor).with_context(|| format!("{}: validation", recipe.name))?;
     let status = Rc::new(RefCell::new(Status::new(false)));
     let (name, log) = (recipe.name.clone(), Rc::clone(&status));

@@ -40,6 +40,10 @@ struct alignas(8) floats2 {
     float x, y;
 };
 
+struct alignas(16) floats4 {
+    float x, y, z, w;
+};
+
 struct alignas(8) ints2 {
     int x, y;
 };

@@ -13,6 +13,9 @@ use super::report::{Checked, DeviceFound};
 /// keys are large: rounded to bf16 a score is off by some hundredths, and so are weights.
 const TOLERANCES: [(Products, [f32; 2]); 2] = [(Products::F32, [2e-5, 1e-4]), (Products::Bf16, [0.15, 0.15])];
 
+/// Largest difference of training's operations in f32.
+const TRAINING_TOLERANCE: f32 = 2e-5;
+
 /// Which GPU, or the kernels on the CPU.
 #[derive(Debug, Clone, Copy)]
 pub struct Device {
@@ -76,6 +79,14 @@ pub fn suite(device: Device, small: bool, add: &mut dyn FnMut(Checked) -> Result
         add(checked(format!("{size}, products in {mode}"), &checks, begin))?;
     }
     Ok(())
+}
+
+/// The operations of training. Products of bf16 operands have a tolerance of their own.
+pub fn training(device: Device, add: &mut dyn FnMut(Checked) -> Result<()>) -> Result<()> {
+    let cuda = device.open(Products::F32, false, false)?;
+    let begin = Instant::now();
+    let checks = conformance::training::run(&cuda, TRAINING_TOLERANCE)?;
+    add(checked("operations of training".into(), &checks, begin))
 }
 
 fn checked(name: String, checks: &[Check], begin: Instant) -> Checked {

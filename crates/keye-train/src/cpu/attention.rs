@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use keye_backend::Isa;
 use keye_backend::matmul::{Matrix, Old, matmul};
+use keye_backend::training::{AttentionShape, Span};
 use rayon::prelude::*;
 
 use super::kernels;
@@ -12,48 +13,20 @@ use super::kernels;
 /// Queries of a tile.
 const TILE: usize = 128;
 
-/// Queries that attend to keys; in causal attention both are the same rows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Span {
-    pub(crate) queries: Range<usize>,
-    pub(crate) keys: Range<usize>,
-}
-
-/// The spans that boundaries `0, .., n` cut.
-pub(crate) fn self_spans(cu_seqlens: &[u32]) -> Vec<Span> {
-    let span = |w: &[u32]| {
-        let rows = w[0] as usize..w[1] as usize;
-        Span { queries: rows.clone(), keys: rows }
-    };
-    cu_seqlens.windows(2).map(span).collect()
-}
-
-/// Shape and masking.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Attention {
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    /// Width of a head.
-    pub(crate) d: usize,
-    pub(crate) causal: bool,
-}
-
-/// What the reverse needs beside the inputs.
-pub(crate) struct Attended {
-    /// `[heads, queries, d]`
-    pub(crate) out: Vec<f32>,
-    /// Logarithm of the sum of exponentials, `[heads, queries]`.
-    lse: Vec<f32>,
+/// An attention with the instructions to compute it with.
+pub(super) struct Attention {
+    pub(super) isa: Isa,
+    pub(super) shape: AttentionShape,
 }
 
 impl Attention {
     fn scale(&self) -> f32 {
-        (self.d as f32).powf(-0.5)
+        (self.shape.d as f32).powf(-0.5)
     }
 
     /// Tiles of a span: rows of queries, and how many of the span's keys any of them sees.
     fn tiles<'a>(&self, span: &'a Span) -> impl Iterator<Item = (Range<usize>, usize)> + 'a {
-        let causal = self.causal;
+        let causal = self.shape.causal;
         span.queries.clone().step_by(TILE).map(move |start| {
             let end = span.queries.end.min(start + TILE);
             (start..end, if causal { end - span.queries.start } else { span.keys.len() })
@@ -62,23 +35,24 @@ impl Attention {
 
     /// Keys that a query of a tile sees, of the tile's.
     fn seen(&self, span: &Span, query: usize, keys: usize) -> usize {
-        if self.causal { query - span.queries.start + 1 } else { keys }
+        if self.shape.causal { query - span.queries.start + 1 } else { keys }
     }
 
     /// `q [heads, nq, d]`, `k` and `v [kv_heads, nk, d]`.
-    pub(crate) fn forward(&self, isa: Isa, q: &[f32], k: &[f32], v: &[f32], spans: &[Span]) -> Attended {
-        let (d, nq, nk) = (self.d, q.len() / (self.heads * self.d), k.len() / (self.kv_heads * self.d));
+    pub(super) fn forward(&self, q: &[f32], k: &[f32], v: &[f32], spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
+        let (isa, AttentionShape { heads, kv_heads, d, .. }) = (self.isa, self.shape);
+        let (nq, nk) = (q.len() / (heads * d), k.len() / (kv_heads * d));
         let mut out = vec![0.0; q.len()];
-        let mut lse = vec![0.0; self.heads * nq];
-        let heads = out.par_chunks_mut(nq * d).zip(lse.par_chunks_mut(nq)).enumerate();
-        heads.for_each(|(head, (out, lse))| {
+        let mut lse = vec![0.0; heads * nq];
+        let each = out.par_chunks_mut((nq * d).max(1)).zip(lse.par_chunks_mut(nq.max(1))).enumerate();
+        each.for_each(|(head, (out, lse))| {
             let q = &q[head * nq * d..(head + 1) * nq * d];
-            let kv = head * self.kv_heads / self.heads * nk * d;
+            let kv = head * kv_heads / heads * nk * d;
             let (k, v) = (&k[kv..kv + nk * d], &v[kv..kv + nk * d]);
             let mut p = Vec::new();
             for span in spans {
                 for (rows, keys) in self.tiles(span) {
-                    self.scores(isa, q, k, span, &rows, keys, &mut p);
+                    self.scores(q, k, span, &rows, keys, &mut p);
                     for (row, p) in rows.clone().zip(p.chunks_exact_mut(keys)) {
                         let (seen, hidden) = p.split_at_mut(self.seen(span, row, keys));
                         lse[row] = kernels::softmax(isa, seen, self.scale());
@@ -90,12 +64,11 @@ impl Attention {
                 }
             }
         });
-        Attended { out, lse }
+        (out, lse)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "operands of a product")]
-    fn scores(&self, isa: Isa, q: &[f32], k: &[f32], span: &Span, rows: &Range<usize>, keys: usize, p: &mut Vec<f32>) {
-        let d = self.d;
+    fn scores(&self, q: &[f32], k: &[f32], span: &Span, rows: &Range<usize>, keys: usize, p: &mut Vec<f32>) {
+        let (isa, d) = (self.isa, self.shape.d);
         p.resize(rows.len() * keys, 0.0);
         let k = Matrix::new(&k[span.keys.start * d..(span.keys.start + keys) * d], keys, d).t();
         matmul(isa, Matrix::new(&q[rows.start * d..rows.end * d], rows.len(), d), k, p, Old::Replace);
@@ -103,33 +76,37 @@ impl Attention {
 
     /// Gradients of q, k and v, shaped like them, from that of the result.
     #[expect(clippy::too_many_arguments, reason = "an operation and its operands")]
-    pub(crate) fn backward(
+    pub(super) fn backward(
         &self,
-        isa: Isa,
         q: &[f32],
         k: &[f32],
         v: &[f32],
         spans: &[Span],
-        attended: &Attended,
+        out: &[f32],
+        lse: &[f32],
         dout: &[f32],
     ) -> [Vec<f32>; 3] {
-        let (d, nq, nk) = (self.d, q.len() / (self.heads * self.d), k.len() / (self.kv_heads * self.d));
+        let (isa, AttentionShape { heads, kv_heads, d, .. }) = (self.isa, self.shape);
+        let (nq, nk) = (q.len() / (heads * d), k.len() / (kv_heads * d));
         let mut dq = vec![0.0; q.len()];
-        let mut dk = vec![0.0; self.heads * nk * d];
+        let mut dk = vec![0.0; heads * nk * d];
         let mut dv = dk.clone();
-        let parts = dq.par_chunks_mut(nq * d).zip(dk.par_chunks_mut(nk * d)).zip(dv.par_chunks_mut(nk * d));
+        let parts = dq
+            .par_chunks_mut((nq * d).max(1))
+            .zip(dk.par_chunks_mut((nk * d).max(1)))
+            .zip(dv.par_chunks_mut((nk * d).max(1)));
         parts.enumerate().for_each(|(head, ((dq, dk), dv))| {
             let mine = head * nq * d..(head + 1) * nq * d;
-            let (q, out, dout) = (&q[mine.clone()], &attended.out[mine.clone()], &dout[mine]);
-            let lse = &attended.lse[head * nq..(head + 1) * nq];
-            let kv = head * self.kv_heads / self.heads * nk * d;
+            let (q, out, dout) = (&q[mine.clone()], &out[mine.clone()], &dout[mine]);
+            let lse = &lse[head * nq..(head + 1) * nq];
+            let kv = head * kv_heads / heads * nk * d;
             let (k, v) = (&k[kv..kv + nk * d], &v[kv..kv + nk * d]);
             let (mut p, mut dp) = (Vec::new(), Vec::new());
             for span in spans {
                 for (rows, keys) in self.tiles(span) {
                     let kv_rows = span.keys.start * d..(span.keys.start + keys) * d;
                     let q_rows = rows.start * d..rows.end * d;
-                    self.scores(isa, q, k, span, &rows, keys, &mut p);
+                    self.scores(q, k, span, &rows, keys, &mut p);
                     dp.resize(p.len(), 0.0);
                     let dout_tile = Matrix::new(&dout[q_rows.clone()], rows.len(), d);
                     matmul(isa, dout_tile, Matrix::new(&v[kv_rows.clone()], keys, d).t(), &mut dp, Old::Replace);
@@ -151,19 +128,20 @@ impl Attention {
                 }
             }
         });
-        [dq, self.sum_groups(isa, dk), self.sum_groups(isa, dv)]
+        [dq, self.sum_groups(dk), self.sum_groups(dv)]
     }
 
     /// Adds up what the query heads of a group give to their key/value head.
-    fn sum_groups(&self, isa: Isa, x: Vec<f32>) -> Vec<f32> {
-        let group = self.heads / self.kv_heads;
+    fn sum_groups(&self, x: Vec<f32>) -> Vec<f32> {
+        let AttentionShape { heads, kv_heads, .. } = self.shape;
+        let group = heads / kv_heads;
         if group == 1 {
             return x;
         }
-        let size = x.len() / self.heads;
-        let mut out = vec![0.0; self.kv_heads * size];
-        out.par_chunks_mut(size).zip(x.par_chunks(group * size)).for_each(|(out, x)| {
-            x.chunks_exact(size).for_each(|x| kernels::add(isa, out, x));
+        let size = x.len() / heads;
+        let mut out = vec![0.0; kv_heads * size];
+        out.par_chunks_mut(size.max(1)).zip(x.par_chunks((group * size).max(1))).for_each(|(out, x)| {
+            x.chunks_exact(size).for_each(|x| kernels::add(self.isa, out, x));
         });
         out
     }

@@ -122,6 +122,16 @@ vectorized! {
         }
     }
 
+    /// `y = a y + b x`; y may hold anything where a is 0.
+    fn combine(a: f32, y: &mut [f32], b: f32, x: &[f32]) {
+        if a == 0.0 {
+            y.fill(0.0);
+        }
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = a * *y + b * x;
+        }
+    }
+
     /// `a = a + s b`
     fn add_scaled(a: &mut [f32], b: &[f32], s: f32) {
         for (a, b) in a.iter_mut().zip(b) {
