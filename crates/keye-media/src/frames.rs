@@ -9,6 +9,7 @@ use crate::resample::{Kernel, Mode, Resizer, Scratch};
 use crate::sampling::{quotient_timestamp, reference_timestamp, slow_fast_plan};
 use crate::similarity::Classifier;
 use crate::sizes::{SlowFastSizes, slow_fast_sizes};
+use crate::slow_fast::patches_of;
 use crate::still::{self, Picture, PixelRange};
 use crate::{Frame, FrameItem, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, VideoRule};
 
@@ -192,8 +193,14 @@ fn same_size(
     }
 }
 
-fn check_patches(loader: &Loader, (height, width): (u32, u32), frames: usize, watch: &Watch) -> Result<(), MediaError> {
-    let patch = u64::from(loader.config.processor.patch_size);
-    let found = ((u64::from(height) / patch) * (u64::from(width) / patch)).saturating_mul(frames as u64);
-    watch.limit("the number of patches", found, loader.limits.patches)
+/// The patches of `frames` frames of a size, if the limit allows so many.
+pub(crate) fn check_patches(
+    loader: &Loader,
+    size: (u32, u32),
+    frames: usize,
+    watch: &Watch,
+) -> Result<u64, MediaError> {
+    let found = patches_of(size, loader.config.processor.patch_size).saturating_mul(frames as u64);
+    watch.limit("the number of patches", found, loader.limits.patches)?;
+    Ok(found)
 }

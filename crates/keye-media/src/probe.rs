@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 
+use crate::damage::{self, Promise};
 use crate::ffmpeg::{INPUT, Output, Programs, Watch, first_message};
 use crate::{Limits, MediaError};
 
@@ -31,6 +32,8 @@ pub(crate) struct Clip {
     /// True when there may be packets that give no frame, so that a frame's number is not its packet's: packets that
     /// share their time or have none, and VP8, whose hidden frames are packets of their own.
     pub uncounted: bool,
+    /// What is known of its length and damage.
+    pub promise: Promise,
 }
 
 impl Clip {
@@ -73,6 +76,9 @@ struct Stream {
     default: bool,
     /// In degrees, where the container has an angle.
     rotation: Option<f64>,
+    /// In seconds, or counted in frames.
+    duration: Option<f64>,
+    frames: Option<f64>,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +86,9 @@ struct Report {
     packets: Vec<(u32, Vec<Packet>)>,
     counted: u64,
     streams: Vec<Stream>,
+    /// Seconds: where the clocks of all streams begin, and how long the longest of them is.
+    start: Option<f64>,
+    duration: Option<f64>,
 }
 
 /// Asks ffprobe and checks the answer against the limits.
@@ -95,8 +104,8 @@ pub(crate) fn probe(
 ) -> Result<Clip, MediaError> {
     // Side data as a whole: its parts have one name in release 4.4 and another one in later ones.
     let entries = "packet=stream_index,pts,dts,flags:\
-         stream=index,codec_name,pix_fmt,width,height,avg_frame_rate,r_frame_rate,time_base:\
-         stream_disposition=default:stream_side_data_list:stream_tags=rotate";
+         stream=index,codec_name,pix_fmt,width,height,avg_frame_rate,r_frame_rate,time_base,duration,nb_frames:\
+         stream_disposition=default:stream_side_data_list:stream_tags=rotate,DURATION:format=start_time,duration";
     let mut args: Vec<OsString> = ["-hide_banner", "-v", "error"].map(Into::into).into();
     args.extend(input_options(demuxer, limits));
     // V: video streams that are no cover pictures.
@@ -150,6 +159,15 @@ impl Report {
         match fields.next() {
             Some("packet") => self.read_packet(fields),
             Some("stream") => self.read_stream(fields),
+            Some("format") => {
+                for (name, value) in fields.filter_map(|field| field.split_once('=')) {
+                    match name {
+                        "start_time" => self.start = seconds(value),
+                        "duration" => self.duration = seconds(value),
+                        _ => {}
+                    }
+                }
+            }
             // Release 4.4 has side data on lines of their own, after their stream.
             Some("side_data") => {
                 if let (Some(stream), Some(angle)) = (self.streams.last_mut(), fields.find_map(rotation)) {
@@ -194,6 +212,10 @@ impl Report {
                 "avg_frame_rate" => stream.average = rate(value),
                 "r_frame_rate" => real = rate(value),
                 "time_base" => stream.base = ratio(value).filter(|(n, d)| *n > 0 && *d > 0),
+                "duration" => stream.duration = seconds(value).or(stream.duration),
+                "nb_frames" => stream.frames = seconds(value),
+                // Matroska has it as a tag.
+                "tag:DURATION" => stream.duration = stream.duration.or(clock(value)),
                 "disposition:default" => stream.default = value == "1",
                 // Old files carry the angle as a tag; ffmpeg turns it into side data, so this is for its old releases.
                 "tag:rotate" => stream.rotation = stream.rotation.or(value.parse().ok()),
@@ -222,15 +244,22 @@ impl Report {
         if packets.is_empty() {
             return Err(watch.unreadable("the video has no frame"));
         }
-        let measured = ticks(&packets).zip(stream.base).map(|(ticks, (n, d))| {
-            let seconds = |tick: i64| (tick as i128 - ticks[0] as i128) as f64 * n as f64 / d as f64;
+        let ticks = ticks(&packets).zip(stream.base);
+        let measured = ticks.as_ref().map(|(ticks, (n, d))| {
+            let seconds = |tick: i64| (tick as i128 - ticks[0] as i128) as f64 * *n as f64 / *d as f64;
             ticks.iter().map(|t| seconds(*t)).collect::<Vec<f64>>()
         });
+        // Decoders count from where the container begins.
+        let first = ticks.map(|(ticks, (n, d))| ticks[0] as f64 * n as f64 / d as f64 - self.start.unwrap_or(0.0));
         let fps = stream.average.or_else(|| average(measured.as_deref()?)).unwrap_or(25.0);
         let times = measured.unwrap_or_else(|| (0..packets.len()).map(|i| i as f64 / fps).collect());
         let (turned, uncounted) = (stream.rotation.is_some(), stream.codec == "vp8" || !has_own_times(&packets));
+        let counted = stream.frames.map(|frames| frames / fps);
+        // A cut AVI has the length of what is left, and the number of frames that there were.
+        let promised = stream.duration.max(counted).or(self.duration);
+        let promise = Promise { seconds: promised, first, damage: damage::told(messages, &stream.codec) };
         let Stream { index, codec, pixel_format, .. } = stream;
-        Ok(Clip { demuxer, stream: index, codec, pixel_format, height, width, turned, fps, times, uncounted })
+        Ok(Clip { demuxer, stream: index, codec, pixel_format, height, width, turned, fps, times, uncounted, promise })
     }
 }
 
@@ -263,6 +292,16 @@ fn rotation(field: &str) -> Option<f64> {
 pub(crate) fn average(times: &[f64]) -> Option<f64> {
     let span = times.last()? - times.first()?;
     (span > 0.0).then(|| (times.len() - 1) as f64 / span)
+}
+
+/// A finite number.
+fn seconds(text: &str) -> Option<f64> {
+    text.parse().ok().filter(|seconds: &f64| seconds.is_finite())
+}
+
+/// `00:01:02.500` in seconds.
+fn clock(text: &str) -> Option<f64> {
+    text.split(':').try_fold(0.0, |sum, part| Some(sum * 60.0 + seconds(part)?))
 }
 
 fn ratio(text: &str) -> Option<(i64, i64)> {

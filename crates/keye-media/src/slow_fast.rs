@@ -208,7 +208,8 @@ impl SecondPass<'_> {
     }
 }
 
-fn patches_of((h, w): (u32, u32), patch: u32) -> u64 {
+/// The patches of a frame of `(height, width)`.
+pub(crate) fn patches_of((h, w): (u32, u32), patch: u32) -> u64 {
     u64::from(h / patch) * u64::from(w / patch)
 }
 

@@ -17,6 +17,7 @@ use std::time::Instant;
 use crate::adaptive_sampling::{adaptive_plan, adaptive_size};
 use crate::decode::{self, Frames};
 use crate::ffmpeg::{Programs, Watch};
+use crate::frames::check_patches;
 use crate::patches;
 use crate::probe::{Clip, probe};
 use crate::resample::{Kernel, Mode, Resizer, Scratch};
@@ -180,7 +181,7 @@ impl Work<'_, '_> {
             false => between,
         };
         // Before memory is taken for the resizing to an absurd size; of the size between there is one frame at a time.
-        self.check_patches(1, between)?;
+        check_patches(self.loader, between, 1, &self.watch)?;
         let mut pixels = self.patch_memory(n, (height, width))?;
         let first = Resizer::new(clip.height, clip.width, between.0, between.1, kernel, mode);
         let second = ((height, width) != between).then(|| {
@@ -261,18 +262,10 @@ impl Work<'_, '_> {
         Ok(plan.indices.len())
     }
 
-    /// The patches of `n` frames of this size, if the limit allows so many.
-    fn check_patches(&self, n: usize, (h, w): (u32, u32)) -> Result<u64, MediaError> {
-        let patch = u64::from(self.loader.config.processor.patch_size);
-        let total = ((u64::from(h) / patch) * (u64::from(w) / patch)).saturating_mul(n as u64);
-        self.watch.limit("the number of patches", total, self.loader.limits.patches)?;
-        Ok(total)
-    }
-
     /// Memory for the patches of `n` frames of this size, if the limit allows it.
     fn patch_memory(&self, n: usize, size: (u32, u32)) -> Result<Vec<u8>, MediaError> {
         let patch = u64::from(self.loader.config.processor.patch_size);
-        let bytes = self.check_patches(n, size)?.saturating_mul(3 * patch * patch);
+        let bytes = check_patches(self.loader, size, n, &self.watch)?.saturating_mul(3 * patch * patch);
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         let mut pixels = Vec::new();
         pixels
