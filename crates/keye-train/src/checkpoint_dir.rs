@@ -60,7 +60,10 @@ fn floats(stored: &StoredTensor) -> Result<Vec<f32>, TrainError> {
         Dtype::F16 => keye_backend::Dtype::F16,
         other => {
             let name = &stored.name;
-            return Err(TrainError::Model(format!("{name} is stored as {other:?}; F32, BF16 or F16 is expected")));
+            return Err(TrainError::Model(format!(
+                "{name} is stored as {other:?}; F32, BF16 or F16 is expected: of a quantised model take the one that it was \
+                 made from"
+            )));
         }
     };
     let source = WeightSource {

@@ -8,7 +8,7 @@ use crate::BackendError;
 
 /// Where kernels run.
 pub(super) enum Device {
-    Gpu(Gpu),
+    Gpu(Box<Gpu>),
     #[cfg(feature = "cuda-emulator")]
     Emulator(super::emulator::Emulator),
 }

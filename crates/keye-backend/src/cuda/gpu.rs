@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::blas::{Blas, Operands, Shape, WORKSPACE};
 use super::device::Grid;
-use super::kernels::MODULES;
+use super::kernels::{MODULES, Module};
 use super::{CudaOptions, libraries, nvrtc};
 use crate::BackendError;
 
@@ -21,7 +21,10 @@ pub(super) struct Gpu {
     stream: sys::CUstream,
     /// Where all memory comes from.
     pool: sys::CUmemoryPool,
-    kernels: HashMap<&'static str, sys::CUfunction>,
+    /// Of all modules that were loaded: training's are when they are first wanted.
+    kernels: RwLock<HashMap<&'static str, sys::CUfunction>>,
+    architecture: String,
+    driver: i32,
     staging: Mutex<Option<Staging>>,
     name: String,
     /// cuBLASLt and its workspace, when wanted.
@@ -53,8 +56,32 @@ fn device_error(what: &str, reason: String) -> BackendError {
     BackendError::Device { what: what.into(), reason }
 }
 
+/// The kernels of a module, which is compiled where no cache has it; the context is current.
+fn load_module(
+    module: &Module,
+    architecture: &str,
+    driver: i32,
+) -> Result<Vec<(&'static str, sys::CUfunction)>, BackendError> {
+    let open = |cubin: &[u8]| {
+        if !nvrtc::is_whole(cubin) {
+            return Err(format!("{}: the machine code is cut short", module.name));
+        }
+        // SAFETY: the image has the tables that its head speaks of. Modules are never unloaded, so their functions stay valid.
+        let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
+        loaded.map_err(|error| format!("{}: the CUDA driver says {error:?}", module.name))
+    };
+    let loaded = nvrtc::load(module, architecture, driver, open).map_err(|reason| device_error("kernels", reason))?;
+    let kernels = module.kernels().into_iter().map(|(kernel, _)| {
+        let name = CString::new(kernel).map_err(|e| device_error(kernel, e.to_string()))?;
+        // SAFETY: the module is loaded, the name ends with zero.
+        let function = unsafe { result::module::get_function(loaded, name) };
+        Ok((kernel, function.map_err(failed(kernel))?))
+    });
+    kernels.collect()
+}
+
 impl Gpu {
-    /// Opens device `ordinal` and loads all kernels for its architecture.
+    /// Opens device `ordinal` and loads the kernels for its architecture, training's only when they are wanted.
     pub fn open(CudaOptions { device: ordinal, library, waiting, .. }: CudaOptions) -> Result<Self, BackendError> {
         libraries::driver()
             .map_err(|reason| device_error("CUDA", format!("{reason}; is NVIDIA's driver installed?")))?;
@@ -98,26 +125,10 @@ impl Gpu {
         // SAFETY: one integer is written.
         unsafe { sys::cuDriverGetVersion(&raw mut driver) }.result().map_err(failed("the driver's version"))?;
         let mut kernels = HashMap::new();
-        for module in MODULES {
-            let open = |cubin: &[u8]| {
-                if !nvrtc::is_whole(cubin) {
-                    return Err(format!("{}: the machine code is cut short", module.name));
-                }
-                // SAFETY: the image has the tables that its head speaks of. Modules are never unloaded, so their functions stay valid.
-                let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
-                loaded.map_err(|error| format!("{}: the CUDA driver says {error:?}", module.name))
-            };
-            let loaded = nvrtc::load(&module, &architecture, driver, open);
-            let loaded = loaded.map_err(|reason| device_error("kernels", reason))?;
-            // SAFETY: the module is loaded, the names end with zero.
-            unsafe {
-                for (kernel, _) in module.kernels() {
-                    let name = CString::new(kernel).map_err(|e| device_error(kernel, e.to_string()))?;
-                    let function = result::module::get_function(loaded, name).map_err(failed(kernel))?;
-                    kernels.insert(kernel, function);
-                }
-            }
+        for module in MODULES.iter().filter(|module| !module.is_of_training()) {
+            kernels.extend(load_module(module, &architecture, driver)?);
         }
+        let kernels = RwLock::new(kernels);
         let blas = match library {
             true => {
                 let blas = Blas::open().map_err(|reason| device_error("cuBLASLt", reason))?;
@@ -129,7 +140,24 @@ impl Gpu {
         };
         let name =
             format!("{name}, compute capability {major}.{minor}, driver {}.{}", driver / 1000, driver % 1000 / 10);
-        Ok(Self { context, stream, pool, kernels, staging: Mutex::new(None), name, blas, waiting })
+        let staging = Mutex::new(None);
+        Ok(Self { context, stream, pool, kernels, architecture, driver, staging, name, blas, waiting })
+    }
+
+    fn kernel(&self, kernel: &'static str) -> Result<sys::CUfunction, BackendError> {
+        let loaded = |kernels: &HashMap<_, _>| kernels.get(kernel).copied();
+        if let Some(function) = loaded(&self.kernels.read().unwrap_or_else(PoisonError::into_inner)) {
+            return Ok(function);
+        }
+        let has = |module: &&Module| module.kernels().iter().any(|(name, _)| *name == kernel);
+        let module = MODULES.iter().find(has).ok_or_else(|| device_error(kernel, "no such kernel".into()))?;
+        let mut kernels = self.kernels.write().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have loaded it meanwhile.
+        if loaded(&kernels).is_none() {
+            self.enter().map_err(failed(kernel))?;
+            kernels.extend(load_module(module, &self.architecture, self.driver)?);
+        }
+        loaded(&kernels).ok_or_else(|| device_error(kernel, "its module has no such kernel".into()))
     }
 
     pub fn name(&self) -> &str {
@@ -210,7 +238,7 @@ impl Gpu {
         }
         let upload = || {
             self.enter()?;
-            let mut staging = self.staging.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
             let staging = match &mut *staging {
                 Some(staging) => staging,
                 none => none.insert(Staging::new()?),
@@ -250,7 +278,7 @@ impl Gpu {
     }
 
     pub fn launch(&self, kernel: &'static str, grid: Grid, args: &mut [*mut c_void]) -> Result<(), BackendError> {
-        let function = *self.kernels.get(kernel).ok_or_else(|| device_error(kernel, "no such kernel".into()))?;
+        let function = self.kernel(kernel)?;
         let blocks = (grid.blocks[0], grid.blocks[1], grid.blocks[2]);
         let mut launch = || {
             self.enter()?;

@@ -30,6 +30,11 @@ impl Module {
         format!("{}\n#line 1 \"{}.cu\"\n{}", self.parts[0], self.name, self.parts[1])
     }
 
+    /// Whether only training uses it.
+    pub fn is_of_training(&self) -> bool {
+        self.name.starts_with("train_")
+    }
+
     /// Names of its kernels and the threads of their blocks: what stands in and behind `KERNEL(threads)`.
     pub fn kernels(&self) -> Vec<(&'static str, u32)> {
         let name = |text: &'static str| {
@@ -54,5 +59,8 @@ mod tests {
         let all = names.len();
         names.dedup();
         assert_eq!(names.len(), all);
+        // They are not loaded with the others.
+        let of_training = MODULES.iter().filter(|module| module.is_of_training());
+        assert!(of_training.flat_map(Module::kernels).all(|(name, _)| name.starts_with("train_")));
     }
 }

@@ -74,7 +74,7 @@ impl Cuda {
     /// # Errors
     /// When driver, GPU or (for the first start) NVRTC is missing; the message says which.
     pub fn new(options: CudaOptions) -> Result<Self, BackendError> {
-        let device = Arc::new(Device::Gpu(gpu::Gpu::open(options)?));
+        let device = Arc::new(Device::Gpu(Box::new(gpu::Gpu::open(options)?)));
         Ok(Self { device, products: options.products })
     }
 

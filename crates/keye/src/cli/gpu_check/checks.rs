@@ -81,9 +81,9 @@ pub fn suite(device: Device, small: bool, add: &mut dyn FnMut(Checked) -> Result
     Ok(())
 }
 
-/// The operations of training. Products of bf16 operands have a tolerance of their own.
+/// The operations of training, each launch waited for. Products of bf16 operands have a tolerance of their own.
 pub fn training(device: Device, add: &mut dyn FnMut(Checked) -> Result<()>) -> Result<()> {
-    let cuda = device.open(Products::F32, false, false)?;
+    let cuda = device.open(Products::F32, false, true)?;
     let begin = Instant::now();
     let checks = conformance::training::run(&cuda, TRAINING_TOLERANCE)?;
     add(checked("operations of training".into(), &checks, begin))
