@@ -1,13 +1,17 @@
-//! Samples one after the other, until a pack is full.
+//! Samples one after the other, until a pack is full. Some are prepared at a time, on several threads; which samples come, and what
+//! of them is in a pack, does not depend on how many.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use keye_processor::Processor;
 use keye_world::{Rng, World};
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::config::{DataConfig, Kind, SourceConfig};
-use super::encode::Encoder;
+use super::encode::{Encoded, Encoder};
 use super::example::Example;
 use crate::{Pack, TrainError};
 
@@ -32,19 +36,35 @@ enum Source {
     Rows(super::rows::Rows),
 }
 
+/// Source and number of a sample.
+type Id = (usize, u64);
+
+/// A sample that is ready; `None` where it has nothing to learn or stays too long.
+struct Prepared {
+    id: Id,
+    uuid: String,
+    sample: Result<Option<Encoded>, TrainError>,
+}
+
 /// Draws samples and packs them.
 pub(crate) struct Packer {
     config: DataConfig,
     encoder: Encoder,
     sources: Vec<Source>,
+    threads: ThreadPool,
     pub(crate) state: State,
+    /// The samples that come next, the held one first where there is one.
+    prepared: VecDeque<Prepared>,
     /// Why samples since this was last emptied had no size; for display.
     pub(crate) no_size: Vec<String>,
 }
 
 impl Packer {
-    pub(crate) fn new(config: DataConfig, processor: Arc<Processor>) -> Result<Self, TrainError> {
+    /// `threads` prepare samples, a few for each of them ahead.
+    pub(crate) fn new(config: DataConfig, processor: Arc<Processor>, threads: usize) -> Result<Self, TrainError> {
         config.check()?;
+        let threads = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("data-{i}")).build();
+        let threads = threads.map_err(|error| TrainError::Data(format!("no threads for reading data: {error}")))?;
         let mut sources = Vec::with_capacity(config.sources.len());
         for source in &config.sources {
             sources.push(match source.world {
@@ -61,7 +81,7 @@ impl Packer {
         let next = config.sources.iter().map(|source| source.first).collect();
         let state = State { drawn: 0, next, held: None };
         let encoder = Encoder::new(processor).with_targets(config.targets);
-        Ok(Self { config, encoder, sources, state, no_size: Vec::new() })
+        Ok(Self { config, encoder, sources, threads, state, prepared: VecDeque::new(), no_size: Vec::new() })
     }
 
     /// Goes on from a state.
@@ -75,6 +95,7 @@ impl Packer {
             return Err(TrainError::Data(format!("the state is one of {found} sources, the recipe has {sources}")));
         }
         self.state = state;
+        self.prepared.clear();
         Ok(())
     }
 
@@ -82,12 +103,8 @@ impl Packer {
         let mut pack = Pack::default();
         let mut left_out = 0;
         loop {
-            let id = match self.state.held.take() {
-                Some(held) => held,
-                None => self.draw(),
-            };
-            let example = self.example(id)?;
-            let sample = match self.encoder.encode(&example, self.config.max_tokens) {
+            let Prepared { id, uuid, sample } = self.next_sample()?;
+            let sample = match sample {
                 Err(TrainError::NoSize(reason)) => {
                     self.no_size.push(reason);
                     None
@@ -99,7 +116,7 @@ impl Packer {
                 if left_out == LEFT_OUT {
                     let reason = "samples in a row are too long, have nothing to learn or pictures that no size fits; are \
                                   max_tokens and the limits of pictures large enough?";
-                    return Err(TrainError::Data(format!("{}: {LEFT_OUT} {reason}", example.uuid)));
+                    return Err(TrainError::Data(format!("{uuid}: {LEFT_OUT} {reason}")));
                 }
                 continue;
             };
@@ -108,7 +125,10 @@ impl Packer {
             if sample.pack.len() > room {
                 match sample.cut(room).filter(|_| self.config.cut) {
                     Some(part) => pack.push(&part),
-                    None => self.state.held = Some(id),
+                    None => {
+                        self.state.held = Some(id);
+                        self.prepared.push_front(Prepared { id, uuid, sample: Ok(Some(sample)) });
+                    }
                 }
                 return Ok(pack);
             }
@@ -120,12 +140,52 @@ impl Packer {
         }
     }
 
-    /// Source and number of the next sample.
-    fn draw(&mut self) -> (usize, u64) {
+    /// The next sample; the state is the one behind it.
+    fn next_sample(&mut self) -> Result<Prepared, TrainError> {
+        if self.prepared.is_empty() {
+            self.prepare();
+        }
+        let ended = || TrainError::Data("no sample could be drawn".into());
+        let next = self.prepared.pop_front().ok_or_else(ended)?;
+        if self.state.held.take().is_none() {
+            self.state.drawn += 1;
+            self.state.next[next.id.0] += 1;
+        }
+        Ok(next)
+    }
+
+    /// Prepares the samples that come next: as many as threads, or twice as many where there are several, since some take longer.
+    fn prepare(&mut self) {
+        let threads = self.threads.current_num_threads();
+        let count = if threads == 1 { 1 } else { 2 * threads };
+        let State { mut drawn, mut next, held } = self.state.clone();
+        let mut ids: Vec<Id> = held.into_iter().collect();
+        while ids.len() < count {
+            let source = self.draw(drawn);
+            ids.push((source, next[source]));
+            drawn += 1;
+            next[source] += 1;
+        }
+        let examples: Vec<_> = ids.into_iter().map(|id| (id, self.example(id))).collect();
+        let (encoder, most) = (&self.encoder, self.config.max_tokens);
+        let encoded = self.threads.install(|| {
+            let encoded = examples.into_par_iter().map(|(id, example)| match example {
+                Ok(example) => {
+                    let sample = encoder.encode(&example, most);
+                    Prepared { id, uuid: example.uuid, sample }
+                }
+                Err(error) => Prepared { id, uuid: String::new(), sample: Err(error) },
+            });
+            encoded.collect::<Vec<_>>()
+        });
+        self.prepared.extend(encoded);
+    }
+
+    /// The source of the sample that is drawn after `drawn` others.
+    fn draw(&self, drawn: u64) -> usize {
         let weights = || self.config.sources.iter().map(|source| u64::from(source.weight));
         let total = weights().sum::<u64>().min(u64::from(u32::MAX)) as u32;
-        let mut at = u64::from(Rng::new(&[self.config.seed, self.state.drawn]).below(total));
-        self.state.drawn += 1;
+        let mut at = u64::from(Rng::new(&[self.config.seed, drawn]).below(total));
         let mut source = 0;
         for (index, weight) in weights().enumerate() {
             source = index;
@@ -134,12 +194,10 @@ impl Packer {
             }
             at -= weight;
         }
-        let number = self.state.next[source];
-        self.state.next[source] += 1;
-        (source, number)
+        source
     }
 
-    fn example(&mut self, (source, number): (usize, u64)) -> Result<Example, TrainError> {
+    fn example(&mut self, (source, number): Id) -> Result<Example, TrainError> {
         let SourceConfig { images, videos, .. } = &self.config.sources[source];
         let example = match &mut self.sources[source] {
             #[cfg(feature = "parquet")]
@@ -152,5 +210,38 @@ impl Packer {
             Source::World(world, Kind::Pair) => Example::pair(&world.pair(number)),
         };
         Ok(example.read_by(images, videos))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use keye_processor::Overrides;
+
+    use super::*;
+
+    #[test]
+    fn packs_do_not_depend_on_threads() {
+        let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/keye-nano");
+        let processor = Arc::new(Processor::load(&nano, &Overrides::default()).unwrap());
+        let config = DataConfig::of_world(&[(Kind::Clip, 1), (Kind::Still, 2), (Kind::Text, 1)], 700, 7);
+        let packer = |threads: usize| Packer::new(config.clone(), Arc::clone(&processor), threads).unwrap();
+        let (mut one, mut three) = (packer(1), packer(3));
+        let mut states = Vec::new();
+        for _ in 0..8 {
+            assert!(one.next_pack().unwrap() == three.next_pack().unwrap());
+            assert_eq!(one.state, three.state);
+            states.push(one.state.clone());
+        }
+        assert!(states.iter().any(|state| state.held.is_some()), "some samples begin the next pack");
+        // Going on from a state in the middle, with what was prepared behind it thrown away.
+        let mut again = packer(2);
+        (0..2).for_each(|_| drop(again.next_pack().unwrap()));
+        again.restore(states[4].clone()).unwrap();
+        for state in &states[5..] {
+            again.next_pack().unwrap();
+            assert_eq!(again.state, *state);
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::config::DataConfig;
 use super::packer::{Packer, State};
 use crate::{Pack, PackSource, TrainError};
 
-/// Packs of a [`DataConfig`], made on a thread of their own, a few ahead.
+/// Packs of a [`DataConfig`], made on threads of their own, a few ahead.
 pub struct Stream {
     config: DataConfig,
     processor: Arc<Processor>,
@@ -25,6 +25,11 @@ pub struct Stream {
 /// A pack with the state after it, and why samples before it were left out.
 type Made = (Result<(Pack, State), TrainError>, Vec<String>);
 
+/// Half of the machine's: where the CPU trains as well, it has the other half to itself.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get() / 2).max(1)
+}
+
 struct Worker {
     packs: Receiver<Made>,
     thread: JoinHandle<()>,
@@ -36,7 +41,7 @@ impl Stream {
     /// # Errors
     /// A config that contradicts itself; files that cannot be read.
     pub fn new(config: DataConfig, processor: Arc<Processor>) -> Result<Self, TrainError> {
-        let packer = Packer::new(config.clone(), Arc::clone(&processor))?;
+        let packer = Packer::new(config.clone(), Arc::clone(&processor), threads())?;
         let state = packer.state.clone();
         let worker = Some(Worker::start(packer, config.ahead)?);
         Ok(Self { config, processor, state, worker, told: Box::new(|_| ()) })
@@ -93,7 +98,7 @@ impl PackSource for Stream {
     fn restore(&mut self, state: &Value) -> Result<(), TrainError> {
         let wrong = |error| TrainError::Data(format!("the state of the data cannot be read: {error}"));
         let state: State = serde_json::from_value(state.clone()).map_err(wrong)?;
-        let mut packer = Packer::new(self.config.clone(), Arc::clone(&self.processor))?;
+        let mut packer = Packer::new(self.config.clone(), Arc::clone(&self.processor), threads())?;
         packer.restore(state.clone())?;
         self.stop();
         self.worker = Some(Worker::start(packer, self.config.ahead)?);

@@ -18,6 +18,6 @@ pub fn held_out(recipe: &Recipe, processor: &Arc<Processor>) -> Result<Vec<Pack>
         Some(table) => DataConfig::from_table(table)?.beside(&recipe.folder),
         None => DataConfig::from_table(&recipe.data)?.held_out()?,
     };
-    let mut packer = Packer::new(config, Arc::clone(processor))?;
+    let mut packer = Packer::new(config, Arc::clone(processor), rayon::current_num_threads())?;
     (0..validation.packs).map(|_| packer.next_pack()).collect()
 }
