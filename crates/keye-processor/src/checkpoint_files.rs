@@ -72,6 +72,10 @@ impl CheckpointFiles {
         let bytes: Cow<'static, [u8]> = match self {
             Self::Directory(path) => {
                 let mut bytes = Vec::new();
+                // Opening a pipe waits for whoever writes into it.
+                if !std::fs::metadata(path.join(name)).map_err(cannot)?.is_file() {
+                    return Err(file_error(&self.path(name), "expected a file, found something else"));
+                }
                 let file = File::open(path.join(name)).map_err(cannot)?;
                 file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(cannot)?;
                 bytes.into()
@@ -113,5 +117,19 @@ impl EmbeddedFiles {
     /// The contents of file `name`.
     pub fn get(&self, name: &str) -> Option<&'static [u8]> {
         self.files.iter().find(|(other, _)| *other == name).map(|(_, bytes)| *bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = std::process::Command::new("mkfifo").arg(dir.path().join("config.json")).status().unwrap();
+        assert!(made.success());
+        let error = CheckpointFiles::from(dir.path()).read("config.json", 10).unwrap_err().to_string();
+        assert!(error.ends_with("config.json: expected a file, found something else"), "{error}");
     }
 }

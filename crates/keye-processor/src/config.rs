@@ -284,7 +284,7 @@ fn text_config(
             None => text.bool("tie_word_embeddings")?.unwrap_or(false),
         },
         experts: if moe { Some(experts(text)?) } else { None },
-        indexer: if second { indexer(text, head_dim, mrope_section)? } else { None },
+        indexer: if second { indexer(top, text, head_dim, mrope_section)? } else { None },
         latent: None,
     })
 }

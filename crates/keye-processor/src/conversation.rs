@@ -4,6 +4,7 @@ use keye_media::{MediaItem, MediaKind, Source};
 use serde_json::{Map, Value, json};
 
 use crate::ThinkMode;
+use crate::tool_prompt::is_tool_results;
 
 /// Chat messages as the template sees them, and the media they mention, in order.
 ///
@@ -57,10 +58,10 @@ impl Conversation {
     }
 
     /// A copy whose last user text ends with the suffix of `mode`, without a space (spec §9). A suffix that is already
-    /// there stays as it was written.
+    /// there stays as it was written. Results of tools that are told in the user's role are not the user's text.
     pub fn with_think(&self, mode: ThinkMode) -> Self {
         let mut copy = self.clone();
-        let last_user = copy.messages.iter_mut().rfind(|m| m["role"] == "user");
+        let last_user = copy.messages.iter_mut().rfind(|m| m["role"] == "user" && !is_tool_results(&m["content"]));
         if let (Some(message), false) = (last_user, mode == ThinkMode::Auto) {
             append(&mut message["content"], mode.suffix());
         }

@@ -68,13 +68,18 @@ impl ModelConfig {
     }
 }
 
-/// `sa_config` (spec of 2.0, §2.1); without it attention is dense.
+/// `sa_config` (spec of 2.0, §2.1), among the decoder's fields or at the top; without it attention is dense.
 pub(crate) fn indexer(
+    top: &Fields,
     text: &Fields,
     head_dim: usize,
     mrope_section: [usize; 3],
 ) -> Result<Option<IndexerConfig>, ProcessorError> {
-    let Some(fields) = text.object("sa_config")? else { return Ok(None) };
+    let fields = match text.object("sa_config")? {
+        Some(fields) => Some(fields),
+        None => top.object("sa_config")?,
+    };
+    let Some(fields) = fields else { return Ok(None) };
     let num_heads = fields.size("indexer_num_heads", 128, Some(4))?;
     if !128usize.is_multiple_of(num_heads) {
         return Err(fields.error("indexer_num_heads", format_args!("expected a divisor of 128, found {num_heads}")));
@@ -93,4 +98,38 @@ pub(crate) fn indexer(
     }
     let topk = fields.size("topk", MAX_POSITIONS, Some(2048))?;
     Ok(Some(IndexerConfig { num_heads, head_dim: width, topk, mrope_section: section, scorer: IndexScorer::F32 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::config::tests::load;
+
+    #[test]
+    fn an_indexer_beside_a_nested_decoder_is_found() {
+        let text = json!({
+            "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 128,
+            "vocab_size": 200_000, "sa_config": {"indexer_head_dim": 64, "indexer_num_heads": 8, "topk": 100}
+        });
+        let vision = json!({
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2
+        });
+        let inside = json!({
+            "architectures": ["KeyeVL2ForConditionalGeneration"], "text_config": text, "vision_config": vision
+        });
+        let mut beside = inside.clone();
+        beside["sa_config"] = beside["text_config"]["sa_config"].take();
+        let found = load(&inside).unwrap();
+        assert_eq!(found.text.indexer.map(|indexer| (indexer.num_heads, indexer.topk)), Some((8, 100)));
+        assert_eq!(load(&beside).unwrap(), found);
+        let mut both = inside.clone();
+        both["sa_config"] = json!({"topk": 7});
+        assert_eq!(load(&both).unwrap(), found, "the decoder's own counts");
+        beside["sa_config"] = json!({"topk": 0});
+        let error = load(&beside).unwrap_err().to_string();
+        assert!(error.contains("sa_config.topk"), "{error}");
+        beside["sa_config"].take();
+        assert_eq!(load(&beside).unwrap().text.indexer, None);
+    }
 }

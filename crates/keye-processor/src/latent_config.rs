@@ -73,8 +73,12 @@ pub(crate) fn text_config(top: &Fields, text: &Fields) -> Result<TextConfig, Pro
     if text.bool("attention_bias")? == Some(true) {
         return Err(text.error("attention_bias", "expected false: latent attention has no biases"));
     }
+    if text.bool("rope_interleave")? == Some(false) {
+        return Err(text.error("rope_interleave", "expected true: columns turn in neighbouring pairs, found false"));
+    }
     let num_hidden_layers = text.size("num_hidden_layers", MAX_LAYERS, None)?;
-    let latent = latent(text)?;
+    let (yarn, rope_theta) = rope(text)?;
+    let latent = latent(text, yarn)?;
     Ok(TextConfig {
         hidden_size: text.size("hidden_size", MAX_WIDTH, None)?,
         intermediate_size: text.size("intermediate_size", MAX_FEED_FORWARD, None)?,
@@ -83,7 +87,7 @@ pub(crate) fn text_config(top: &Fields, text: &Fields) -> Result<TextConfig, Pro
         num_key_value_heads: num_attention_heads,
         head_dim: latent.qk_nope_head_dim + latent.qk_rope_head_dim,
         rms_norm_eps: epsilon(text, "rms_norm_eps", 1e-6)?,
-        rope_theta: text.number("rope_theta", 1.0..=1e12)?.unwrap_or(1e4),
+        rope_theta,
         // Positions have one axis.
         mrope_section: [latent.qk_rope_head_dim / 2, 0, 0],
         max_position_embeddings: text.size("max_position_embeddings", MAX_POSITIONS, Some(163_840))?,
@@ -103,7 +107,7 @@ fn text_or_top(top: &Fields, text: &Fields, name: &str) -> Result<Option<bool>, 
     }
 }
 
-fn latent(text: &Fields) -> Result<LatentConfig, ProcessorError> {
+fn latent(text: &Fields, yarn: YarnConfig) -> Result<LatentConfig, ProcessorError> {
     let rank = |name: &str, default: usize| text.size(name, MAX_WIDTH, Some(default));
     let width = |name: &str, default: usize| text.size(name, MAX_HEAD_DIM, Some(default));
     let qk_rope_head_dim = width("qk_rope_head_dim", 64)?;
@@ -117,21 +121,35 @@ fn latent(text: &Fields) -> Result<LatentConfig, ProcessorError> {
         qk_nope_head_dim: width("qk_nope_head_dim", 128)?,
         qk_rope_head_dim,
         v_head_dim: width("v_head_dim", 128)?,
-        yarn: yarn(text)?,
+        yarn,
     })
 }
 
-fn yarn(text: &Fields) -> Result<YarnConfig, ProcessorError> {
-    let Some(fields) = text.object("rope_scaling")? else {
-        return Ok(YarnConfig {
-            factor: 40.0,
-            original_max_position_embeddings: 4096,
-            beta_fast: 32.0,
-            beta_slow: 1.0,
-            mscale: 1.0,
-            mscale_all_dim: 1.0,
-        });
+/// The rotation and its base, from `rope_scaling` and `rope_theta` or from the newer `rope_parameters`, which has both.
+fn rope(text: &Fields) -> Result<(YarnConfig, f64), ProcessorError> {
+    let fields = match text.object("rope_parameters")? {
+        Some(fields) => Some(fields),
+        None => text.object("rope_scaling")?,
     };
+    let theta = |fields: &Fields| fields.number("rope_theta", 1.0..=1e12);
+    let outer = theta(text)?;
+    match fields {
+        Some(fields) => Ok((yarn(&fields)?, theta(&fields)?.or(outer).unwrap_or(1e4))),
+        None => Ok((DEEPSEEK, outer.unwrap_or(1e4))),
+    }
+}
+
+/// What is meant where nothing is said.
+const DEEPSEEK: YarnConfig = YarnConfig {
+    factor: 40.0,
+    original_max_position_embeddings: 4096,
+    beta_fast: 32.0,
+    beta_slow: 1.0,
+    mscale: 1.0,
+    mscale_all_dim: 1.0,
+};
+
+fn yarn(fields: &Fields) -> Result<YarnConfig, ProcessorError> {
     for key in ["rope_type", "type"] {
         if let Some(kind) = fields.str(key)?.filter(|kind| !["yarn", "deepseek_yarn"].contains(kind)) {
             return Err(fields.error(key, format_args!("expected \"yarn\", found {kind:?}")));
@@ -141,6 +159,24 @@ fn yarn(text: &Fields) -> Result<YarnConfig, ProcessorError> {
         let reason = "expected none: this decoder's rotation has one axis (positions 0, 1, 2, ...), so that it cannot take \
                       three; remove the field if the model was trained so";
         return Err(fields.error("mrope_section", reason));
+    }
+    // What would change the rotation in ways that this decoder does not know.
+    if fields.get("attention_factor").is_some() {
+        let reason =
+            "expected none: the length of rotated vectors comes from mscale and mscale_all_dim; say it with these";
+        return Err(fields.error("attention_factor", reason));
+    }
+    if fields.bool("truncate")? == Some(false) {
+        return Err(fields.error("truncate", "expected true: the range between beta_fast and beta_slow has whole ends"));
+    }
+    if fields.bool("mrope_interleaved")? == Some(true) {
+        return Err(fields.error("mrope_interleaved", "expected false: this decoder's rotation has one axis"));
+    }
+    if let Some(part) = fields.number("partial_rotary_factor", 0.0..=1.0)?
+        && part != 1.0
+    {
+        let reason = format!("expected 1: all columns of qk_rope_head_dim turn, found {part}");
+        return Err(fields.error("partial_rotary_factor", reason));
     }
     let number = |name: &str, range: std::ops::RangeInclusive<f64>, default: f64| {
         Ok::<_, ProcessorError>(fields.number(name, range)?.unwrap_or(default))
@@ -294,6 +330,39 @@ mod tests {
         for field in ["type", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"] {
             value = edited(published(), &format!("/rope_scaling/{field}"), Value::Null);
             assert_eq!(load(&value).unwrap(), load(&published()).unwrap(), "{field}");
+        }
+    }
+
+    /// Newer versions of transformers save one object with all that concerns the rotation.
+    #[test]
+    fn the_rotation_stands_in_either_object() {
+        let mut old = published();
+        old["rope_scaling"]["factor"] = json!(20);
+        old["rope_theta"] = json!(50_000);
+        let mut parameters = old["rope_scaling"].clone();
+        parameters["rope_theta"] = json!(50_000);
+        parameters["rope_type"] = parameters["type"].take();
+        let mut new = edited(edited(old.clone(), "/rope_scaling", Value::Null), "/rope_theta", Value::Null);
+        new["rope_parameters"] = parameters.clone();
+        new["rope_interleave"] = json!(true);
+        assert_eq!(load(&new).unwrap(), load(&old).unwrap());
+        let both = edited(published(), "/rope_parameters", parameters);
+        assert_eq!(load(&both).unwrap(), load(&old).unwrap(), "the newer one counts");
+        let inside = edited(new.clone(), "/rope_parameters/rope_theta", Value::Null);
+        assert_eq!(load(&inside).unwrap().text.rope_theta, 1e4);
+        for (pointer, field, named) in [
+            ("/rope_interleave", json!(false), "rope_interleave: expected true"),
+            ("/rope_parameters/rope_type", json!("default"), "rope_parameters.rope_type: expected \"yarn\""),
+            ("/rope_parameters/factor", Value::Null, "rope_parameters.factor: missing"),
+            ("/rope_parameters/rope_theta", json!(0), "rope_parameters.rope_theta"),
+            ("/rope_parameters/attention_factor", json!(1.2), "rope_parameters.attention_factor: expected none"),
+            ("/rope_parameters/truncate", json!(false), "rope_parameters.truncate: expected true"),
+            ("/rope_parameters/mrope_section", json!([8, 12, 12]), "rope_parameters.mrope_section: expected none"),
+            ("/rope_parameters/mrope_interleaved", json!(true), "rope_parameters.mrope_interleaved"),
+            ("/rope_parameters/partial_rotary_factor", json!(0.5), "rope_parameters.partial_rotary_factor: expected 1"),
+        ] {
+            let error = load(&edited(new.clone(), pointer, field)).expect_err(pointer).to_string();
+            assert!(error.contains(named), "{pointer}: {error}");
         }
     }
 

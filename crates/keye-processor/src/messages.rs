@@ -113,6 +113,21 @@ impl Conversation {
 }
 
 fn read_text(at: &str, map: &Map<String, Value>) -> Result<Value, ProcessorError> {
+    // What is empty says nothing: clients send back what they got, `"annotations": []` with it.
+    let empty = |value: &Value| match value {
+        Value::Null => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    };
+    for (name, _) in map.iter().filter(|(_, value)| !empty(value)) {
+        if !["type", "text"].contains(&name.as_str()) && !IGNORED.contains(&name.as_str()) {
+            return Err(error(
+                &format!("{at}.{name}"),
+                "unknown field of a text; a picture or clip is a part of its own",
+            ));
+        }
+    }
     match map.get("text") {
         Some(Value::String(text)) => Ok(text_part(text)),
         Some(other) => Err(wrong(&format!("{at}.text"), "a string", other)),
@@ -269,6 +284,10 @@ mod tests {
             (json!([{"type": "image"}]), "messages[0].content[0].image: missing"),
             (json!([{"type": "text"}]), "messages[0].content[0].text: missing"),
             (json!([{"type": "text", "text": 1}]), "messages[0].content[0].text: expected a string"),
+            (
+                json!([{"type": "text", "text": "x", "annotations": [], "image": "y.png"}]),
+                "messages[0].content[0].image: unknown field of a text",
+            ),
             (json!([{"image": "a", "video": "b"}]), "messages[0].content[0].type: missing"),
             (json!([{"type": "image", "image": ["a"]}]), "messages[0].content[0].image: expected a path"),
             (json!([{"type": "image", "image": "data:image/png;base64,?"}]), "messages[0].content[0].image: "),

@@ -1,5 +1,6 @@
 //! The parts of an answer (spec §9).
 
+use crate::think_splitter::{Part, ThinkSplitter};
 use crate::think_tag::ThinkTag;
 
 /// Thinking mode, chosen by a suffix on the last user text.
@@ -43,15 +44,12 @@ pub struct Answer {
 
 /// Takes a whole answer apart as the vendor's evaluator does: what follows the last `</analysis>`, then the last
 /// `</think>`, then inside the last `<answer>`. A part that is still open (the answer was cut short) takes all that
-/// follows its tag.
+/// follows its tag, which has to lead: further back it is only mentioned.
 pub fn parse_answer(text: &str) -> Answer {
     let (analysis, rest) = leading_part(text, ThinkTag::Analysis);
     let (thinking, rest) = leading_part(rest, ThinkTag::Think);
-    let answer = match rest.rsplit_once("</answer>") {
-        Some((before, _)) if before.contains("<answer>") => before.rsplit_once("<answer>").map_or(before, |(_, a)| a),
-        Some((before, _)) => before,
-        None => rest.rsplit_once("<answer>").map_or(rest, |(_, open)| open),
-    };
+    let closed = rest.rsplit_once("</answer>").and_then(|(before, _)| before.rsplit_once("<answer>"));
+    let answer = closed.map_or_else(|| leading(rest, "<answer>").unwrap_or(rest), |(_, inside)| inside);
     Answer { analysis, thinking, answer: answer.trim().to_owned(), boxed: boxed(answer) }
 }
 
@@ -81,20 +79,19 @@ pub fn parse_formed_answer(opened: Option<ThinkTag>, text: &str) -> Answer {
 /// Splits off the part up to the last closing tag, or, when the part is open, all from its tag on.
 fn leading_part(text: &str, tag: ThinkTag) -> (Option<String>, &str) {
     let (open, close) = (tag.open(), tag.close());
-    let (closed, rest) = match text.rsplit_once(close) {
-        Some((before, after)) => (Some(before.split_once(open).map_or(before, |(_, inside)| inside)), after),
-        None => (None, text),
+    let (part, rest) = match text.rsplit_once(close) {
+        Some((before, after)) => (before.split_once(open).map_or(before, |(_, inside)| inside), after),
+        None => match leading(text, open) {
+            Some(inside) => (inside, ""),
+            None => return (None, text),
+        },
     };
-    let (rest, opened) = match rest.split_once(open) {
-        Some((before, inside)) => (before, Some(inside)),
-        None => (rest, None),
-    };
-    let part = match (closed, opened) {
-        (None, None) => None,
-        (Some(part), None) | (None, Some(part)) => Some(part.trim().to_owned()),
-        (Some(first), Some(second)) => Some(format!("{}\n{}", first.trim(), second.trim())),
-    };
-    (part, rest)
+    (Some(part.trim().to_owned()), rest)
+}
+
+/// What follows `tag`, when the text begins with it.
+fn leading<'a>(text: &'a str, tag: &str) -> Option<&'a str> {
+    text.trim_start().strip_prefix(tag)
 }
 
 /// The inside of the last `\boxed{}` whose braces balance; `\{` and `\}` are characters, not braces.
@@ -124,176 +121,11 @@ fn boxed(text: &str) -> Option<String> {
     last.map(|(begin, end)| text[begin..end].trim().to_owned())
 }
 
-/// Where a piece of streamed text belongs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
-    /// Inside `<analysis>`.
-    Analysis,
-    /// Inside `<think>`.
-    Thinking,
-    /// Everything else, `<answer>` or not.
-    Answer,
-}
-
-/// Takes an answer apart while it comes.
-///
-/// Tags are removed and never shown in halves; white space around a part is removed. For well-formed answers the pieces of
-/// each part, joined, equal what [`parse_answer`] gives. Analysis and thinking end with their first closing tag.
-#[derive(Debug, Clone)]
-pub struct ThinkSplitter {
-    part: Part,
-    form: Form,
-    /// Text that may be the beginning of a tag.
-    pending: String,
-    /// White space that is shown only if more text of its part follows.
-    space: String,
-    /// Something of this part has been shown.
-    begun: bool,
-}
-
-/// Whether the answer proper has a form that was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
-    /// It has none: tags count wherever they stand.
-    Free,
-    /// It has, and has not begun. White space behind thinking is no part of it.
-    Ahead { thought: bool },
-    /// It has begun, and what comes is as it is.
-    Begun,
-}
-
-impl Default for ThinkSplitter {
-    fn default() -> Self {
-        Self { part: Part::Answer, form: Form::Free, pending: String::new(), space: String::new(), begun: false }
-    }
-}
-
-impl ThinkSplitter {
-    /// A splitter for a new answer.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// A splitter for an answer whose prompt has opened a [`tag`](crate::Thinking::tag).
-    pub fn opened(tag: ThinkTag) -> Self {
-        Self { part: tag.part(), ..Self::default() }
-    }
-
-    /// The same for an answer with a form that was asked for: tags count before it only, since its texts may quote them,
-    /// and it keeps its white space.
-    pub fn before_form(self) -> Self {
-        Self { form: Form::Ahead { thought: self.part != Part::Answer }, ..self }
-    }
-
-    /// Takes the next piece of text; returns what is settled, in order.
-    pub fn push(&mut self, text: &str) -> Vec<(Part, String)> {
-        self.pending.push_str(text);
-        let mut pieces = Vec::new();
-        let buffer = std::mem::take(&mut self.pending);
-        let mut rest = &buffer[..];
-        loop {
-            if self.form != Form::Free && self.part == Part::Answer {
-                match self.lead(rest, &mut pieces) {
-                    Some(inside) => rest = inside,
-                    None => return pieces,
-                }
-            }
-            let tags = self.tags();
-            let Some(at) = rest.find('<') else { break };
-            let (before, tail) = rest.split_at(at);
-            self.emit(before, &mut pieces);
-            if let Some((tag, next)) = tags.iter().find(|(tag, _)| tail.starts_with(tag)) {
-                self.enter(*next);
-                rest = &tail[tag.len()..];
-            } else if tags.iter().any(|(tag, _)| tag.starts_with(tail)) {
-                self.pending = tail.to_owned();
-                return pieces;
-            } else {
-                self.emit("<", &mut pieces);
-                rest = &tail[1..];
-            }
-        }
-        self.emit(rest, &mut pieces);
-        pieces
-    }
-
-    /// Where a form or thinking in its place begins: returns what follows a tag, unless all of the text is dealt with.
-    fn lead<'a>(&mut self, rest: &'a str, pieces: &mut Vec<(Part, String)>) -> Option<&'a str> {
-        let Form::Ahead { thought } = self.form else {
-            pieces.extend((!rest.is_empty()).then(|| (Part::Answer, rest.to_owned())));
-            return None;
-        };
-        if let Some((tag, inside)) = ThinkTag::leads(rest.as_bytes()) {
-            self.enter(tag.part());
-            self.form = Form::Ahead { thought: true };
-            return Some(&rest[rest.len() - inside.len()..]);
-        }
-        if ThinkTag::may_lead(rest.as_bytes()) {
-            rest.clone_into(&mut self.pending);
-        } else {
-            self.form = Form::Begun;
-            let text = if thought { rest.trim_start() } else { rest };
-            pieces.push((Part::Answer, text.to_owned()));
-        }
-        None
-    }
-
-    /// What is left at the end: the beginning of a tag that never came.
-    pub fn finish(&mut self) -> Vec<(Part, String)> {
-        let rest = std::mem::take(&mut self.pending);
-        let mut pieces = Vec::new();
-        self.emit(&rest, &mut pieces);
-        pieces
-    }
-
-    /// The tags that count in this part, and the part behind each.
-    fn tags(&self) -> &'static [(&'static str, Part)] {
-        const INSIDE: [(&str, Part); 2] =
-            [(ThinkTag::Analysis.close(), Part::Answer), (ThinkTag::Think.close(), Part::Answer)];
-        const OUTSIDE: [(&str, Part); 6] = [
-            (ThinkTag::Analysis.open(), Part::Analysis),
-            (ThinkTag::Analysis.close(), Part::Answer),
-            (ThinkTag::Think.open(), Part::Thinking),
-            (ThinkTag::Think.close(), Part::Answer),
-            ("<answer>", Part::Answer),
-            ("</answer>", Part::Answer),
-        ];
-        match self.part {
-            Part::Analysis => &INSIDE[..1],
-            Part::Thinking => &INSIDE[1..],
-            Part::Answer => &OUTSIDE,
-        }
-    }
-
-    fn enter(&mut self, part: Part) {
-        self.part = part;
-        self.begun = false;
-        self.space.clear();
-    }
-
-    fn emit(&mut self, text: &str, pieces: &mut Vec<(Part, String)>) {
-        let text = if self.begun { text } else { text.trim_start() };
-        let shown = text.trim_end();
-        if shown.is_empty() {
-            self.space.push_str(text);
-            return;
-        }
-        let mut piece = std::mem::take(&mut self.space);
-        piece.push_str(shown);
-        self.space.push_str(&text[shown.len()..]);
-        self.begun = true;
-        match pieces.last_mut() {
-            Some((part, last)) if *part == self.part => last.push_str(&piece),
-            _ => pieces.push((self.part, piece)),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn answer(analysis: Option<&str>, thinking: Option<&str>, answer: &str, boxed: Option<&str>) -> Answer {
+    pub(crate) fn answer(analysis: Option<&str>, thinking: Option<&str>, answer: &str, boxed: Option<&str>) -> Answer {
         Answer {
             analysis: analysis.map(Into::into),
             thinking: thinking.map(Into::into),
@@ -302,7 +134,7 @@ mod tests {
         }
     }
 
-    const WELL_FORMED: [&str; 9] = [
+    pub(crate) const WELL_FORMED: [&str; 9] = [
         "A cat.",
         "  a < b and c <d> e\n\n",
         "<think>\nhm, 1 < 2 \n</think>\n<answer>\nThe answer is \\boxed{A}.</answer>",
@@ -332,61 +164,6 @@ mod tests {
         }
     }
 
-    /// The parts of a text that comes in chunks of `size` characters: analysis, thinking, answer.
-    fn split(mut splitter: ThinkSplitter, text: &str, size: usize) -> [String; 3] {
-        let chars: Vec<char> = text.chars().collect();
-        let mut pieces: Vec<(Part, String)> =
-            chars.chunks(size).flat_map(|chunk| splitter.push(&chunk.iter().collect::<String>())).collect();
-        pieces.extend(splitter.finish());
-        assert!(pieces.iter().all(|(_, piece)| !piece.is_empty()), "{pieces:?}");
-        let mut parts = [String::new(), String::new(), String::new()];
-        pieces.iter().for_each(|(part, piece)| parts[*part as usize].push_str(piece));
-        parts
-    }
-
-    #[test]
-    fn an_answer_can_begin_inside_thinking() {
-        let cases = [
-            ("hm</think>\n<answer>A</answer>", answer(None, Some("hm"), "A", None)),
-            ("cut in the midd", answer(None, Some("cut in the midd"), "", None)),
-            ("</think>A", answer(None, Some(""), "A", None)),
-        ];
-        for (text, expected) in cases {
-            assert_eq!(parse_opened_answer(ThinkTag::Think, text), expected, "{text}");
-            let [_, thinking, shown] = split(ThinkSplitter::opened(ThinkTag::Think), text, 1000);
-            assert_eq!((Some(thinking), shown), (expected.thinking, expected.answer), "{text}");
-        }
-        let expected = answer(Some("Easy."), None, "A", None);
-        assert_eq!(parse_opened_answer(ThinkTag::Analysis, "Easy.</analysis>A"), expected);
-        let parts = split(ThinkSplitter::opened(ThinkTag::Analysis), "Easy.</analysis>A", 1);
-        assert_eq!(parts, ["Easy.", "", "A"]);
-    }
-
-    #[test]
-    fn texts_inside_a_form_are_left_alone() {
-        let quoting = "{\"a\": \"<think>x</think> </answer>\"} ";
-        let thinking = "<analysis>Hard.</analysis>\n<think>1 < 2, {\"a\"}</think>\n\n";
-        let thought = [Some("Hard."), Some("1 < 2, {\"a\"}")];
-        let cases = [
-            (quoting.to_owned(), [None; 2], quoting),
-            (format!("{thinking}{quoting}"), thought, quoting),
-            (" yes\n".to_owned(), [None; 2], " yes\n"),
-            ("<b> and <think>".to_owned(), [None; 2], "<b> and <think>"),
-            ("<think>cut </thi".to_owned(), [None, Some("cut </thi")], ""),
-            ("<thi".to_owned(), [None; 2], "<thi"),
-            (String::new(), [None; 2], ""),
-        ];
-        for (text, [analysis, thinking], proper) in cases {
-            assert_eq!(parse_formed_answer(None, &text), answer(analysis, thinking, proper, None), "{text}");
-            let expected = [analysis.unwrap_or_default(), thinking.unwrap_or_default(), proper];
-            for size in [1, 2, 3, 7, 1000] {
-                assert_eq!(split(ThinkSplitter::new().before_form(), &text, size), expected, "{text} by {size}");
-            }
-        }
-        let expected = answer(None, Some("hm"), "{\"</think>\"}", None);
-        assert_eq!(parse_formed_answer(Some(ThinkTag::Think), "hm\n</think>\n{\"</think>\"}"), expected);
-    }
-
     #[test]
     fn the_last_tags_count() {
         let cases = [
@@ -402,45 +179,5 @@ mod tests {
         for (text, expected) in cases {
             assert_eq!(parse_answer(text), expected, "{text}");
         }
-    }
-
-    #[test]
-    fn splitting_a_stream_gives_the_parts_whatever_the_chunks() {
-        for text in WELL_FORMED {
-            let whole = parse_answer(text);
-            let bounds: Vec<usize> = text.char_indices().map(|(i, _)| i).chain([text.len()]).collect();
-            for width in 1..=bounds.len() {
-                let mut splitter = ThinkSplitter::new();
-                let mut parts = [String::new(), String::new(), String::new()];
-                let mut take = |pieces: Vec<(Part, String)>| {
-                    for (part, piece) in pieces {
-                        assert!(!piece.is_empty());
-                        parts[part as usize].push_str(&piece);
-                    }
-                };
-                for chunk in bounds.chunks(width) {
-                    let end = chunk[chunk.len() - 1];
-                    let start = bounds.iter().position(|b| *b == chunk[0]).map_or(0, |i| bounds[i.saturating_sub(1)]);
-                    take(splitter.push(&text[start..end]));
-                }
-                take(splitter.finish());
-                let expected = [
-                    whole.analysis.clone().unwrap_or_default(),
-                    whole.thinking.clone().unwrap_or_default(),
-                    whole.answer.clone(),
-                ];
-                assert_eq!(parts, expected, "{text:?} in chunks of {width}");
-            }
-        }
-    }
-
-    #[test]
-    fn text_is_shown_as_soon_as_it_cannot_be_a_tag() {
-        let mut splitter = ThinkSplitter::new();
-        assert_eq!(splitter.push("a <thi"), [(Part::Answer, "a".into())]);
-        assert_eq!(splitter.push("s"), [(Part::Answer, " <this".into())]);
-        assert_eq!(splitter.push("<think>b\n"), [(Part::Thinking, "b".into())]);
-        assert_eq!(splitter.push("c</think>d</th"), [(Part::Thinking, "\nc".into()), (Part::Answer, "d".into())]);
-        assert_eq!(splitter.finish(), [(Part::Answer, "</th".into())]);
     }
 }

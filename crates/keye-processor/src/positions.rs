@@ -43,13 +43,16 @@ pub(crate) fn positions(
 ///
 /// # Errors
 ///
-/// A run whose length its grids do not make up; grids left over.
+/// A run whose length its grids do not make up; grids left over; `merge` is 0.
 pub fn prompt_positions(
     ids: &[u32],
     image: (u32, &[[u32; 3]]),
     video: (u32, &[[u32; 3]]),
     merge: u32,
 ) -> Result<(Vec<[u32; 3]>, i64), ProcessorError> {
+    if merge == 0 {
+        return Err(ProcessorError::Prompt("merge: expected at least 1, found 0".into()));
+    }
     let frames = |grids: &[[u32; 3]]| -> Vec<[u32; 3]> {
         let tokens =
             |[t, h, w]: &[u32; 3]| std::iter::repeat_n([1, h / merge, w / merge], (*t as usize).min(ids.len() + 1));
@@ -149,6 +152,8 @@ mod tests {
 
     #[test]
     fn absurd_blocks_are_errors() {
+        let none = prompt_positions(&[1, 2], (2, &[[1, 4, 4]]), (3, &[]), 0).unwrap_err().to_string();
+        assert!(none.contains("merge: expected at least 1"), "{none}");
         assert!(positions(5, &[block(0, [5, 1, 1], 1e30)], 2.0).is_err());
         assert!(positions(1, &[block(0, [5, 1, 1], 1.0)], 2.0).is_err());
         assert!(positions(9, &[block(3, [1, 1, 1], 1.0), block(2, [1, 1, 1], 1.0)], 2.0).is_err());

@@ -12,11 +12,16 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
+use crate::few::Few;
 use crate::packed::{self, PackedTag};
 use crate::{CheckpointFiles, Dtype, ProcessorError};
 
 /// The limit of the reference implementation; the header of the largest checkpoints is below 1 MB.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Most tensors of a file, and most pairs of metadata: several times those of the largest models.
+const MAX_ENTRIES: usize = 1 << 18;
+/// Most dimensions of a tensor.
+const MAX_DIMS: usize = 16;
 /// The header's key that is not a tensor.
 const METADATA_KEY: &str = "__metadata__";
 
@@ -147,29 +152,29 @@ struct Header {
 #[derive(Deserialize)]
 struct RawTensor {
     dtype: String,
-    shape: Vec<u64>,
+    shape: Few<u64, MAX_DIMS>,
     data_offsets: [u64; 2],
 }
 
 impl RawTensor {
     /// `data` is where elements begin.
     fn entry(self, data: usize) -> Result<Entry, String> {
-        let [start, end] = self.data_offsets;
+        let ([start, end], Few(dims)) = (self.data_offsets, self.shape);
         let place = |offset: u64| usize::try_from(offset).ok().and_then(|offset| offset.checked_add(data));
         let (Some(first), Some(last), Some(stored)) = (place(start), place(end), end.checked_sub(start)) else {
             return Err(format!("data_offsets [{start}, {end}] are impossible"));
         };
         let dtype = Dtype::from_name(&self.dtype).ok_or(self.dtype);
         if let Ok(dtype) = dtype {
-            let bytes = self.shape.iter().try_fold(dtype.size() as u64, |bytes, &dim| bytes.checked_mul(dim));
+            let bytes = dims.iter().try_fold(dtype.size() as u64, |bytes, &dim| bytes.checked_mul(dim));
             if bytes != Some(stored) {
                 let needed =
                     bytes.map_or_else(|| "more bytes than can be counted".to_owned(), |b| format!("{b} bytes"));
-                return Err(format!("{dtype} {:?} needs {needed}, its place has {stored}", self.shape));
+                return Err(format!("{dtype} {:?} needs {needed}, its place has {stored}", dims));
             }
         }
-        let shape = self.shape.iter().map(|&dim| usize::try_from(dim)).collect::<Result<_, _>>();
-        let shape = shape.map_err(|_| format!("shape {:?} is impossible", self.shape))?;
+        let shape = dims.iter().map(|&dim| usize::try_from(dim)).collect::<Result<_, _>>();
+        let shape = shape.map_err(|_| format!("shape {:?} is impossible", dims))?;
         Ok(Entry { dtype, shape, start: first, end: last, packed: None })
     }
 }
@@ -188,7 +193,9 @@ impl<'de> Deserialize<'de> for Header {
                 let mut header = Header { metadata: BTreeMap::new(), tensors: Vec::new() };
                 while let Some(name) = map.next_key::<String>()? {
                     if name == METADATA_KEY {
-                        header.metadata = map.next_value()?;
+                        header.metadata = map.next_value::<Metadata>()?.0;
+                    } else if header.tensors.len() == MAX_ENTRIES {
+                        return Err(A::Error::custom(format!("expected at most {MAX_ENTRIES} tensors, found more")));
                     } else {
                         let tensor = map.next_value().map_err(|e| A::Error::custom(format!("tensor {name}: {e}")))?;
                         header.tensors.push((name, tensor));
@@ -198,6 +205,36 @@ impl<'de> Deserialize<'de> for Header {
             }
         }
         deserializer.deserialize_map(HeaderVisitor)
+    }
+}
+
+/// Pairs of metadata, few enough to hold.
+struct Metadata(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MetadataVisitor;
+        impl<'de> Visitor<'de> for MetadataVisitor {
+            type Value = Metadata;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a map of texts")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let mut pairs = BTreeMap::new();
+                while let Some((key, value)) = map.next_entry()? {
+                    if pairs.len() == MAX_ENTRIES {
+                        return Err(A::Error::custom(format!(
+                            "metadata: expected at most {MAX_ENTRIES} pairs, found more"
+                        )));
+                    }
+                    pairs.insert(key, value);
+                }
+                Ok(Metadata(pairs))
+            }
+        }
+        deserializer.deserialize_map(MetadataVisitor)
     }
 }
 
@@ -237,6 +274,21 @@ mod tests {
         assert!(reason(&1000u64.to_le_bytes()).contains("1000 bytes of the header are missing"));
         assert!(reason(b"1234567").contains("7 bytes are less"));
         assert!(reason(b"").contains("0 bytes are less"));
+    }
+
+    /// A header of the size that is believed took forty times its size in memory.
+    #[test]
+    fn headers_of_very_many_things_are_refused() {
+        let dims = format!(r#"{{"a":{{"dtype":"U8","shape":[{}1],"data_offsets":[0,1]}}}}"#, "1,".repeat(100_000));
+        let found = reason(&file(&dims, 1));
+        assert!(found.contains("tensor a: expected a list of at most 16, found more"), "{found}");
+        let entry = |i: usize| format!(r#""{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#);
+        let many = (0..=MAX_ENTRIES).map(entry).collect::<Vec<_>>().join(",");
+        let found = reason(&file(&format!("{{{many}}}"), 0));
+        assert!(found.contains("expected at most 262144 tensors"), "{found}");
+        let pairs = (0..=MAX_ENTRIES).map(|i| format!(r#""{i}":"""#)).collect::<Vec<_>>().join(",");
+        let found = reason(&file(&format!(r#"{{"__metadata__":{{{pairs}}}}}"#), 0));
+        assert!(found.contains("metadata: expected at most 262144 pairs"), "{found}");
     }
 
     #[test]

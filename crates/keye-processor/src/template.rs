@@ -1,13 +1,16 @@
 //! The checkpoint's chat template (Jinja), rendered like transformers does.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use minijinja::value::{Kwargs, Rest, Value as Variable, ValueKind};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind};
-use serde::Serialize;
+use minijinja::machinery::{Vm, make_string_output};
+use minijinja::value::Value as Variable;
+use minijinja::{AutoEscape, Environment, Error};
 use serde_json::Value;
 
 use crate::files::{CONFIG_BYTES, Fields, file_error};
+use crate::template_budget::{TEXT_BYTES, environment, too_long};
+use crate::template_guard::compile;
 use crate::{CheckpointFiles, ProcessorError, Variant};
 
 /// Variables of a rendering.
@@ -31,8 +34,6 @@ impl Default for TemplateOptions {
 
 /// Instructions a rendering may take; a plain turn takes about a hundred.
 const FUEL: u64 = 20_000_000;
-/// Ceiling of the rendered text, several times the longest context of the family.
-const OUTPUT_BYTES: usize = 16 << 20;
 const NAME: &str = "chat_template";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
@@ -74,24 +75,13 @@ impl ChatTemplate {
     }
 
     /// Compiles a template.
+    ///
+    /// # Errors
+    /// It cannot be compiled, or takes what no published template does: deep nesting, other templates, unusual filters.
     pub fn new(source: String) -> Result<Self, ProcessorError> {
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_formatter(|out, _, value| match value.kind() {
-            ValueKind::None => Ok(out.write_str("None")?),
-            ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
-            ValueKind::Undefined => Ok(()),
-            _ => Ok(write!(out, "{value}")?),
-        });
-        environment.add_function("raise_exception", |message: String| -> Result<(), Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_filter("tojson", to_json);
+        let mut environment = environment();
         environment.set_fuel(Some(FUEL));
-        guarded(|| environment.add_template_owned(NAME, source.clone()))?;
+        guarded(|| compile(NAME, &source).map(drop))?;
         Ok(Self { environment, source, tokens: Vec::new() })
     }
 
@@ -109,10 +99,14 @@ impl ChatTemplate {
         variables.insert("tools".into(), options.tools.clone().unwrap_or(Value::Null));
         variables.insert("add_generation_prompt".into(), options.add_generation_prompt.into());
         variables.insert("add_vision_id".into(), options.add_vision_id.into());
-        let template = self.environment.get_template(NAME).map_err(template_error)?;
-        let mut output = Bounded(Vec::new());
-        guarded(|| template.render_captured_to(Variable::from_serialize(&variables), &mut output).map(drop))?;
-        String::from_utf8(output.0).map_err(|_| ProcessorError::Template("the output is not UTF-8".into()))
+        // Compiled anew, which takes less than a millisecond: what is compiled borrows the source.
+        guarded(|| {
+            let (program, mut output) = (compile(NAME, &self.source)?, String::new());
+            let (variables, blocks) = (Variable::from_serialize(&variables), BTreeMap::new());
+            let vm = Vm::new(&self.environment);
+            vm.eval(&program, variables, &blocks, &mut make_string_output(&mut output), AutoEscape::None)?;
+            if output.len() > TEXT_BYTES { Err(too_long()) } else { Ok(output) }
+        })
     }
 }
 
@@ -192,68 +186,6 @@ fn template_error(error: Error) -> ProcessorError {
     ProcessorError::Template(text)
 }
 
-/// Output that refuses to grow beyond [`OUTPUT_BYTES`].
-struct Bounded(Vec<u8>);
-
-impl std::io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.0.len() + bytes.len() > OUTPUT_BYTES {
-            return Err(std::io::Error::other(format!("the prompt is longer than {OUTPUT_BYTES} bytes")));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// `tojson` as transformers defines it: Python's `json.dumps(ensure_ascii=False)`.
-fn to_json(value: Variable, positional: Rest<Variable>, kwargs: Kwargs) -> Result<Variable, Error> {
-    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
-    let indent: Option<usize> = match positional.first() {
-        Some(first) => Some(usize::try_from(first.clone())?),
-        None => kwargs.get("indent")?,
-    };
-    let (sort_keys, _ascii): (Option<bool>, Option<bool>) = (kwargs.get("sort_keys")?, kwargs.get("ensure_ascii")?);
-    kwargs.assert_all_used()?;
-    let mut value = serde_json::to_value(&value).map_err(failed)?;
-    if sort_keys == Some(true) {
-        value.sort_all_objects();
-    }
-    let mut out = Vec::new();
-    match indent {
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonFormatter)),
-        Some(n) if n <= 64 => {
-            let indent = vec![b' '; n];
-            let pretty = serde_json::ser::PrettyFormatter::with_indent(&indent);
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty))
-        }
-        Some(n) => return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: indent {n} is above 64"))),
-    }
-    .map_err(failed)?;
-    let text = String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    Ok(Variable::from_safe_string(text))
-}
-
-/// One line with `", "` and `": "` between things.
-struct PythonFormatter;
-
-impl serde_json::ser::Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -266,11 +198,10 @@ mod tests {
         ChatTemplate::new(source.into())?.render(messages.as_array().unwrap(), &options)
     }
 
-    /// Found by fuzzing.
+    /// The engine panics on it; found by fuzzing.
     #[test]
-    fn an_empty_list_turned_round_is_no_panic() {
-        let error = render("{{ messages[::-1] }}", json!([])).unwrap_err();
-        assert!(error.to_string().starts_with("chat template: "), "{error}");
+    fn an_empty_list_turned_round_is_empty() {
+        assert_eq!(render("{{ messages[::-1] }}{% for m in messages[::-1] %}x{% endfor %}", json!([])).unwrap(), "[]");
     }
 
     #[test]
@@ -280,6 +211,7 @@ mod tests {
             ("{{ tools[0].b|tojson(indent=1) }}", "[\n 1,\n 2.5,\n null\n]"),
             ("{{ {'b': 1, 'a': 2}|tojson(sort_keys=true) }}", r#"{"a": 2, "b": 1}"#),
             ("{{ true }} {{ none }} {{ nothing }}|", "True None |"),
+            ("{{ nothing|tojson }}{{ none|tojson }}{{ '<é'|tojson }}", "nullnull\"<é\""),
             ("{{ messages[0].content.split(' ')[-1].startswith('c') }}", "True"),
             ("{{ messages[::-1][0]['content'].strip('bc') }}", "a b "),
             ("{% set n = namespace(v=1) %}{% for i in [1,2] %}{% set n.v = n.v + i %}{% endfor %}{{ n.v }}", "4"),
@@ -299,12 +231,220 @@ mod tests {
         assert!(render("{% for %}", json!([])).is_err());
     }
 
+    /// Base models' templates take these.
+    #[test]
+    fn what_published_templates_use_is_there() {
+        let macros = "{% macro shown(v) %}{% if v is string %}{{ v|trim }}{% else %}{% for p in v %}{{ p.text }}{% endfor %}{% endif %}\
+                      {% endmacro %}{{ shown(messages[0].content) ~ '|' + shown([{'text': 'x'}]) }}";
+        let cases = [
+            (macros, "a b c|x"),
+            ("{% for m in messages[::-1] %}{% set i = messages|length - 1 - loop.index0 %}{{ i }}{% endfor %}", "0"),
+            (
+                "{% set n = namespace(v=[], s='') %}{% for i in range(3) %}{% set n.v = n.v + [i] %}{% set n.s = n.s ~ i %}\
+              {% endfor %}{{ n.v }}{{ n.s }}",
+                "[0, 1, 2]012",
+            ),
+            ("{{ messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|list|join(';') }}", "a b c"),
+            ("{{ messages[0].content.split(' ')[1:]|length }}{{ 'ab'[1:] }}{{ 'abc'[:-1] }}", "2bab"),
+            (
+                "{% for k, v in messages[0]|items %}{{ k }}={{ v }};{% endfor %}{{ 'role' in messages[0] }}",
+                "role=user;content=a b c;True",
+            ),
+            ("{% for k, v in messages[0].items() %}{{ loop.index * 2 }}{% endfor %}{{ 1 < 2 < 3 }}", "24True"),
+            (
+                "{% set t %}<{{ messages[0]['role'] }}>{% endset %}{{ t|upper|replace('U', 'u') }}{{ x|default('d') }}",
+                "<uSER>d",
+            ),
+            (
+                "{{ 'a' if messages[0].role == 'user' and 'b' not in 'cd' else 'e' }}{{ '{} {}'.format(1, 'x') }}",
+                "a1 x",
+            ),
+            (
+                "{{ {'a': 1}|tojson(indent=2) }}{{ [1, [2]]|string }}{{ 'a\nb'|indent(2) }}",
+                "{\n  \"a\": 1\n}[1, [2]]a\n  b",
+            ),
+        ];
+        for (source, expected) in cases {
+            assert_eq!(render(source, json!([{"role": "user", "content": "a b c"}])).unwrap(), expected, "{source}");
+        }
+    }
+
+    /// In the manner of the base model's, which looks back at all messages and takes thinking out of earlier answers.
+    #[test]
+    fn long_conversations_fit() {
+        let source = r#"{%- if tools %}{{- '<|im_start|>system\n' }}{%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{%- endfor %}{%- endif %}
+{%- set ns = namespace(open=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.open and message.role == "user" and not(message.content.startswith('<r>') and message.content.endswith('</r>')) %}
+        {%- set ns.open = false %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or (not loop.last and thought)) %}
+            {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in message.tool_calls or [] %}{{- call.arguments | tojson }}{%- endfor %}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}"#;
+        let turn = [
+            json!({"role": "user", "content": "word ".repeat(300)}),
+            json!({"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes", "tool_calls": [{"arguments": {"a": 1}}]}),
+        ];
+        let messages: Vec<Value> = turn.iter().cycle().take(6000).cloned().collect();
+        let begin = std::time::Instant::now();
+        let text = render(source, messages.into()).unwrap();
+        assert!(
+            text.ends_with(
+                "word <|im_end|>\n<think>\nhm\n</think>\n\nyes{\"a\": 1}<|im_end|>\n<|im_start|>assistant\n"
+            )
+        );
+        assert_eq!(text.matches("yes{\"a\": 1}").count(), 3000);
+        assert!(begin.elapsed() < std::time::Duration::from_secs(10), "{:?}", begin.elapsed());
+    }
+
     #[test]
     fn hostile_templates_end() {
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
         assert!(render(endless, json!([])).unwrap_err().to_string().contains("fuel"));
-        let long = "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}";
+        let long = "{% set x = 'x' %}{% for a in range(9999) %}{{ x * 9999 }}{% endfor %}";
         assert!(render(long, json!([])).unwrap_err().to_string().contains("longer than"));
-        assert!(render("{{ 'x' * 99999999999 }}", json!([])).is_err());
+    }
+
+    /// Each ended the process by its stack.
+    #[test]
+    fn templates_that_nest_without_end_are_refused_before_they_are_compiled() {
+        let chain = |one: &str, more: &str| format!("{{{{ {one}{} }}}}", more.repeat(200_000 / more.len()));
+        let cases = [
+            format!("{{% if a %}}{}{{% endif %}}", "{% elif b %}".repeat(10_000)),
+            format!("{{{{ {}1 }}}}", "not ".repeat(50_000)),
+            format!("{{{{ {}1 }}}}", "-".repeat(100_000)),
+            chain("1", " ~ 1"),
+            chain("1", "+1"),
+            chain("1", "**1"),
+            chain("1", "<1"),
+            chain("a", " or a"),
+            chain("a", ".b"),
+            chain("a", "|d"),
+            chain("a", "[0]"),
+            chain("1", " if 1 else 1"),
+            "x".repeat(300 << 10),
+            chain("", "("),
+            chain("", "["),
+        ];
+        for source in cases {
+            let error = render(&source, json!([])).unwrap_err().to_string();
+            assert!(error.contains("expected at most"), "{}: {error}", &source[..30]);
+        }
+    }
+
+    /// As far as the limits go, on the stack of a thread.
+    #[test]
+    fn templates_at_the_limits_are_compiled_and_rendered() {
+        let chain = |one: &str, more: &str| format!("{{{{ {one}{} }}}}", more.repeat(250));
+        let text = "x".repeat(200_000);
+        for source in [
+            format!("{{% if a %}}{}{{% endif %}}", "{% elif b %}".repeat(250)),
+            chain("1", " ~ 1"),
+            chain("1", "+1"),
+            chain("a", " or a"),
+            chain("a", "|d"),
+            chain(&format!("'{text}'"), " ~ 1"),
+            chain("1", " if 1 else 1").replacen(" if 1 else 1", "", 125),
+            "\n".repeat(200_000),
+            "{% set x = [1, {'a': 'b', 'c': []}] %}".repeat(5000),
+        ] {
+            render(&source, json!([])).unwrap_or_else(|e| panic!("{}: {e}", &source[..30]));
+        }
+        // The engine's own limits.
+        for (open, close) in [
+            ("{% if 1 %}", "{% endif %}"),
+            ("{% for x in [1] %}", "{% endfor %}"),
+            ("{% set x %}", "{% endset %}"),
+            ("{% with %}", "{% endwith %}"),
+            ("{% filter upper %}", "{% endfilter %}"),
+            ("{% macro f() %}", "{% endmacro %}"),
+            ("{% call f() %}", "{% endcall %}"),
+        ] {
+            for depth in [100, 5000] {
+                let _ = render(&format!("{}{}", open.repeat(depth), close.repeat(depth)), json!([]));
+            }
+        }
+        for endless in [
+            "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(1) }}",
+            "{% for n in [1] recursive %}{{ loop([n]) }}{% endfor %}",
+        ] {
+            assert!(render(endless, json!([])).unwrap_err().to_string().contains("recursion"), "{endless}");
+        }
+    }
+
+    /// Each ended the process by its stack or its memory, or took minutes.
+    #[test]
+    fn templates_that_grow_without_end_are_errors() {
+        let looped = |first: &str, step: &str| {
+            format!(
+                "{{% set n = namespace(v={first}) %}}{{% for i in range(99999) %}}{{% set n.v = {step} %}}{{% endfor %}}{{{{ n.v }}}}"
+            )
+        };
+        let with = |call: &str| format!("{{% set x = 'x' %}}{{{{ {call} }}}}");
+        let cases = [
+            looped("[]", "[n.v]"),
+            looped("{}", "{'a': n.v}"),
+            looped("{}", "dict(a=n.v)"),
+            looped("[1]", "[n.v, n.v]"),
+            looped("[1]", "n.v + n.v"),
+            looped("'x'", "n.v ~ n.v"),
+            looped("'x'", "n.v + n.v"),
+            looped("'x'", "n.v * 2"),
+            looped("'x'", "[n.v, n.v]|join"),
+            looped("'x'", "n.v.replace('x', 'xx')"),
+            looped("'x'", "n.v|replace('x', 'xx')"),
+            looped("'x'", "'{0}{0}'.format(n.v)"),
+            looped("1", "namespace(v=n)"),
+            looped("1", "n"),
+            looped("1", "[n]"),
+            "{% macro f(s) %}{{ f(s ~ s) }}{% endmacro %}{{ f('x') }}".to_owned(),
+            "{% macro f(s) %}{{ s }}{{ f([s, s]) }}{% endmacro %}{{ f('x') }}".to_owned(),
+            "{% macro f(s) %}{% set t %}{{ s }}{{ s }}{% endset %}{{ f(t) }}{% endmacro %}{{ f('x') }}".to_owned(),
+            format!("{{% set x %}}{{% for i in range(99999) %}}{}{{% endfor %}}{{% endset %}}", "x".repeat(10_000)),
+            with("x * 99999999999"),
+            with("[1] * x|length * 99999999999"),
+            with("x|indent(40000000000)"),
+            with("'%99999999999d'|format(1)"),
+            with("'{:99999999999}'.format(1)"),
+            with("[x]|batch(9999999999, 0)"),
+            with("[x]|slice(9999999999)"),
+            with("x.count('')"),
+            with("range(100000)|join(range(100000)|join)"),
+            with("('x' * 100000000) ~ ('x' * 100000000)"),
+            with("[1] * 99999999999"),
+            with("[1]|tojson(indent=40000000000)"),
+            // Reading costs too.
+            "{% set n = namespace(v='x') %}{% for i in range(23) %}{% set n.v = n.v ~ n.v %}{% endfor %}\
+             {% for i in range(9999) %}{% for j in range(999) %}{% if n.v.find('y') == n.v|length %}{% endif %}{% endfor %}{% endfor %}".to_owned(),
+            "{% extends 'chat_template' %}".to_owned(),
+            "{% include 'chat_template' %}".to_owned(),
+            "{% for x in [1] recursive %}{{ loop([[x]]) }}{% endfor %}".to_owned(),
+        ];
+        for source in cases {
+            let begin = std::time::Instant::now();
+            let error = render(&source, json!([])).expect_err(&source).to_string();
+            assert!(error.starts_with("chat template: ") && error.len() < 1000, "{source}: {error}");
+            assert!(begin.elapsed() < std::time::Duration::from_secs(30), "{source}");
+        }
     }
 }

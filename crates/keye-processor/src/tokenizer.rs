@@ -1,14 +1,16 @@
 //! tokenizer.json: text to ids and back.
 
 use std::collections::HashSet;
+use std::fmt::Display;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, ModelWrapper, PostProcessorWrapper};
 
 use crate::files::{CONFIG_BYTES, Fields, VOCABULARY_BYTES, describe, file_error};
-use crate::{CheckpointFiles, ProcessorError};
+use crate::{CheckpointFiles, ProcessorError, tokenizer_file};
 
 /// Byte-level BPE with the checkpoint's special tokens. Cheap to clone.
 ///
@@ -49,6 +51,11 @@ fn parts(mut text: &str) -> impl Iterator<Item = &str> {
         text = rest;
         (!part.is_empty()).then_some(part)
     })
+}
+
+/// Nothing when the library panics: its files come from anywhere.
+fn caught<T>(work: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(work)).ok()
 }
 
 fn longest_whitespace(text: &str) -> usize {
@@ -124,19 +131,30 @@ impl Tokenizer {
         Ok(built)
     }
 
-    fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self, ProcessorError> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| {
+    pub(crate) fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self, ProcessorError> {
+        tokenizer_file::check(path, bytes)?;
+        let expected = |e: &dyn Display| {
             file_error(path, format!("expected a tokenizer that Hugging Face tokenizers can read: {e}"))
-        })?;
+        };
+        let mut inner = caught(|| tokenizers::Tokenizer::from_bytes(bytes))
+            .ok_or_else(|| expected(&"it fails on the file"))?
+            .map_err(|e| expected(&e))?;
         inner.with_truncation(None).map_err(|e| file_error(path, format!("truncation: {e}")))?;
         inner.with_padding(None);
-        if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-            return Err(file_error(path, "decoder: expected ByteLevel, found another or none"));
+        // It could only put something in front or behind.
+        inner.with_post_processor(None::<PostProcessorWrapper>);
+        let (model, decoder) = (inner.get_model(), inner.get_decoder());
+        if !matches!((model, decoder), (ModelWrapper::BPE(_), Some(DecoderWrapper::ByteLevel(_)))) {
+            return Err(file_error(path, "model and decoder: expected BPE and ByteLevel, found others"));
         }
         let special = inner.get_added_tokens_decoder().iter().filter(|(_, t)| t.special).map(|(id, _)| *id).collect();
         let highest = inner.get_vocab(true).into_values().max();
-        let id_limit =
-            highest.ok_or_else(|| file_error(path, "model.vocab: expected tokens, found none"))?.saturating_add(1);
+        let highest = highest.ok_or_else(|| file_error(path, "model.vocab: expected tokens, found none"))?;
+        if highest >= tokenizer_file::IDS {
+            let reason = format!("model.vocab: expected ids below {}, found {highest}", tokenizer_file::IDS);
+            return Err(file_error(path, reason));
+        }
+        let id_limit = highest + 1;
         Ok(Self { shared: Arc::new(Shared { inner, special }), id_limit })
     }
 
@@ -201,8 +219,10 @@ impl Tokenizer {
             let reason = format!("cannot tokenise more than {MAX_WHITESPACE} white-space characters in a row");
             return Err(ProcessorError::Prompt(reason));
         }
-        let encoding = self.shared.inner.encode_fast(text, false);
-        let encoding = encoding.map_err(|e| ProcessorError::Prompt(format!("cannot tokenise the text: {e}")))?;
+        let failed = |e: &dyn Display| ProcessorError::Prompt(format!("cannot tokenise the text: {e}"));
+        let encoding = caught(|| self.shared.inner.encode_fast(text, false))
+            .ok_or_else(|| failed(&"the tokenizer's file leads the library into an error of its own"))?
+            .map_err(|e| failed(&e))?;
         Ok(encoding.get_ids().to_vec())
     }
 

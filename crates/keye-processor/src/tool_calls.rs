@@ -3,17 +3,20 @@
 //! 671B is taken to have (`docs/spec/keye-vl-671b.md` §8):
 //! `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...<｜tool▁calls▁end｜>`.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use crate::{ChatTemplate, Conversation};
+use crate::json_scan::{JsonScan, Scanned};
 
-const OPEN: &str = "<tool_call>";
-const CLOSE: &str = "</tool_call>";
+pub(crate) const OPEN: &str = "<tool_call>";
+pub(crate) const CLOSE: &str = "</tool_call>";
 
 /// DeepSeek-V3.1's: between a call's name and its arguments.
-const SEPARATOR: &str = "<｜tool▁sep｜>";
+pub(crate) const SEPARATOR: &str = "<｜tool▁sep｜>";
 /// Around all calls of an answer; they say nothing.
 const AROUND: [&str; 2] = ["<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"];
+
+/// Longest name of a tool between a tag and the separator.
+const NAME_BYTES: usize = 256;
 
 /// How a call is written.
 #[derive(Debug, Clone, Copy)]
@@ -50,123 +53,172 @@ pub enum ToolPiece {
 /// Takes the calls out of an answer while it comes.
 ///
 /// A call is given when it is whole, since one that turns out to be malformed (no json, no `name` among the tools, arguments that are no
-/// object) stays text as the model wrote it. White space around calls is removed. A call whose closing tag is missing at the
-/// end of the answer counts if its json is whole.
+/// object) stays text as the model wrote it. White space around calls is removed. A call whose closing tag is missing counts
+/// if its json is whole and the answer ends there, or another call begins.
 #[derive(Debug, Clone)]
 pub struct ToolCallSplitter {
     names: Vec<String>,
     /// Text that may be the beginning of a tag, or a call that is not whole yet.
     pending: String,
-    /// Bytes of the call in `pending` whose closing tags are known to stand in strings.
-    searched: usize,
+    /// How far the json of the call in `pending` was read.
+    scan: JsonScan,
     /// White space that is shown only if more text follows.
     space: String,
     /// Nothing since the last call, or since the beginning.
     fresh: bool,
 }
 
+/// What a text that begins with an opening tag is.
+enum Found {
+    /// Not to be told yet.
+    Open,
+    /// A call, and the bytes that it takes.
+    Call(ToolCall, usize),
+    /// So many bytes of text.
+    Text(usize),
+}
+
 impl ToolCallSplitter {
     /// A splitter that knows the names of the tools.
     pub fn new(names: Vec<String>) -> Self {
-        Self { names, pending: String::new(), searched: 0, space: String::new(), fresh: true }
+        Self { names, pending: String::new(), scan: JsonScan::default(), space: String::new(), fresh: true }
     }
 
     /// Takes the next piece of text; returns what is settled, in order.
     pub fn push(&mut self, text: &str) -> Vec<ToolPiece> {
-        let buffer = std::mem::take(&mut self.pending) + text;
-        let mut pieces = Vec::new();
-        let mut rest = &buffer[..];
-        while let Some(at) = rest.find('<') {
-            self.text(&rest[..at], &mut pieces);
-            let tail = &rest[at..];
-            if let Some(around) = AROUND.into_iter().find(|tag| tail.starts_with(tag)) {
-                self.space.clear();
-                self.fresh = true;
-                rest = &tail[around.len()..];
-                continue;
-            }
-            let begins = |tag: &str| tag.starts_with(tail);
-            let (taken, call) = match FORMATS.into_iter().find(|format| tail.starts_with(format.open)) {
-                None if AROUND.into_iter().any(begins) || FORMATS.iter().any(|format| begins(format.open)) => (0, None),
-                None => (1, None),
-                Some(format) => self.call(format, &tail[format.open.len()..]),
-            };
-            match (taken, call) {
-                (0, _) => {
-                    self.pending = tail.to_owned();
-                    return pieces;
-                }
-                (taken, Some(call)) => {
-                    self.searched = 0;
-                    self.space.clear();
-                    self.fresh = true;
-                    pieces.push(ToolPiece::Call(call));
-                    rest = &tail[taken..];
-                }
-                (taken, None) => {
-                    self.searched = 0;
-                    self.text(&tail[..taken], &mut pieces);
-                    rest = &tail[taken..];
-                }
-            }
-        }
-        self.text(rest, &mut pieces);
-        pieces
+        self.pending.push_str(text);
+        self.settle(false)
     }
 
     /// What is left at the end: a call without its closing tag, or text.
     pub fn finish(&mut self) -> Vec<ToolPiece> {
-        let rest = std::mem::take(&mut self.pending);
+        self.settle(true)
+    }
+
+    /// Settles what can be told, all of it when nothing follows.
+    fn settle(&mut self, last: bool) -> Vec<ToolPiece> {
+        let mut buffer = std::mem::take(&mut self.pending);
         let mut pieces = Vec::new();
-        let whole = |format: Format| self.parse(format, rest.strip_prefix(format.open)?.trim());
-        match FORMATS.into_iter().find_map(whole) {
-            Some(call) => pieces.push(ToolPiece::Call(call)),
-            None => self.text(&rest, &mut pieces),
+        let mut done = 0;
+        while let Some(at) = buffer[done..].find('<') {
+            self.text(&buffer[done..done + at], &mut pieces);
+            done += at;
+            let tail = &buffer[done..];
+            if let Some(around) = AROUND.into_iter().find(|tag| tail.starts_with(tag)) {
+                self.space.clear();
+                self.fresh = true;
+                done += around.len();
+                continue;
+            }
+            let begins = |tag: &str| !last && tag.starts_with(tail);
+            let found = match FORMATS.into_iter().find(|format| tail.starts_with(format.open)) {
+                None if AROUND.into_iter().any(begins) || FORMATS.iter().any(|format| begins(format.open)) => {
+                    Found::Open
+                }
+                None => Found::Text(1),
+                Some(format) => self.call(format, tail, last),
+            };
+            match found {
+                Found::Open => {
+                    // A call may come in many pieces: what is kept is not copied for each.
+                    if done > 0 {
+                        buffer.drain(..done);
+                    }
+                    self.pending = buffer;
+                    return pieces;
+                }
+                Found::Call(call, taken) => {
+                    self.space.clear();
+                    self.fresh = true;
+                    pieces.push(ToolPiece::Call(call));
+                    done += taken;
+                }
+                Found::Text(taken) => {
+                    self.text(&buffer[done..done + taken], &mut pieces);
+                    done += taken;
+                }
+            }
+            self.scan = JsonScan::default();
         }
+        self.text(&buffer[done..], &mut pieces);
         pieces
     }
 
-    /// Bytes of the tail that are settled (0: more text is needed) and the call in them.
-    fn call(&mut self, format: Format, inside: &str) -> (usize, Option<ToolCall>) {
-        while let Some(at) = inside.get(self.searched..).and_then(|rest| rest.find(format.close)) {
-            let at = self.searched + at;
-            let end = format.open.len() + at + format.close.len();
-            if let Some(call) = self.parse(format, inside[..at].trim()) {
-                return (end, Some(call));
+    /// Looks at a text that begins with `format.open`. What turns out to be no call is text from there to behind its first
+    /// tag only: a good call may follow.
+    fn call(&mut self, format: Format, text: &str, last: bool) -> Found {
+        let no_call = Found::Text(format.open.len());
+        let wait = |whole: Found| if last { whole } else { Found::Open };
+        let mut begin = format.open.len();
+        let mut name = None;
+        if let Some(separator) = format.separator {
+            let inside = &text[begin..];
+            let Some(at) = inside.find('<') else {
+                return if inside.len() > NAME_BYTES { no_call } else { wait(no_call) };
+            };
+            let tail = &inside[at..];
+            if !tail.starts_with(separator) {
+                return if separator.starts_with(tail) { wait(no_call) } else { no_call };
             }
-            // The tag may stand in a string of the arguments.
-            let json = format
-                .separator
-                .and_then(|separator| inside.split_once(separator))
-                .map_or(0, |(name, _)| name.len() + format.separator.map_or(0, str::len));
-            if !inside.get(json..at + format.close.len()).is_some_and(is_open) {
-                return (end, None);
+            name = Some(inside[..at].trim());
+            begin += at + separator.len();
+            // A tool without arguments.
+            let behind = text[begin..].trim_start();
+            if behind.starts_with(format.close) || last && format.close.starts_with(behind) {
+                let end = text.len() - behind.len() + behind.len().min(format.close.len());
+                return self.named(name.unwrap_or_default(), Map::new()).map_or(no_call, |call| Found::Call(call, end));
             }
-            self.searched = at + format.close.len();
+            if !behind.is_empty() && format.close.starts_with(behind) {
+                return Found::Open;
+            }
         }
-        (0, None)
+        let json = match self.scan.read(&text.as_bytes()[begin..]) {
+            Scanned::Whole(length) => &text[begin..begin + length],
+            Scanned::Open => return wait(no_call),
+            Scanned::Broken => return no_call,
+        };
+        let behind = text[begin + json.len()..].trim_start();
+        let at = text.len() - behind.len();
+        let mut next = FORMATS.iter().map(|format| format.open).chain([AROUND[1]]);
+        let (end, closed) = if behind.starts_with(format.close) {
+            (at + format.close.len(), true)
+        } else if last && format.close.starts_with(behind) {
+            (text.len(), true)
+        } else if next.clone().any(|tag| behind.starts_with(tag) || last && tag.starts_with(behind)) {
+            // Its closing tag is missing; the next thing begins.
+            (at, false)
+        } else if format.close.starts_with(behind) || next.any(|tag| tag.starts_with(behind)) {
+            return Found::Open;
+        } else {
+            return no_call;
+        };
+        let call = match name {
+            Some(name) => serde_json::from_str(json).ok().and_then(|arguments| self.named(name, arguments)),
+            None => self.parse(json),
+        };
+        match call {
+            Some(call) => Found::Call(call, end),
+            None if closed => Found::Text(end),
+            None => no_call,
+        }
     }
 
-    fn parse(&self, format: Format, text: &str) -> Option<ToolCall> {
-        let (name, arguments) = match format.separator {
-            Some(separator) => {
-                let (name, arguments) = text.split_once(separator)?;
-                (name.trim().to_owned(), serde_json::from_str(arguments.trim()).ok()?)
-            }
-            None => {
-                let mut call: Map<String, Value> = serde_json::from_str(text).ok()?;
-                let name = call.get("name")?.as_str()?.to_owned();
-                let arguments = match call.remove("arguments") {
-                    None => Map::new(),
-                    Some(Value::Object(arguments)) => arguments,
-                    // Some models write them as OpenAI's API does.
-                    Some(Value::String(text)) => serde_json::from_str(&text).ok()?,
-                    Some(_) => return None,
-                };
-                (name, arguments)
-            }
+    /// A call that is one json object.
+    fn parse(&self, text: &str) -> Option<ToolCall> {
+        let mut call: Map<String, Value> = serde_json::from_str(text).ok()?;
+        let arguments = match call.remove("arguments") {
+            None | Some(Value::Null) => Map::new(),
+            Some(Value::Object(arguments)) => arguments,
+            Some(Value::String(text)) if text.trim().is_empty() => Map::new(),
+            // Some models write them as OpenAI's API does.
+            Some(Value::String(text)) => serde_json::from_str(&text).ok()?,
+            Some(_) => return None,
         };
-        self.names.contains(&name).then_some(ToolCall { name, arguments })
+        self.named(call.get("name")?.as_str()?, arguments)
+    }
+
+    fn named(&self, name: &str, arguments: Map<String, Value>) -> Option<ToolCall> {
+        self.names.iter().find(|known| *known == name).map(|name| ToolCall { name: name.clone(), arguments })
     }
 
     fn text(&mut self, text: &str, pieces: &mut Vec<ToolPiece>) {
@@ -183,126 +235,6 @@ impl ToolCallSplitter {
             Some(ToolPiece::Text(last)) => last.push_str(&piece),
             _ => pieces.push(ToolPiece::Text(piece)),
         }
-    }
-}
-
-/// Whether text is the beginning of json and could go on.
-fn is_open(text: &str) -> bool {
-    serde_json::from_str::<serde::de::IgnoredAny>(text).is_err_and(|error| error.is_eof())
-}
-
-impl Conversation {
-    /// A copy for a template: with `tools` and earlier calls written into the text, as the base model's template writes
-    /// them, when the template itself takes no notice of them (that of Preview and 1.5 does not). What the template does
-    /// handle stays as it is, with arguments as objects.
-    pub fn with_tools(&self, template: &ChatTemplate, tools: Option<&Value>) -> Self {
-        let mut copy = self.clone();
-        // DeepSeek's template puts arguments behind the name as text, unless it looks at what they are or prints json.
-        let source = template.source();
-        let as_text = source.contains(SEPARATOR) && (!source.contains("tojson") || source.contains("is string"));
-        let mut room = MOST_ARGUMENTS;
-        for message in copy.messages.iter_mut().filter(|_| !as_text) {
-            parse_arguments(message, &mut room);
-        }
-        if !template.source().contains("tool_call") {
-            copy.messages = copy.messages.drain(..).map(calls_as_text).collect();
-            join_results(&mut copy.messages);
-        }
-        if let (Some(tools), false) = (tools.and_then(Value::as_array), template.source().contains("tools")) {
-            add_instructions(&mut copy.messages, tools);
-        }
-        copy
-    }
-}
-
-/// Bytes of arguments that become json: a conversation with more fits no model, and values take thirty times their text.
-const MOST_ARGUMENTS: usize = 4 << 20;
-
-/// OpenAI's clients send arguments as a string of json; templates of this family print objects. Text of more than `room`
-/// bytes stays as it is.
-fn parse_arguments(message: &mut Value, room: &mut usize) {
-    let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut).into_iter().flatten();
-    for call in calls {
-        let Some(arguments) = call.get_mut("function").and_then(|function| function.get_mut("arguments")) else {
-            continue;
-        };
-        let Some(text) = arguments.as_str() else { continue };
-        let Some(left) = room.checked_sub(text.len()) else { continue };
-        *room = left;
-        if let Ok(object) = serde_json::from_str::<Map<_, _>>(text) {
-            *arguments = object.into();
-        }
-    }
-}
-
-fn calls_as_text(mut message: Value) -> Value {
-    let Some(Value::Array(calls)) = message.as_object_mut().and_then(|map| map.remove("tool_calls")) else {
-        return message;
-    };
-    let mut lines: Vec<String> = text_of(&message["content"]).into_iter().filter(|text| !text.is_empty()).collect();
-    for call in &calls {
-        let function = call.get("function").unwrap_or(call);
-        let call = json!({"name": function["name"], "arguments": function["arguments"]});
-        lines.push(format!("{OPEN}\n{call}\n{CLOSE}"));
-    }
-    message["content"] = lines.join("\n").into();
-    message
-}
-
-/// Results in a row are one turn of the user.
-fn join_results(messages: &mut Vec<Value>) {
-    let mut joined: Vec<Value> = Vec::with_capacity(messages.len());
-    let mut after_result = false;
-    for mut message in messages.drain(..) {
-        let is_result = message["role"] == "tool";
-        if is_result {
-            let mut content = match message["content"].take() {
-                Value::Array(parts) => parts,
-                text => vec![json!({"type": "text", "text": text})],
-            };
-            content.insert(0, json!({"type": "text", "text": "<tool_response>\n"}));
-            content.push(json!({"type": "text", "text": "\n</tool_response>"}));
-            let last = joined.last_mut().filter(|_| after_result);
-            match last.and_then(|last| last["content"].as_array_mut()) {
-                Some(parts) => {
-                    parts.push(json!({"type": "text", "text": "\n"}));
-                    parts.extend(content);
-                }
-                None => joined.push(json!({"role": "user", "content": content})),
-            }
-        } else {
-            joined.push(message);
-        }
-        after_result = is_result;
-    }
-    *messages = joined;
-}
-
-/// The base model's own words about tools, behind the system message.
-fn add_instructions(messages: &mut Vec<Value>, tools: &[Value]) {
-    let lines: Vec<String> = tools.iter().map(Value::to_string).collect();
-    let words = format!(
-        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function \
-         signatures within <tools></tools> XML tags:\n<tools>\n{}\n</tools>\n\nFor each function call, return a json object \
-         with function name and arguments within {OPEN}{CLOSE} XML tags:\n{OPEN}\n{{\"name\": <function-name>, \
-         \"arguments\": <args-json-object>}}\n{CLOSE}",
-        lines.join("\n")
-    );
-    match messages.first_mut().filter(|message| message["role"] == "system") {
-        None => messages.insert(0, json!({"role": "system", "content": words})),
-        Some(message) => match &mut message["content"] {
-            Value::Array(parts) => parts.push(json!({"type": "text", "text": format!("\n\n{words}")})),
-            content => *content = format!("{}\n\n{words}", content.as_str().unwrap_or_default()).into(),
-        },
-    }
-}
-
-/// The text of a content, and that of its parts.
-fn text_of(content: &Value) -> Vec<String> {
-    match content {
-        Value::String(text) => vec![text.clone()],
-        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str().map(str::to_owned)).collect(),
-        _ => Vec::new(),
     }
 }
 
@@ -386,15 +318,6 @@ mod tests {
     }
 
     #[test]
-    fn deepseeks_template_gets_arguments_as_text() {
-        let own = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.name + '<｜tool▁sep｜>' + \
-                   c.function.arguments }}{% endfor %}{{ m.role }} {% endfor %}";
-        assert!(rendered(own, None).contains("look<｜tool▁sep｜>{\"at\": 1}assistant "));
-        let json = own.replace("c.function.arguments", "(c.function.arguments|tojson)");
-        assert!(rendered(&json, None).contains("look<｜tool▁sep｜>{\"at\": 1}assistant "), "not a string of json");
-    }
-
-    #[test]
     fn malformed_calls_stay_text() {
         for inside in [
             "{\"name\": \"look\"",
@@ -409,40 +332,51 @@ mod tests {
         }
     }
 
-    fn rendered(source: &str, tools: Option<&Value>) -> String {
-        let messages = json!([
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Look."},
-            {"role": "assistant", "content": null, "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{\"at\": 1}"}}]},
-            {"role": "tool", "tool_call_id": "1", "content": "A cat."},
-            {"role": "tool", "tool_call_id": "2", "content": "A dog."},
-        ]);
-        let template = ChatTemplate::new(source.into()).unwrap();
-        let conversation = Conversation::from_json(&messages).unwrap().with_tools(&template, tools);
-        template
-            .render(conversation.messages(), &crate::TemplateOptions { tools: tools.cloned(), ..Default::default() })
-            .unwrap()
+    #[test]
+    fn a_broken_call_leaves_the_next_one_alone() {
+        let go = "<tool_call>\n{\"name\": \"go\", \"arguments\": {}}\n";
+        let cases = [
+            // Without its closing tag.
+            (format!("{go}{GOOD}"), String::new(), vec!["go", "look"]),
+            (format!("{go}{go}</tool_call>"), String::new(), vec!["go", "go"]),
+            // With a string that does not end.
+            (
+                format!("<tool_call>{{\"name\": \"go\", \"arguments\": {{\"a\": \"x}}}}</tool_call>\n{GOOD}"),
+                "<tool_call>{\"name\": \"go\", \"arguments\": {\"a\": \"x}}</tool_call>".to_owned(),
+                vec!["look"],
+            ),
+            (format!("<tool_call>{{\"name\": {go}</tool_call>"), "<tool_call>{\"name\":".to_owned(), vec!["go"]),
+            // Cut in its closing tag.
+            (format!("{go}</tool_call"), String::new(), vec!["go"]),
+            (format!("{go}<"), String::new(), vec!["go"]),
+            (format!("{go}<tool_"), "<tool_".to_owned(), vec!["go"]),
+            // Without arguments.
+            ("<tool_call>{\"name\": \"go\", \"arguments\": null}</tool_call>".into(), String::new(), vec!["go"]),
+            ("<tool_call>{\"name\": \"go\", \"arguments\": \"\"}</tool_call>".into(), String::new(), vec!["go"]),
+            ("<｜tool▁call▁begin｜>go<｜tool▁sep｜><｜tool▁call▁end｜>.".into(), ".".into(), vec!["go"]),
+            ("<｜tool▁call▁begin｜>go<｜tool▁sep｜>".into(), String::new(), vec!["go"]),
+            ("<｜tool▁call▁begin｜>go<｜tool▁sep｜>{}<｜tool▁call".into(), String::new(), vec!["go"]),
+        ];
+        for (text, shown, names) in cases {
+            for width in 1..=text.chars().count() {
+                let (found, calls) = run(&text, width);
+                let called: Vec<&str> = calls.iter().map(|call| call.name.as_str()).collect();
+                assert_eq!((found.as_str(), called), (shown.as_str(), names.clone()), "{text:?} in chunks of {width}");
+            }
+        }
     }
 
+    /// Minutes, when each push looks at all of the call again.
     #[test]
-    fn templates_without_tools_see_text() {
-        let plain = "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}\
-                     {% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}";
-        let tools = json!([{"type": "function", "function": {"name": "look"}}]);
-        let text = rendered(plain, Some(&tools));
-        let call = "[assistant]<tool_call>\n{\"name\":\"look\",\"arguments\":{\"at\":1}}\n</tool_call>";
-        let results = "[user]<tool_response>\nA cat.\n</tool_response>\n<tool_response>\nA dog.\n</tool_response>";
-        assert!(text.starts_with("[system]Be brief.\n\n# Tools\n"), "{text}");
-        assert!(text.contains("<tools>\n{\"type\":\"function\",\"function\":{\"name\":\"look\"}}\n</tools>"), "{text}");
-        assert!(text.ends_with(&format!("{call}{results}")), "{text}");
-        assert!(!rendered(plain, None).contains("# Tools"));
-    }
-
-    #[test]
-    fn templates_with_tools_see_objects() {
-        let own = "{{ tools|tojson }}{% for m in messages %}{% for c in m.tool_calls %}<tool_call>{{ c.function.arguments.at + 1 }}\
-                   {% endfor %}{{ m.role }} {% endfor %}";
-        assert_eq!(rendered(own, Some(&json!([]))), "[]system user <tool_call>2assistant tool tool ");
+    fn long_calls_take_time_by_their_length() {
+        let begin = std::time::Instant::now();
+        let long = format!(
+            "<tool_call>{{\"name\": \"go\", \"arguments\": {{\"a\": \"{}\"}}}}</tool_call>",
+            "</tool_call> ".repeat(100_000)
+        );
+        assert_eq!(run(&long, 3).1.len(), 1);
+        let open = "<tool_call>{\"a".repeat(50_000);
+        assert_eq!(run(&open, 3), (open, vec![]));
+        assert!(begin.elapsed() < std::time::Duration::from_secs(10), "{:?}", begin.elapsed());
     }
 }

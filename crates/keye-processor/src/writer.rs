@@ -37,6 +37,8 @@ pub struct SafetensorsWriter {
     out: BufWriter<File>,
     partial: PartialFile,
     tensors: VecDeque<NewTensor>,
+    /// A tensor that is written only in part: all that follows would be out of place.
+    broken: Option<String>,
 }
 
 impl SafetensorsWriter {
@@ -53,7 +55,7 @@ impl SafetensorsWriter {
         let mut out = BufWriter::with_capacity(1 << 20, file);
         let written = out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header));
         written.map_err(|source| ProcessorError::Write { path: path.to_owned(), source })?;
-        Ok(Self { out, partial, tensors })
+        Ok(Self { out, partial, tensors, broken: None })
     }
 
     /// Writes the elements of the next tensor: `fill` writes as many little-endian bytes as the tensor has.
@@ -61,10 +63,12 @@ impl SafetensorsWriter {
         &mut self,
         fill: impl FnOnce(&NewTensor, &mut dyn Write) -> io::Result<()>,
     ) -> Result<(), ProcessorError> {
+        self.whole()?;
         let path = &self.partial.path;
         let Some(tensor) = self.tensors.pop_front() else {
             return Err(ProcessorError::File { path: path.clone(), reason: "all its tensors are written".into() });
         };
+        self.broken = Some(tensor.name.clone());
         let bytes = tensor.bytes().unwrap_or(0);
         let mut limited = Limited { out: &mut self.out, left: bytes };
         fill(&tensor, &mut limited).map_err(|source| ProcessorError::Write { path: path.clone(), source })?;
@@ -72,11 +76,23 @@ impl SafetensorsWriter {
             let reason = format!("expected {bytes} bytes, found {} fewer", limited.left);
             return Err(ProcessorError::Tensor { path: path.clone(), name: tensor.name, reason });
         }
+        self.broken = None;
         Ok(())
     }
 
+    /// Refuses to go on behind a tensor that failed.
+    fn whole(&self) -> Result<(), ProcessorError> {
+        let Some(name) = self.broken.clone() else { return Ok(()) };
+        let reason = "its elements could not be written; write the file anew".into();
+        Err(ProcessorError::Tensor { path: self.partial.path.clone(), name, reason })
+    }
+
     /// Puts the file on the disk and gives it its name.
+    ///
+    /// # Errors
+    /// It cannot be written, or a tensor has not been, or only in part.
     pub fn finish(mut self) -> Result<(), ProcessorError> {
+        self.whole()?;
         let path = &self.partial.path;
         if let Some(tensor) = self.tensors.pop_front() {
             let reason = "its elements have not been written".into();
@@ -105,7 +121,7 @@ pub type PackedTags = BTreeMap<String, PackedTag>;
 /// Writes sharded `model-0000x-of-0000y.safetensors` and the index; `fill` is asked for each tensor's bytes in turn.
 ///
 /// A shard has at most `shard_bytes` of elements unless one tensor alone is larger. What fits in one shard becomes
-/// `model.safetensors` without an index, as transformers has it. The index comes last.
+/// `model.safetensors` without an index, as transformers has it, and an index that is there is removed. The index comes last.
 pub fn write_checkpoint(
     dir: &Path,
     tensors: &[NewTensor],
@@ -170,7 +186,13 @@ pub fn write_packed_checkpoint(
         writer.finish()?;
     }
     if count == 1 {
-        return Ok(());
+        // That of an earlier checkpoint would win over the file.
+        return match std::fs::remove_file(&index_path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(ProcessorError::Write { path: index_path, source })
+            }
+            _ => Ok(()),
+        };
     }
     weight_map.sort_keys();
     let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
@@ -246,12 +268,21 @@ struct PartialFile {
 impl PartialFile {
     fn create(path: &Path) -> Result<(Self, File), ProcessorError> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let partial = path.with_file_name(format!(".{name}.{}.{count}.partial", std::process::id()));
-        let file = OpenOptions::new().write(true).create_new(true).open(&partial);
-        let file = file.map_err(|source| ProcessorError::Write { path: path.to_owned(), source })?;
-        Ok((Self { path: path.to_owned(), partial }, file))
+        let mut tries = 0;
+        loop {
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let partial = path.with_file_name(format!(".{name}.{}.{count}.partial", std::process::id()));
+            match OpenOptions::new().write(true).create_new(true).open(&partial) {
+                Ok(file) => return Ok((Self { path: path.to_owned(), partial }, file)),
+                // Of a run that was killed, in a container where every run has the same number; or of one that still writes.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < 1000 => tries += 1,
+                Err(source) => {
+                    let exists = source.kind() == io::ErrorKind::AlreadyExists;
+                    return Err(ProcessorError::Write { path: if exists { partial } else { path.to_owned() }, source });
+                }
+            }
+        }
     }
 
     /// Syncs `file`, renames it, and syncs the directory so that the name survives a crash too.
@@ -267,5 +298,54 @@ impl Drop for PartialFile {
     fn drop(&mut self) {
         // Nothing is there any more once it has been renamed.
         let _ = std::fs::remove_file(&self.partial);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Checkpoint;
+
+    fn tensors(count: usize) -> Vec<NewTensor> {
+        (0..count).map(|i| NewTensor { name: format!("t{i}"), dtype: Dtype::U8, shape: vec![4] }).collect()
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_in_nobodys_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        for count in 0..50 {
+            let left = format!(".model.safetensors.{}.{count}.partial", std::process::id());
+            std::fs::write(dir.path().join(left), b"x").unwrap();
+        }
+        write_file(&path, &[(tensors(1).remove(0), &[1; 4])]).unwrap();
+        assert!(Checkpoint::open_file(&path).is_ok());
+    }
+
+    #[test]
+    fn a_single_file_replaces_an_index() {
+        let dir = tempfile::tempdir().unwrap();
+        for (value, shard_bytes) in [(1, 4), (2, 100), (3, 4), (4, 100)] {
+            let mut fill = |_: &NewTensor, out: &mut dyn Write| out.write_all(&[value; 4]);
+            write_checkpoint(dir.path(), &tensors(2), shard_bytes, &mut fill).unwrap();
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            assert_eq!(&checkpoint.tensor("t1", &[4]).unwrap().bytes[..], &[value; 4]);
+        }
+    }
+
+    #[test]
+    fn a_file_with_a_tensor_that_failed_is_never_finished() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let mut writer = SafetensorsWriter::create(&path, &tensors(2), &[]).unwrap();
+        let failed = writer.write_next(|_, out| out.write_all(&[1; 2]).and(Err(io::Error::other("no more"))));
+        assert!(failed.unwrap_err().to_string().contains("no more"));
+        let next = writer.write_next(|_, out| out.write_all(&[2; 4])).unwrap_err().to_string();
+        assert!(next.contains("tensor t0: its elements could not be written"), "{next}");
+        assert!(writer.finish().unwrap_err().to_string().contains("tensor t0"));
+        let mut writer = SafetensorsWriter::create(&path, &tensors(1), &[]).unwrap();
+        assert!(writer.write_next(|_, out| out.write_all(&[1; 2])).is_err());
+        assert!(writer.finish().is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

@@ -32,7 +32,7 @@ fn real_vocabulary() {
     for (name, text) in [
         ("one word", "a".repeat(1 << 20)),
         ("spaces", format!("{}x", " ".repeat(1 << 18))),
-        ("newlines", format!("{}x", "\n ".repeat(1 << 19))),
+        ("newlines", format!("{}x", "\n ".repeat(1 << 17))),
         ("special", "<|image_pad|>".repeat(60_000)),
         ("prose", "The quick brown fox jumps over the lazy dog, 你好世界. ".repeat(20_000)),
     ] {
