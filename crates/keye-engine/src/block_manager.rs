@@ -92,12 +92,14 @@ impl BlockManager {
     }
 
     /// The cached blocks that a sequence begins with, and their keys. At least one token is left to compute, since the
-    /// logits of the last one are needed. The blocks are in use from here on.
-    pub fn take_prefix(&mut self, tokens: &[u32], content: &[ContentSpan]) -> (Vec<u32>, Vec<Key>) {
+    /// logits of the last one are needed. The blocks are in use from here on. `known` are keys that an earlier call gave for
+    /// the same tokens.
+    pub fn take_prefix(&mut self, tokens: &[u32], content: &[ContentSpan], known: Vec<Key>) -> (Vec<u32>, Vec<Key>) {
         let (mut table, mut keys) = (Vec::new(), Vec::<Key>::new());
         let sharable = tokens.len().saturating_sub(1) / self.block_tokens;
         for (index, chunk) in tokens.chunks_exact(self.block_tokens).take(sharable).enumerate() {
-            let key = block_key(keys.last(), index * self.block_tokens, chunk, content);
+            let computed = || block_key(keys.last(), index * self.block_tokens, chunk, content);
+            let key = known.get(index).copied().unwrap_or_else(computed);
             let Some(&block) = self.by_key.get(&key) else { break };
             let entry = &mut self.blocks[block as usize];
             if entry.users == 0 {
@@ -155,7 +157,7 @@ mod tests {
     use super::*;
 
     fn fill(manager: &mut BlockManager, tokens: &[u32], content: &[ContentSpan]) -> Vec<u32> {
-        let (mut table, mut keys) = manager.take_prefix(tokens, content);
+        let (mut table, mut keys) = manager.take_prefix(tokens, content, vec![]);
         assert!(manager.extend(&mut table, tokens.len()));
         let size = manager.block_tokens();
         for index in keys.len()..tokens.len() / size {
@@ -175,10 +177,10 @@ mod tests {
         let mut manager = BlockManager::new(8, 4);
         let tokens: Vec<u32> = (0..8).collect();
         let mut table = fill(&mut manager, &tokens, &[]);
-        assert_eq!(manager.take_prefix(&tokens, &[]).0, table[..1], "the second block holds the last token");
+        assert_eq!(manager.take_prefix(&tokens, &[], vec![]).0, table[..1], "the second block holds the last token");
         let longer: Vec<u32> = (0..9).collect();
-        assert_eq!(manager.take_prefix(&longer, &[]).0, table);
-        assert!(manager.take_prefix(&[0, 1, 2, 9, 4], &[]).0.is_empty());
+        assert_eq!(manager.take_prefix(&longer, &[], vec![]).0, table);
+        assert!(manager.take_prefix(&[0, 1, 2, 9, 4], &[], vec![]).0.is_empty());
         assert_eq!(manager.num_free(), 6);
         manager.release(&mut table);
         assert_eq!(manager.num_free(), 6, "others still use them");
@@ -198,8 +200,8 @@ mod tests {
         ] {
             let mut manager = BlockManager::new(16, 4);
             fill(&mut manager, &tokens, &clip);
-            assert_eq!(manager.take_prefix(&tokens, &clip).0.len(), 2);
-            assert!(manager.take_prefix(&tokens, &other).0.is_empty(), "{other:?}");
+            assert_eq!(manager.take_prefix(&tokens, &clip, vec![]).0.len(), 2);
+            assert!(manager.take_prefix(&tokens, &other, vec![]).0.is_empty(), "{other:?}");
         }
     }
 
@@ -208,14 +210,14 @@ mod tests {
         let mut manager = BlockManager::new(16, 4);
         let tokens = [7; 13];
         let table = fill(&mut manager, &tokens, &[span(5, 6, 1, 0)]);
-        assert_eq!(manager.take_prefix(&tokens, &[span(5, 6, 2, 0)]).0, table[..1]);
+        assert_eq!(manager.take_prefix(&tokens, &[span(5, 6, 2, 0)], vec![]).0, table[..1]);
     }
 
     #[test]
     fn a_block_deep_in_a_chain_is_not_found_without_its_parents() {
         let mut manager = BlockManager::new(16, 4);
         fill(&mut manager, &[1, 1, 1, 1, 2, 2, 2, 2, 3], &[]);
-        assert!(manager.take_prefix(&[2, 2, 2, 2, 3], &[]).0.is_empty());
+        assert!(manager.take_prefix(&[2, 2, 2, 2, 3], &[], vec![]).0.is_empty());
     }
 
     #[test]
@@ -230,7 +232,7 @@ mod tests {
         assert!(manager.extend(&mut table, 6));
         assert!(!table[..2].iter().any(|block| old_blocks.contains(block) || new_blocks.contains(block)));
         assert_eq!(table[2], old_blocks[1]);
-        assert_eq!(manager.take_prefix(&[1, 1, 1, 1, 1], &[]).0, old_blocks[..1]);
+        assert_eq!(manager.take_prefix(&[1, 1, 1, 1, 1], &[], vec![]).0, old_blocks[..1]);
         assert!(!manager.extend(&mut Vec::new(), 4), "one block is left");
         assert_eq!(manager.num_free(), 1);
     }
@@ -243,10 +245,10 @@ mod tests {
         assert!(manager.extend(&mut a, 2) && manager.extend(&mut b, 2));
         manager.share(a[0], key);
         manager.share(b[0], key);
-        assert_eq!(manager.take_prefix(&[1, 1, 1], &[]).0, a);
+        assert_eq!(manager.take_prefix(&[1, 1, 1], &[], vec![]).0, a);
         manager.release(&mut b);
         let mut rest = Vec::new();
         assert!(manager.extend(&mut rest, 6));
-        assert_eq!(manager.take_prefix(&[1, 1, 1], &[]).0, a, "the copy's end does not touch the original");
+        assert_eq!(manager.take_prefix(&[1, 1, 1], &[], vec![]).0, a, "the copy's end does not touch the original");
     }
 }

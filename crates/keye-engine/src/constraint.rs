@@ -17,8 +17,8 @@ enum State {
     Inside { tag: ThinkTag },
     /// The closing tag is being forced.
     Closing { tag: ThinkTag, forced: Vec<u32> },
-    /// At the beginning of an answer, where a tag may open instead.
-    Start,
+    /// At the beginning of an answer, where one of these tags may open instead.
+    Start(&'static [ThinkTag]),
     /// In the answer.
     Answer,
 }
@@ -51,7 +51,7 @@ impl Constraint {
             Thinking::Inside(tag) => State::Inside { tag },
             Thinking::Over => State::Answer,
             Thinking::Ahead if think == ThinkMode::NoThink && matcher.is_some() => State::Answer,
-            Thinking::Ahead => State::Start,
+            Thinking::Ahead => State::Start(&ThinkTag::ALL),
         };
         Self { tokenizer, matcher, end_tokens, state, tail: Vec::new(), thought: 0, max_thought }
     }
@@ -82,11 +82,10 @@ impl Constraint {
                 }
             }
             State::Inside { .. } => {}
-            State::Start | State::Answer => {
-                let start = self.state == State::Start;
+            State::Start(_) | State::Answer => {
                 let Some(matcher) = &mut self.matcher else { return Ok(()) };
                 let mask = matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
-                let tags = if start { self.first_tokens()? } else { Vec::new() };
+                let tags = self.first_tokens()?;
                 for (id, logit) in (0u32..).zip(logits.iter_mut()) {
                     let allowed = (id as usize) < mask.len() && mask.is_allowed(id);
                     if !allowed && !tags.iter().any(|(_, first)| *first == id) {
@@ -143,14 +142,17 @@ impl Constraint {
                     self.tail.drain(..self.tail.len().saturating_sub(close.len() - 1));
                 }
             }
-            State::Start => return self.begin(token),
+            State::Start(tags) => {
+                let tags = *tags;
+                return self.begin(token, tags);
+            }
             State::Answer => return self.consume(token),
         }
         Ok(false)
     }
 
     /// The first token of an answer, or of a tag in its place.
-    fn begin(&mut self, token: u32) -> Result<bool, EngineError> {
+    fn begin(&mut self, token: u32, tags: &[ThinkTag]) -> Result<bool, EngineError> {
         if let Some(matcher) = &mut self.matcher {
             let mask = matcher.compute_mask().map_err(|error| EngineError::Grammar(brief(&error)))?;
             let allowed = (token as usize) < mask.len() && mask.is_allowed(token);
@@ -166,10 +168,11 @@ impl Constraint {
         }
         // Without a grammar the text tells whether a tag opens; white space may stand before it.
         self.tail.extend(self.tokenizer.token_bytes(token));
-        if let Some((tag, inside)) = ThinkTag::leads(&self.tail) {
+        let text = self.tail.trim_ascii_start();
+        if let Some((tag, inside)) = ThinkTag::leads(text).filter(|(tag, _)| tags.contains(tag)) {
             self.tail = inside.to_vec();
             self.state = State::Inside { tag };
-        } else if !ThinkTag::may_lead(&self.tail) {
+        } else if !tags.iter().any(|tag| tag.open().as_bytes().starts_with(text)) {
             self.state = State::Answer;
         }
         Ok(false)
@@ -181,20 +184,22 @@ impl Constraint {
         Ok(matcher.is_stopped())
     }
 
-    /// After analysis comes thinking or the answer; after thinking the answer.
+    /// After analysis comes thinking or the answer; after thinking the answer. A second tag of a kind would be taken for a
+    /// part of the answer.
     fn close(&mut self, tag: ThinkTag) {
         self.tail.clear();
         self.state = match tag {
             ThinkTag::Think => State::Answer,
-            ThinkTag::Analysis => State::Start,
+            ThinkTag::Analysis => State::Start(&[ThinkTag::Think]),
         };
     }
 
     /// The tags that may open, with the first token of each.
     fn first_tokens(&self) -> Result<Vec<(ThinkTag, u32)>, EngineError> {
         let mut tokens = Vec::new();
-        for tag in ThinkTag::ALL {
-            tokens.extend(self.tokenizer.encode(tag.open())?.first().map(|first| (tag, *first)));
+        let State::Start(tags) = self.state else { return Ok(tokens) };
+        for tag in tags {
+            tokens.extend(self.tokenizer.encode(tag.open())?.first().map(|first| (*tag, *first)));
         }
         Ok(tokens)
     }
@@ -219,7 +224,50 @@ pub(crate) fn forbid(logits: &mut [f32], token: u32) {
     }
 }
 
-/// The first line: the rest shows the parser's insides.
+/// The first line: the rest shows the parser's insides. Of a regular expression the reason stands in the last.
 pub(crate) fn brief(error: &impl std::fmt::Display) -> String {
-    error.to_string().lines().next().unwrap_or_default().chars().take(500).collect()
+    let text = error.to_string();
+    let cut = |line: &str| line.chars().take(500).collect::<String>();
+    let mut lines = text.lines();
+    let first = lines.next().unwrap_or_default();
+    let reason = lines.find_map(|line| line.strip_prefix("error: "));
+    match reason.filter(|_| first.ends_with("regex parse error:")) {
+        Some(reason) => format!("{} {}", cut(first), cut(reason)),
+        None => cut(first),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever reads the answer takes a second analysis for a part of it, in which a form would not hold.
+    #[test]
+    fn a_tag_opens_once() {
+        let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/keye-1_5-tiny/model");
+        let tokenizer = Tokenizer::load(std::path::Path::new(fixture)).expect("a fixture");
+        for (text, state) in [
+            ("<analysis>a", State::Inside { tag: ThinkTag::Analysis }),
+            ("<analysis>a</analysis><think>b", State::Inside { tag: ThinkTag::Think }),
+            ("<analysis>a</analysis>\n<analysis>b", State::Answer),
+            ("<think>a</think><think>b", State::Answer),
+        ] {
+            let end_tokens = std::sync::Arc::from([0]);
+            let mut constraint = Constraint::new(tokenizer.clone(), None, end_tokens, ThinkMode::Auto, "", Some(99));
+            for token in tokenizer.encode(text).expect("text") {
+                constraint.push(token).expect("allowed");
+            }
+            assert_eq!(constraint.state, state, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_reason_of_an_expression_is_kept() {
+        let text = "at 1(8): invalid regex \"(\" (in regex): regex parse error:\n    (\n    ^\nerror: unclosed group";
+        let told = "at 1(8): invalid regex \"(\" (in regex): regex parse error: unclosed group";
+        assert_eq!(brief(&text), told);
+        assert_eq!(brief(&"unknown name: \"x\"\nerror: inside"), "unknown name: \"x\"");
+        let long = format!("invalid regex \"{}\": regex parse error:\nerror: unclosed group", "(".repeat(9000));
+        assert!(brief(&long).ends_with("( unclosed group") && brief(&long).len() < 600, "{}", brief(&long));
+    }
 }

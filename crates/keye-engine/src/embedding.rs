@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::{Canceller, EngineError, Event, EventStream, NothingYet, Pooling, Usage};
+use crate::{Canceller, EngineError, Event, EventStream, NothingYet, Pooling, Stage, Usage};
 
 /// A prompt's vector.
 #[derive(Debug, Clone, PartialEq)]
@@ -12,17 +12,20 @@ pub struct Embedding {
     pub values: Vec<f32>,
     /// Counts; nothing is generated.
     pub usage: Usage,
+    /// What [`Stage::MediaReady`] has to say, by medium.
+    pub warnings: Vec<(usize, String)>,
 }
 
 /// An embedding that is being made. Dropping it cancels the request.
 pub struct EmbeddingStream {
     stream: EventStream,
     values: Arc<Mutex<Vec<f32>>>,
+    warnings: Vec<(usize, String)>,
 }
 
 impl EmbeddingStream {
     pub(crate) fn new(stream: EventStream, values: Arc<Mutex<Vec<f32>>>) -> Self {
-        Self { stream, values }
+        Self { stream, values, warnings: Vec::new() }
     }
 
     /// Waits for the end.
@@ -46,9 +49,12 @@ impl EmbeddingStream {
             match self.stream.next_timeout(timeout)? {
                 Some(Event::Finished { usage, .. }) => {
                     let values = std::mem::take(&mut *self.values.lock().unwrap_or_else(PoisonError::into_inner));
-                    return Ok(Ok(Embedding { values, usage }));
+                    return Ok(Ok(Embedding { values, usage, warnings: std::mem::take(&mut self.warnings) }));
                 }
                 Some(Event::Failed(error)) => return Ok(Err(error)),
+                Some(Event::Stage(Stage::MediaReady { index, warnings, .. })) => {
+                    self.warnings.extend(warnings.iter().map(|warning| (index, warning.clone())));
+                }
                 Some(Event::Stage(_) | Event::Thinking(_) | Event::Token { .. }) => {}
                 None => return Ok(Err(EngineError::Stopped)),
             }

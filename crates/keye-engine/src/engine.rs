@@ -16,6 +16,9 @@ use crate::sequence::{Clock, Place, PreparedRequest};
 use crate::worker::Worker;
 use crate::{EmbeddingStream, EngineError, EventStream, MAX_LOGPROBS, Pooling, Request, Stage};
 
+/// Threads that wait for grammars to be compiled: one that takes long does not hold up the others.
+const GRAMMAR_THREADS: usize = 2;
+
 /// Limits of an engine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EngineOptions {
@@ -23,7 +26,8 @@ pub struct EngineOptions {
     pub max_model_len: Option<usize>,
     /// Most tokens in one step: prompts longer than this are cut into chunks.
     pub max_batch_tokens: usize,
-    /// Sequences that share steps. With 1 a request gets the whole machine and the next one waits.
+    /// Sequences that share steps; as many with media may run, those included whose media are being encoded, which take no
+    /// place in the steps. With 1 a request gets the whole machine and the next one waits.
     pub max_running: usize,
     /// Requests that may wait.
     pub max_queue: usize,
@@ -61,7 +65,7 @@ impl Default for EngineOptions {
 pub struct EngineStats {
     /// Requests that wait or are being prepared.
     pub waiting: usize,
-    /// Sequences that generate or whose prompt is being processed.
+    /// Sequences that generate, whose prompt is being processed or whose media are being encoded.
     pub running: usize,
     /// Blocks of the KV cache that no sequence uses.
     pub free_blocks: usize,
@@ -192,7 +196,7 @@ impl Engine {
         let worker = Worker::new(runner, Arc::clone(&shared), &options);
         let preparer = Arc::new(Preparer::new(processor, loader, Arc::clone(&shared), options.media_cache_bytes));
         let mut threads = vec![spawn("keye-engine", move || worker.run())];
-        for (queue, count) in [(0, 1), (1, 1), (2, options.media_threads.max(1))] {
+        for (queue, count) in [(0, 1), (1, GRAMMAR_THREADS), (2, options.media_threads.max(1))] {
             for _ in 0..count {
                 let (preparer, shared) = (Arc::clone(&preparer), Arc::clone(&shared));
                 threads.push(spawn("keye-prepare", move || preparer.run(&shared.submissions[queue])));

@@ -27,10 +27,10 @@ pub enum EngineError {
     /// It cannot be run with these limits.
     #[error("{0}")]
     Refused(String),
-    /// The prompt leaves no room for an answer.
+    /// The prompt is too long, or leaves no room for an answer.
     #[error(
-        "the prompt has {tokens} tokens, prompt and answer may have {max} together; shorten it, or give its media fewer \
-         frames or pixels"
+        "the prompt has {tokens} tokens, prompt and answer (if any) may have {max} together; shorten it, or give its media \
+         fewer frames or pixels"
     )]
     ContextLength {
         /// Tokens of the prompt.
@@ -41,6 +41,9 @@ pub enum EngineError {
     /// A grammar that cannot be compiled, or that no answer can satisfy.
     #[error("grammar: {0}")]
     Grammar(String),
+    /// Compiling other grammars takes so long that they were given up, and it still goes on; try again later.
+    #[error("{0} grammars that took too long are still being compiled, no more are begun; try again later")]
+    GrammarsBusy(usize),
     /// The caller gave up.
     #[error("cancelled")]
     Cancelled,
@@ -119,7 +122,7 @@ impl EngineError {
             Self::Media(medium) => Fault::from(&*medium.error),
             Self::Processor(error) => Fault::from(&**error),
             Self::Refused(_) | Self::ContextLength { .. } | Self::Grammar(_) => Fault::Request,
-            Self::QueueFull(_) => Fault::Busy,
+            Self::QueueFull(_) | Self::GrammarsBusy(_) => Fault::Busy,
             Self::Cancelled => Fault::Cancelled,
             Self::Stopped => Fault::Stopped,
             Self::Model(_) | Self::Internal(_) => Fault::Machine,
@@ -186,5 +189,6 @@ mod tests {
         assert_eq!(EngineError::from(file).fault(), Fault::Machine);
         assert_eq!(EngineError::from(ProcessorError::Prompt("x".into())).fault(), Fault::Request);
         assert_eq!(EngineError::from(ModelError::Media("x".into())).fault(), Fault::Machine);
+        assert_eq!(EngineError::GrammarsBusy(3).fault(), Fault::Busy);
     }
 }

@@ -37,6 +37,8 @@ pub enum Stage {
         shown: Arc<[keye_media::Frame]>,
         /// Seconds of vision tower and prompt expected, when known; 0 when its features are cached.
         estimate: Option<f64>,
+        /// What whoever asked should hear: that a clip is cut short or damaged. Sentences without the medium's name.
+        warnings: Arc<[String]>,
     },
     /// Vision tower at work on media `index`.
     Vision {

@@ -21,7 +21,8 @@ struct Entry {
     left: u64,
 }
 
-/// Features in use are always kept; the others up to a number of bytes, the longest unused go first.
+/// Features in use are always kept; the others up to a number of bytes, the longest unused go first, and before them
+/// those that do not fit alone.
 #[derive(Debug)]
 pub(crate) struct FeatureCache {
     entries: HashMap<FeatureKey, Entry>,
@@ -72,7 +73,8 @@ impl FeatureCache {
             if unused().map(|(_, entry)| entry.bytes).sum::<usize>() <= self.max_unused_bytes {
                 return;
             }
-            let Some(oldest) = unused().min_by_key(|(_, entry)| entry.left).map(|(key, _)| *key) else { return };
+            let order = |entry: &Entry| (entry.bytes <= self.max_unused_bytes, entry.left);
+            let Some(oldest) = unused().min_by_key(|(_, entry)| order(entry)).map(|(key, _)| *key) else { return };
             if let Some(entry) = self.entries.remove(&oldest) {
                 runner.release(entry.feature);
             }

@@ -1,6 +1,8 @@
 //! Grammars to matchers that say which tokens may come next.
 
 use std::sync::{Arc, OnceLock};
+use std::thread::Builder;
+use std::time::Duration;
 
 use keye_processor::Tokenizer;
 use llguidance::api::TopLevelGrammar;
@@ -9,10 +11,19 @@ use llguidance::{Matcher, ParserFactory, earley::SlicedBiasComputer};
 use serde_json::{Value, json};
 
 use crate::constraint::brief;
-use crate::{EngineError, Grammar, grammar_depth};
+use crate::detached::{Detached, Unfinished};
+use crate::{EngineError, Grammar, grammar_depth, grammar_outline};
 
 /// Longest grammar, in bytes of its source.
 pub const MAX_GRAMMAR_BYTES: usize = 1 << 20;
+/// Most texts of a choice. So many with a common beginning are compiled in about a second.
+const MOST_CHOICES: usize = 50_000;
+/// How long a grammar may be compiled: the largest that are of use take two or three seconds on a busy machine, and others'
+/// grammars wait meanwhile.
+const COMPILE_TIME: Duration = Duration::from_secs(10);
+/// Grammars whose compiling goes on after it was given up, since nothing can stop it: each takes a processor core from the
+/// model.
+const MOST_ABANDONED: usize = 3;
 /// White space between the parts of JSON: enough to be indented, and an answer cannot consist of it.
 const JSON_SPACE: &str = r"[ \n]{0,24}";
 
@@ -21,37 +32,70 @@ const JSON_SPACE: &str = r"[ \n]{0,24}";
 pub(crate) struct GrammarCompiler {
     tokenizer: Tokenizer,
     end_tokens: Arc<[u32]>,
-    factory: OnceLock<Result<ParserFactory, String>>,
+    factory: OnceLock<Result<Arc<ParserFactory>, String>>,
+    threads: Detached,
 }
 
 impl GrammarCompiler {
     pub fn new(tokenizer: Tokenizer, end_tokens: Arc<[u32]>) -> Self {
-        Self { tokenizer, end_tokens, factory: OnceLock::new() }
+        Self { tokenizer, end_tokens, factory: OnceLock::new(), threads: Detached::new(MOST_ABANDONED, COMPILE_TIME) }
     }
 
-    /// A matcher at the beginning of the grammar.
-    pub fn compile(&self, grammar: &Grammar) -> Result<Matcher, EngineError> {
-        let factory = self.factory.get_or_init(|| factory(&self.tokenizer, &self.end_tokens));
-        let factory = factory.as_ref().map_err(|error| EngineError::Grammar(error.clone()))?;
-        let top_level = top_level(grammar)?;
-        let compile = || {
-            let mut matcher = Matcher::new(factory.create_parser(top_level));
-            // What cannot even begin is told now.
-            matcher.compute_mask().map_err(|error| EngineError::Grammar(beginning(&error)))?;
-            Ok(matcher)
-        };
-        let thread = std::thread::Builder::new().name("keye-grammar".into()).stack_size(grammar_depth::stack(grammar)?);
-        std::thread::scope(|scope| {
-            let thread = thread.spawn_scoped(scope, compile);
-            let thread = thread.map_err(|error| EngineError::Internal(format!("no thread for a grammar: {error}")))?;
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+    #[cfg(test)]
+    pub fn within(self, time: Duration) -> Self {
+        Self { threads: Detached::new(MOST_ABANDONED, time), ..self }
     }
+
+    /// A matcher at the beginning of the grammar. `give_up` is asked from time to time.
+    ///
+    /// # Errors
+    /// [`EngineError::Grammar`] for what cannot be compiled, or not in time; [`EngineError::GrammarsBusy`];
+    /// [`EngineError::Cancelled`] when given up.
+    pub fn compile(&self, grammar: &Grammar, give_up: &dyn Fn() -> bool) -> Result<Matcher, EngineError> {
+        let top_level = top_level(grammar)?;
+        let stack = grammar_depth::stack(grammar)?;
+        if give_up() {
+            return Err(EngineError::Cancelled);
+        }
+        let factory = self.factory.get_or_init(|| factory(&self.tokenizer, &self.end_tokens).map(Arc::new));
+        let factory = Arc::clone(factory.as_ref().map_err(|error| EngineError::Grammar(error.clone()))?);
+        let end_tokens = Arc::clone(&self.end_tokens);
+        let thread = Builder::new().name("keye-grammar".into()).stack_size(stack);
+        match self.threads.run(thread, give_up, move || begin(&factory, top_level, &end_tokens)) {
+            Ok(matcher) => matcher,
+            Err(Unfinished::Late(time)) => Err(EngineError::Grammar(format!(
+                "it was not compiled within {} s; give it fewer rules, properties or alternatives",
+                time.as_secs_f64()
+            ))),
+            Err(Unfinished::GivenUp) => Err(EngineError::Cancelled),
+            Err(Unfinished::Full(left)) => Err(EngineError::GrammarsBusy(left)),
+            Err(Unfinished::NoThread(error)) => Err(EngineError::Internal(format!("no thread for a grammar: {error}"))),
+        }
+    }
+}
+
+fn begin(factory: &ParserFactory, top_level: TopLevelGrammar, end_tokens: &[u32]) -> Result<Matcher, EngineError> {
+    let wrong = |error| EngineError::Grammar(beginning(&error));
+    let mut matcher = Matcher::new(factory.create_parser(top_level));
+    // What cannot even begin is told now. The parser counts what it may begin with only when it takes a token, which a copy
+    // does here: an answer may think for long before it gets there.
+    let mask = matcher.compute_mask().map_err(wrong)?;
+    let first = (0..mask.len() as u32).find(|id| mask.is_allowed(*id) && !end_tokens.contains(id));
+    if let Some(first) = first {
+        matcher.clone().consume_token(first).map_err(wrong)?;
+    }
+    Ok(matcher)
 }
 
 /// Why a grammar cannot begin.
 fn beginning(error: &impl std::fmt::Display) -> String {
     match brief(error) {
+        reason if reason.contains("lexer precomputation failed") => {
+            "its texts and expressions are too many or too long; give fewer or shorter ones".into()
+        }
+        reason if reason.starts_with("panic: ") => {
+            "it is too large for the compiler; give it fewer rules, properties or alternatives".into()
+        }
         // What the compiler says when there is nothing to begin with.
         reason if reason.contains("NoExtensionBias") => {
             "no text satisfies it; a schema may refer to itself only with an object or array in between, a rule only with \
@@ -102,11 +146,19 @@ fn top_level(grammar: &Grammar) -> Result<TopLevelGrammar, EngineError> {
         Grammar::Choice(choices) if choices.is_empty() || choices.iter().any(String::is_empty) => {
             return Err(EngineError::Grammar("a choice needs at least one text, and none may be empty".into()));
         }
+        Grammar::Choice(choices) if choices.len() > MOST_CHOICES => {
+            let (found, most) = (choices.len(), MOST_CHOICES);
+            return Err(EngineError::Grammar(format!("the choice has {found} texts, at most {most} are allowed")));
+        }
         Grammar::Choice(choices) => {
             let choices: Vec<String> = choices.iter().map(|choice| Value::from(choice.as_str()).to_string()).collect();
-            TopLevelGrammar::from_lark(format!("start: {}", choices.join(" | ")))
+            // One terminal: the parser takes no rule with thousands of alternatives.
+            TopLevelGrammar::from_lark(format!("start: CHOICE\nCHOICE: {}", choices.join(" | ")))
         }
-        Grammar::Lark(source) => TopLevelGrammar::from_lark(source.clone()),
+        Grammar::Lark(source) => {
+            grammar_outline::check(source)?;
+            TopLevelGrammar::from_lark(source.clone())
+        }
     })
 }
 

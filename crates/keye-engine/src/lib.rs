@@ -15,6 +15,7 @@
 
 mod block_manager;
 mod constraint;
+mod detached;
 mod embedding;
 mod encoder;
 mod engine;
@@ -25,6 +26,7 @@ mod fake;
 mod feature_cache;
 mod grammar;
 mod grammar_depth;
+mod grammar_outline;
 mod guesser;
 mod media_cache;
 mod pace;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use keye_media::{Loader, Media, MediaError, MediaItem, Pixels, Progress, Source};
+use keye_media::{Loaded, Loader, Media, MediaError, MediaItem, Pixels, Progress, Source};
 use sha2::{Digest, Sha256};
 
 /// How long the content of a URL is taken to be the same.
@@ -16,11 +16,24 @@ type Identity = [u8; 32];
 struct Entry {
     identity: Identity,
     loaded: Instant,
-    media: Arc<Media>,
+    found: Found,
 }
 
-/// Media by what they were loaded from and with which options, up to a number of bytes; the longest unused go first. Who
-/// asks for what another thread is loading waits for it.
+/// An item, and what is to be said of it: every time, not only to the first who asks.
+#[derive(Clone)]
+pub(crate) struct Found {
+    pub media: Arc<Media>,
+    pub warnings: Arc<[String]>,
+}
+
+impl From<Loaded> for Found {
+    fn from(Loaded { media, warnings }: Loaded) -> Self {
+        Self { media: Arc::new(media), warnings: warnings.into() }
+    }
+}
+
+/// Media by what they were loaded from and with which options, up to a number of bytes; the longest unused go first. What
+/// does not fit alone is not kept. Who asks for what another thread is loading waits for it.
 pub(crate) struct MediaCache {
     state: Mutex<State>,
     changed: Condvar,
@@ -56,25 +69,25 @@ impl MediaCache {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// [`Loader::load`], unless the item is here; and whether it was. While another thread loads it, `give_up` is asked
-    /// from time to time.
+    /// [`Loader::load_with_warnings`], unless the item is here; and whether it was. While another thread loads it, `give_up`
+    /// is asked from time to time.
     pub fn load(
         &self,
         loader: &Loader,
         item: &MediaItem,
         progress: &mut dyn FnMut(Progress) -> bool,
         give_up: &dyn Fn() -> bool,
-    ) -> Result<(Arc<Media>, bool), MediaError> {
+    ) -> Result<(Found, bool), MediaError> {
         const ASK: Duration = Duration::from_millis(20);
         // Taken before loading: a file that changes meanwhile must not be found under its new state.
         let Some(identity) = identity(item, loader.access.root.as_deref()) else {
-            return Ok((Arc::new(loader.load(item, progress)?), false));
+            return Ok((loader.load_with_warnings(item, progress)?.into(), false));
         };
         let mut state = self.lock();
         loop {
             state.entries.retain(|entry| entry.loaded.elapsed() < URL_AGE);
-            if let Some(media) = state.find(&identity) {
-                return Ok((media, true));
+            if let Some(found) = state.find(&identity) {
+                return Ok((found, true));
             }
             if give_up() {
                 return Err(MediaError::Cancelled);
@@ -86,24 +99,27 @@ impl MediaCache {
         }
         drop(state);
         let _loading = Loading { cache: self, identity };
-        let media = Arc::new(loader.load(item, progress)?);
-        self.lock().keep(identity, Arc::clone(&media), self.max_bytes);
-        Ok((media, false))
+        let found = Found::from(loader.load_with_warnings(item, progress)?);
+        self.lock().keep(identity, found.clone(), self.max_bytes);
+        Ok((found, false))
     }
 }
 
 impl State {
-    fn find(&mut self, identity: &Identity) -> Option<Arc<Media>> {
+    fn find(&mut self, identity: &Identity) -> Option<Found> {
         let index = self.entries.iter().position(|entry| entry.identity == *identity)?;
         self.entries[index..].rotate_left(1);
-        self.entries.last().map(|entry| Arc::clone(&entry.media))
+        self.entries.last().map(|entry| entry.found.clone())
     }
 
-    fn keep(&mut self, identity: Identity, media: Arc<Media>, max_bytes: usize) {
-        self.entries.push(Entry { identity, loaded: Instant::now(), media });
+    fn keep(&mut self, identity: Identity, found: Found, max_bytes: usize) {
+        if size(&found.media) > max_bytes {
+            return;
+        }
+        self.entries.push(Entry { identity, loaded: Instant::now(), found });
         let mut bytes = 0;
         let fit = self.entries.iter().rev().take_while(|entry| {
-            bytes += size(&entry.media);
+            bytes += size(&entry.found.media);
             bytes <= max_bytes
         });
         let drop = self.entries.len() - fit.count();
@@ -194,7 +210,7 @@ mod tests {
     }
 
     fn load(cache: &MediaCache, item: &MediaItem) -> Arc<Media> {
-        cache.load(&loader(), item, &mut |_| true, &|| false).expect("a fixture").0
+        cache.load(&loader(), item, &mut |_| true, &|| false).expect("a fixture").0.media
     }
 
     #[test]
@@ -217,13 +233,13 @@ mod tests {
     fn what_several_want_at_once_is_loaded_once() {
         let cache = MediaCache::new(1 << 30);
         let clip = MediaItem { kind: MediaKind::Video, ..picture(Source::Path("clip.mp4".into())) };
-        let loaded: Vec<(Arc<Media>, bool)> = std::thread::scope(|scope| {
+        let loaded: Vec<(Found, bool)> = std::thread::scope(|scope| {
             let load = || cache.load(&loader(), &clip, &mut |_| true, &|| false).expect("a fixture");
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
             threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
         });
         assert_eq!(loaded.iter().filter(|(_, hit)| !hit).count(), 1);
-        assert!(loaded.iter().all(|(media, _)| Arc::ptr_eq(media, &loaded[0].0)));
+        assert!(loaded.iter().all(|(found, _)| Arc::ptr_eq(&found.media, &loaded[0].0.media)));
         let refused = cache.load(&loader(), &picture(Source::Path("none.png".into())), &mut |_| true, &|| false);
         assert!(refused.is_err() && cache.lock().loading.is_empty());
     }
@@ -234,11 +250,24 @@ mod tests {
         let mut cache = MediaCache::new(usize::MAX);
         let (first, second) = (load(&cache, &a), load(&cache, &b));
         assert!(Arc::ptr_eq(&load(&cache, &a), &first));
-        cache.max_bytes = size(&first) + size(&second);
-        load(&cache, &picture(Source::Path("wide.png".into())));
+        let wide = picture(Source::Path("wide.png".into()));
+        cache.max_bytes = size(&first) + size(&load(&MediaCache::new(0), &wide));
+        load(&cache, &wide);
         assert!(!Arc::ptr_eq(&load(&cache, &b), &second), "unused for longer than the other");
         let nothing = MediaCache::new(0);
         assert!(!Arc::ptr_eq(&load(&nothing, &a), &load(&nothing, &a)));
         assert!(nothing.lock().entries.is_empty());
+    }
+
+    #[test]
+    fn what_does_not_fit_alone_drives_nothing_out() {
+        let small = picture(Source::Path("one.png".into()));
+        let large = MediaItem { kind: MediaKind::Video, ..picture(Source::Path("clip.mp4".into())) };
+        let mut cache = MediaCache::new(usize::MAX);
+        let first = load(&cache, &small);
+        cache.max_bytes = size(&load(&MediaCache::new(0), &large)) - 1;
+        assert!(size(&first) <= cache.max_bytes);
+        load(&cache, &large);
+        assert!(Arc::ptr_eq(&load(&cache, &small), &first));
     }
 }

@@ -35,6 +35,7 @@ pub(crate) struct Preparer {
 struct Prepared {
     prompt: Arc<Prompt>,
     media: Vec<Arc<Media>>,
+    warnings: Vec<Arc<[String]>>,
     constraint: Option<Constraint>,
 }
 
@@ -63,6 +64,7 @@ impl Preparer {
                 order,
                 prompt: Arc::clone(&prepared.prompt),
                 media: prepared.media.clone(),
+                warnings: prepared.warnings.clone(),
                 sampling: crate::SamplingParams { seed, ..request.sampling.clone() },
                 end_tokens: Arc::clone(&self.end_tokens),
                 detokenize: self.detokenizer(&request),
@@ -107,8 +109,9 @@ impl Preparer {
     fn prepare(&self, request: &Request, branches: &[Branch], clock: &mut Clock) -> Result<Prepared, EngineError> {
         let shared = &self.shared;
         let give_up = || shared.stopping() || branches.iter().all(|branch| branch.events.cancelled());
-        let matcher = request.grammar.as_ref().map(|grammar| self.grammars.compile(grammar)).transpose()?;
-        let (mut media, mut tokens) = (Vec::new(), 0);
+        let matcher = request.grammar.as_ref().map(|grammar| self.grammars.compile(grammar, &give_up));
+        let matcher = matcher.transpose()?;
+        let (mut media, mut warnings, mut tokens) = (Vec::new(), Vec::new(), 0);
         let of = request.conversation.media().len();
         for (index, item) in request.conversation.media().iter().enumerate() {
             let mut progress = |progress: keye_media::Progress| {
@@ -121,11 +124,12 @@ impl Preparer {
             let mut stats = shared.stats();
             *(if hit { &mut stats.media_hits } else { &mut stats.media_misses }) += 1;
             // Many media that could never be answered about are not held until the prompt is made.
-            tokens += loaded.patches.len() / self.processor.config.vision.spatial_merge_size.pow(2).max(1);
+            tokens += loaded.media.patches.len() / self.processor.config.vision.spatial_merge_size.pow(2).max(1);
             if tokens >= shared.max_model_len {
                 return Err(EngineError::ContextLength { tokens, max: shared.max_model_len });
             }
-            media.push(loaded);
+            media.push(loaded.media);
+            warnings.push(loaded.warnings);
         }
         if give_up() {
             return Err(EngineError::Cancelled);
@@ -147,7 +151,7 @@ impl Preparer {
             let (think, budget) = (request.think, request.max_reasoning_tokens);
             Constraint::new(tokenizer, matcher, end_tokens, think, &prompt.text, budget)
         });
-        Ok(Prepared { prompt: Arc::new(prompt), media, constraint })
+        Ok(Prepared { prompt: Arc::new(prompt), media, warnings, constraint })
     }
 
     fn detokenizer(&self, request: &Request) -> Detokenizer {

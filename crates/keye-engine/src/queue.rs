@@ -115,6 +115,15 @@ impl<T> Queue<T> {
         item
     }
 
+    /// The first item that `wanted` wants, if there is one now.
+    pub fn try_pop_where(&self, wanted: impl Fn(&T) -> bool) -> Option<T> {
+        let mut state = self.lock();
+        let at = state.items.iter().position(wanted)?;
+        let item = state.items.remove(at);
+        self.changed.notify_all();
+        item
+    }
+
     /// Drops the items that `keep` does not want.
     pub fn retain(&self, keep: impl FnMut(&mut T) -> bool) {
         self.lock().items.retain_mut(keep);
@@ -172,5 +181,11 @@ mod tests {
         }
         let sorted: Vec<i32> = std::iter::from_fn(|| queue.try_pop()).collect();
         assert_eq!(sorted, [2, 5, 7, 7, 9]);
+        for item in [4, 1, 3] {
+            queue.push(item).expect("open");
+        }
+        let odd = |item: &i32| item % 2 == 1;
+        let odd: Vec<i32> = std::iter::from_fn(|| queue.try_pop_where(odd)).collect();
+        assert_eq!((odd, queue.try_pop()), (vec![1, 3], Some(4)));
     }
 }

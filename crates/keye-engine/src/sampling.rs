@@ -134,16 +134,20 @@ pub fn sample(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], gener
     if params.temperature <= 0.0 {
         return argmax(logits);
     }
-    let candidates = distribution(logits, params);
-    let mut left = uniform(params.seed, step);
-    for (id, probability) in &candidates {
+    draw(&distribution(logits, params), uniform(params.seed, step))
+}
+
+/// The token at `left`, from 0 to 1, of the probabilities laid end to end.
+fn draw(candidates: &[(u32, f32)], mut left: f64) -> u32 {
+    for (id, probability) in candidates {
         left -= f64::from(*probability);
         if left < 0.0 {
             return *id;
         }
     }
-    // Rounding: the probabilities sum to a little less than 1.
-    candidates.last().map_or(0, |(id, _)| *id)
+    // Rounding: the probabilities sum to a little less than 1. The last one may be next to impossible.
+    let better = |best: (u32, f32), other: &(u32, f32)| if other.1 > best.1 { *other } else { best };
+    candidates.iter().fold((0, 0.0), better).0
 }
 
 /// The log-softmax of logits at `token` and at the `k` most likely tokens. Give it the model's own logits, before any
@@ -216,7 +220,9 @@ fn penalise(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], generat
                 && !std::mem::replace(&mut seen[*id as usize], true)
             {
                 let penalty = params.repetition_penalty;
-                *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+                let penalised = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+                // A grammar's only way on may have the least number there is; at -inf it would be forbidden.
+                *logit = if logit.is_finite() { penalised.clamp(f32::MIN, f32::MAX) } else { penalised };
             }
         }
     }
@@ -417,6 +423,8 @@ mod tests {
         };
         let repetition = SamplingParams { repetition_penalty: 2.0, ..params(0.0) };
         assert_eq!(penalised(&repetition, &[0, 0, 77], &[1, 0]), [1.0, -4.0, 1.0, 0.5], "once each");
+        let mut only = [f32::NEG_INFINITY, f32::MIN, f32::NEG_INFINITY];
+        assert_eq!(sample(&mut only, &repetition, &[1], &[], 0), 1, "penalised, but allowed");
         let others = SamplingParams { presence_penalty: 0.5, frequency_penalty: 0.25, ..params(0.0) };
         assert_eq!(penalised(&others, &[2, 2], &[0, 0, 3]), [1.0, -2.0, 1.0, -0.25], "not the prompt's");
     }
@@ -444,6 +452,14 @@ mod tests {
                 .collect()
         };
         assert_ne!(with_seed(1), with_seed(2));
+    }
+
+    #[test]
+    fn what_rounding_leaves_goes_to_the_most_probable() {
+        let candidates = [(3, 0.2f32), (4, 0.6), (5, 0.1999), (6, 1e-9)];
+        assert_eq!([0.1, 0.3, 0.9].map(|at| draw(&candidates, at)), [3, 4, 5]);
+        assert_eq!(draw(&candidates, 0.99999), 4);
+        assert_eq!(draw(&[], 0.5), 0);
     }
 
     #[test]

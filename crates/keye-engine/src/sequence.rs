@@ -30,6 +30,8 @@ pub(crate) struct PreparedRequest {
     pub prompt: Arc<Prompt>,
     /// What [`Prompt::features`] counts.
     pub media: Vec<Arc<Media>>,
+    /// What is to be said of each of them.
+    pub warnings: Vec<Arc<[String]>>,
     pub sampling: SamplingParams,
     /// The checkpoint's end tokens.
     pub end_tokens: Arc<[u32]>,
@@ -86,6 +88,9 @@ impl Clock {
     }
 }
 
+/// Features in use: those of which media of the prompt, and where they are.
+pub(crate) type Pin = (usize, FeatureKey, FeatureId);
+
 /// A request that generates or is about to.
 pub(crate) struct Sequence {
     request: PreparedRequest,
@@ -98,13 +103,13 @@ pub(crate) struct Sequence {
     started: bool,
     guesser: Guesser,
     /// Features in use.
-    pub pinned: Vec<(usize, FeatureKey, FeatureId)>,
+    pub pinned: Vec<Pin>,
 }
 
 impl Sequence {
     /// `None` when the request cannot be run within `max_model_len` tokens; its stream has been told.
     pub fn new(mut request: PreparedRequest, max_model_len: usize) -> Option<Self> {
-        if let Err(error) = check(&request.prompt, request.media.len(), max_model_len) {
+        if let Err(error) = check(&request, max_model_len) {
             let siblings = std::mem::take(&mut request.siblings);
             siblings.into_iter().for_each(|sibling| drop(Self::new(sibling, max_model_len)));
             request.fail(error);
@@ -135,6 +140,11 @@ impl Sequence {
 
     pub fn media(&self) -> &[Arc<Media>] {
         &self.request.media
+    }
+
+    /// What is to be said of one of the media.
+    pub fn warnings(&self, index: usize) -> Arc<[String]> {
+        self.request.warnings.get(index).cloned().unwrap_or_default()
     }
 
     pub fn events(&self) -> &EventSender {
@@ -334,10 +344,12 @@ fn choose(logits: &mut [f32], params: &SamplingParams, prompt: &Prompt, generate
     crate::sample(logits, params, &prompt.input_ids, generated, generated.len() as u64)
 }
 
-/// A prompt has to be whole and to leave room for an answer.
-fn check(prompt: &Prompt, media: usize, max_model_len: usize) -> Result<(), EngineError> {
+/// A prompt has to be whole and to leave room for an answer, if there is to be one.
+fn check(request: &PreparedRequest, max_model_len: usize) -> Result<(), EngineError> {
+    let (prompt, media) = (&request.prompt, request.media.len());
     let tokens = prompt.input_ids.len();
-    if tokens >= max_model_len {
+    let answer = usize::from(request.pool.is_none());
+    if tokens + answer > max_model_len {
         return Err(EngineError::ContextLength { tokens, max: max_model_len });
     }
     let last_position = tokens as i64 + prompt.rope_delta;

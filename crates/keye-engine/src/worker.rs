@@ -12,10 +12,10 @@ use keye_processor::FeatureSpan;
 use crate::block_manager::BlockManager;
 use crate::encoder::Encoder;
 use crate::engine::Shared;
-use crate::feature_cache::{FeatureCache, feature_key};
+use crate::feature_cache::{FeatureCache, FeatureKey, feature_key};
 use crate::pace::Pace;
 use crate::scheduler::{Planned, Scheduled, Scheduler};
-use crate::sequence::{PreparedRequest, Sequence};
+use crate::sequence::{Pin, PreparedRequest, Sequence};
 use crate::{EngineError, EngineOptions, FinishReason, Stage};
 
 pub(crate) struct Worker {
@@ -82,11 +82,25 @@ impl Worker {
                 None => return !self.scheduler.is_empty(),
             }
         }
+        // Text passes media in line, which may have to wait until others are encoded.
+        while !self.scheduler.text_waits()
+            && let Some(text) = self.shared.prepared.try_pop_where(|request| request.media.is_empty())
+        {
+            self.accept(text);
+        }
         true
     }
 
     fn accept(&mut self, request: PreparedRequest) {
+        self.accept_with(request, &[]);
+    }
+
+    /// The features with these keys are in use, and stay so until the request's prompt is computed.
+    fn accept_with(&mut self, request: PreparedRequest, pins: &[Pin]) {
         let Some(mut sequence) = Sequence::new(request, self.shared.max_model_len) else { return };
+        for (index, key, _) in pins {
+            sequence.pinned.extend(self.features.acquire(key).map(|feature| (*index, *key, feature)));
+        }
         self.announce_media(&sequence);
         let id = self.next_id;
         self.next_id += 1;
@@ -101,15 +115,16 @@ impl Worker {
     }
 
     /// The prompt of the sequence is computed, or the sequence is gone: those with the same prompt begin. They find it in
-    /// the cache; when it is not there, the first of them computes it for the others.
-    fn release_followers(&mut self, id: u64, computed: bool) {
+    /// the cache; when it is not there, the first of them computes it for the others. They take over the features in use
+    /// before these can be evicted: some have to compute the prompt's end again.
+    fn release_followers(&mut self, id: u64, computed: bool, pins: &[Pin]) {
         let mut followers = self.followers.remove(&id).unwrap_or_default();
         if computed || followers.is_empty() {
-            followers.into_iter().for_each(|request| self.accept(request));
+            followers.into_iter().for_each(|request| self.accept_with(request, pins));
         } else {
             let mut first = followers.remove(0);
             first.siblings = followers;
-            self.accept(first);
+            self.accept_with(first, pins);
         }
     }
 
@@ -125,6 +140,7 @@ impl Worker {
                 tokens,
                 shown: media.frames.as_slice().into(),
                 estimate: self.estimate(media, tokens),
+                warnings: sequence.warnings(index),
             });
         }
     }
@@ -170,7 +186,9 @@ impl Worker {
         }
         let start = Instant::now();
         let results = self.forward(chunks);
-        self.pace.stepped(start.elapsed(), generating, prompt_tokens);
+        if !planned.is_empty() {
+            self.pace.stepped(start.elapsed(), generating, prompt_tokens);
+        }
         for ((Planned { id, range }, guesses), rows) in planned.into_iter().zip(results) {
             match rows {
                 Ok(rows) => {
@@ -185,7 +203,8 @@ impl Worker {
     /// True when a running sequence has its prompt behind it.
     fn generating(&self) -> bool {
         let generates = |s: &Scheduled| {
-            self.sequences.get(&s.id).is_some_and(|sequence| s.computed >= sequence.prompt().input_ids.len())
+            s.placed
+                && self.sequences.get(&s.id).is_some_and(|sequence| s.computed >= sequence.prompt().input_ids.len())
         };
         self.scheduler.running().any(generates)
     }
@@ -269,9 +288,6 @@ impl Worker {
         if computed <= total {
             sequence.events().stage(Stage::Prefill { done: computed, total });
         }
-        if computed >= total {
-            unpin(sequence, &mut self.features, &mut *self.runner);
-        }
         if let Some(pool) = sequence.pool() {
             pool.add(&rows.hidden, computed, total);
             if computed == total {
@@ -307,8 +323,12 @@ impl Worker {
             }
         }
         self.learn(id, guesses.len(), accepted);
-        if computed >= total {
-            self.release_followers(id, true);
+        if computed >= total
+            && let Some(sequence) = self.sequences.get_mut(&id)
+        {
+            let pins = std::mem::take(&mut sequence.pinned);
+            self.release_followers(id, true, &pins);
+            self.unpin(pins);
         }
     }
 
@@ -326,32 +346,23 @@ impl Worker {
     /// Brings media features to the sequences that run and need them, encoding for a bounded time what is not there.
     fn encode(&mut self) {
         let flops = if self.generating() { self.pace.encode_flops() } else { 0.0 };
+        let blocked: Vec<u64> = self.scheduler.running().filter(|s| !s.ready).map(|s| s.id).collect();
         let mut wanted = Vec::new();
-        let blocked: Vec<(u64, usize)> =
-            self.scheduler.running().filter(|s| !s.ready).map(|s| (s.id, s.computed)).collect();
-        for (id, computed) in blocked {
+        for id in blocked {
             self.admitted(id);
-            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let missing = pin(sequence, computed, &mut self.features, &self.encoder, &*self.runner, &self.shared);
-            match missing {
-                Ok(missing) if missing.is_empty() => {
-                    sequence.clock().lap(|timings| &mut timings.vision);
-                    self.scheduler.set_ready(id);
-                }
-                Ok(missing) => wanted.extend(missing.into_iter().map(|(index, key)| (key, id, index))),
-                Err(error) => self.fail(id, error),
-            }
+            wanted.extend(self.pin(id).into_iter().map(|(index, key)| (key, id, index)));
         }
         let media = |id: u64, index: usize| self.sequences.get(&id).map(|s| Arc::clone(&s.media()[index]));
         self.encoder.update(&wanted, media, &mut *self.runner);
         let start = Instant::now();
         let Some((key, worked)) = self.encoder.work(flops, &mut *self.runner) else { return };
-        let users = wanted.iter().filter(|(wanted, ..)| *wanted == key);
+        let users: Vec<(u64, usize)> =
+            wanted.iter().filter(|(wanted, ..)| *wanted == key).map(|(_, id, index)| (*id, *index)).collect();
         match worked {
             Ok((progress, done)) => {
                 self.pace.encoded(start.elapsed(), progress.flops);
                 let fraction = (progress.done as f64 / progress.total.max(1) as f64).min(1.0) as f32;
-                for (_, id, index) in users {
+                for (id, index) in &users {
                     if let Some(sequence) = self.sequences.get(id) {
                         sequence.events().stage(Stage::Vision { index: *index, fraction });
                     }
@@ -359,14 +370,42 @@ impl Worker {
                 if let Some(feature) = done {
                     self.shared.stats().feature_misses += 1;
                     self.features.insert(key, feature, &*self.runner);
+                    // Unused, they could be evicted before the next step is over.
+                    users.into_iter().for_each(|(id, _)| drop(self.pin(id)));
                 }
             }
             Err(error) => {
                 // Others that want the same media find the same error themselves.
-                if let Some((_, id, _)) = users.copied().next() {
-                    self.fail(id, error);
+                if let Some((id, _)) = users.first() {
+                    self.fail(*id, error);
                 }
             }
+        }
+    }
+
+    /// Takes what is there of the features that a running sequence needs; returns what is missing. With all of them it is
+    /// ready.
+    fn pin(&mut self, id: u64) -> Vec<(usize, FeatureKey)> {
+        let Some(computed) = self.scheduler.get(id).map(|s| s.computed) else { return Vec::new() };
+        let Some(sequence) = self.sequences.get_mut(&id) else { return Vec::new() };
+        match pin(sequence, computed, &mut self.features, &self.encoder, &*self.runner, &self.shared) {
+            Ok(missing) => {
+                if missing.is_empty() {
+                    sequence.clock().lap(|timings| &mut timings.vision);
+                    self.scheduler.set_ready(id);
+                }
+                missing
+            }
+            Err(error) => {
+                self.fail(id, error);
+                Vec::new()
+            }
+        }
+    }
+
+    fn unpin(&mut self, pins: Vec<Pin>) {
+        for (_, key, _) in pins {
+            self.features.release(&key, &mut *self.runner);
         }
     }
 
@@ -387,8 +426,9 @@ impl Worker {
     fn forget(&mut self, id: u64, computed: bool) -> Option<Sequence> {
         self.scheduler.remove(id);
         let mut sequence = self.sequences.remove(&id)?;
-        unpin(&mut sequence, &mut self.features, &mut *self.runner);
-        self.release_followers(id, computed);
+        let pins = std::mem::take(&mut sequence.pinned);
+        self.release_followers(id, computed, &pins);
+        self.unpin(pins);
         self.publish();
         Some(sequence)
     }
@@ -411,7 +451,7 @@ fn pin(
     encoder: &Encoder,
     runner: &dyn Runner,
     shared: &Shared,
-) -> Result<Vec<(usize, crate::feature_cache::FeatureKey)>, EngineError> {
+) -> Result<Vec<(usize, FeatureKey)>, EngineError> {
     let mut missing = Vec::new();
     for (index, key) in sequence.media_from(start) {
         if sequence.pinned.iter().any(|(pinned, ..)| *pinned == index) {
@@ -434,12 +474,6 @@ fn pin(
         }
     }
     Ok(missing)
-}
-
-fn unpin(sequence: &mut Sequence, features: &mut FeatureCache, runner: &mut dyn Runner) {
-    for (_, key, _) in sequence.pinned.drain(..) {
-        features.release(&key, runner);
-    }
 }
 
 /// Runs code that is not ours to trust with the thread: a panic is this request's error. Blocks and features are only

@@ -40,17 +40,16 @@ pub(crate) fn warning(cut: Option<Cut>, promise: &Promise, frames: &Frames, want
         Some(Cut::AsTold) => promise.seconds,
         None => promise.seconds.filter(|_| promise.damage.is_some()),
     };
-    let longest = [known, frames.promised].into_iter().flatten().fold(None, |a: Option<f64>, b| Some(a.map_or(b, |a| a.max(b))));
+    let longest =
+        [known, frames.promised].into_iter().flatten().fold(None, |a: Option<f64>, b| Some(a.map_or(b, |a| a.max(b))));
     let asked = wanted.is_none_or(|wanted| wanted > frames.end);
     let end = frames.end;
-    match longest {
-        Some(whole) if end + slack < whole && asked => {
-            return Some(format!("frames end at {end:.1} s of {whole:.1} s: the file seems cut short or damaged"));
-        }
-        None if cut == Some(Cut::OfUnknown) && asked => {
-            return Some(format!("frames end at {end:.1} s, where the file breaks off: it seems cut short"));
-        }
-        _ => {}
+    if cut == Some(Cut::OfUnknown) {
+        return asked.then(|| format!("frames end at {end:.1} s, where the file breaks off: it seems cut short"));
+    }
+    if let Some(whole) = longest.filter(|whole| end + slack < *whole) {
+        let said = || format!("frames end at {end:.1} s of {whole:.1} s: the file seems cut short or damaged");
+        return asked.then(said);
     }
     let damage = promise.damage.as_ref()?;
     Some(format!("the file seems damaged, frames may be missing or look wrong: {damage}"))
@@ -235,10 +234,11 @@ mod tests {
         assert_eq!(warning(None, &promise(None, None), &fewer, None).unwrap(), ends);
         // Of the part that was asked for nothing is missing.
         assert_eq!(warning(Some(Cut::AsTold), &long, &FRAMES, Some(4.0)), None);
+        assert_eq!(warning(Some(Cut::AsTold), &promise(Some(10.0), Some("x")), &FRAMES, Some(4.0)), None);
         assert_eq!(warning(Some(Cut::AsTold), &long, &FRAMES, Some(5.0)).unwrap(), ends);
         // Only what stands behind the frames is missing.
         assert_eq!(warning(Some(Cut::AsTold), &promise(Some(4.4), None), &FRAMES, None), None);
-        let breaks = warning(Some(Cut::OfUnknown), &promise(Some(4.4), None), &FRAMES, None).unwrap();
+        let breaks = warning(Some(Cut::OfUnknown), &promise(Some(4.4), Some("x")), &fewer, None).unwrap();
         assert_eq!(breaks, "frames end at 4.2 s, where the file breaks off: it seems cut short");
         let wrong = warning(None, &promise(Some(4.2), Some("Error at MB: 7")), &FRAMES, None).unwrap();
         assert_eq!(wrong, "the file seems damaged, frames may be missing or look wrong: Error at MB: 7");
@@ -249,7 +249,10 @@ mod tests {
         let mid = "[h264 @ 0x5] non-existing PPS 0 referenced\n[h264 @ 0x5] no frame!\n\
                    Error while decoding stream #0:0: Invalid data found when processing input\n";
         assert_eq!(told(mid, "h264"), None, "a recording that begins anywhere");
-        assert_eq!(told(mid, "vp9").as_deref(), Some("Error while decoding stream #0:0: Invalid data found when processing input"));
+        assert_eq!(
+            told(mid, "vp9").as_deref(),
+            Some("Error while decoding stream #0:0: Invalid data found when processing input")
+        );
         let damaged = format!("{mid}[h264 @ 0x5] error while decoding MB 1 2, bytestream -3\n");
         assert_eq!(told(&damaged, "h264").as_deref(), Some("error while decoding MB 1 2, bytestream -3"));
     }

@@ -11,7 +11,8 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 
-use crate::ffmpeg::{Output, Programs, Watch, first_message};
+use crate::damage;
+use crate::ffmpeg::{Output, Programs, Watch, first_message, silent};
 use crate::probe::{Clip, input_options};
 use crate::{Limits, MediaError};
 
@@ -75,7 +76,12 @@ impl Frames {
         self.output.give_back(frame);
     }
 
-    /// After the clip ended: what ffmpeg had to say.
+    /// What ffmpeg found damaged so far.
+    pub fn damage(&self, clip: &Clip) -> Option<String> {
+        damage::told(&self.output.messages(), &clip.codec)
+    }
+
+    /// After the clip ended: waits for ffmpeg.
     ///
     /// # Errors
     /// The child was killed: then the end is not the clip's.
@@ -89,7 +95,17 @@ pub(crate) fn frame_bytes(clip: &Clip) -> Option<usize> {
     (clip.height as usize).checked_mul(clip.width as usize)?.checked_mul(3)
 }
 
-/// Decodes the whole clip and tells when its frames are shown, in seconds, the first one 0 (to the millisecond).
+/// The frames that can be decoded.
+pub(crate) struct Counted {
+    /// When they are shown, in seconds, the first one 0 (to the millisecond).
+    pub times: Vec<f64>,
+    /// When the first is shown on ffmpeg's clock.
+    pub first: f64,
+    /// What ffmpeg found damaged.
+    pub damage: Option<String>,
+}
+
+/// Decodes the whole clip and tells when its frames are shown.
 ///
 /// The packets of some files promise more frames than come out: cut or damaged files, fields in packets of their own.
 ///
@@ -101,7 +117,7 @@ pub(crate) fn count(
     clip: &Clip,
     limits: &Limits,
     watch: &mut Watch,
-) -> Result<Vec<f64>, MediaError> {
+) -> Result<Counted, MediaError> {
     let mut args = decoder_options(programs, clip, limits, programs.is_modern(watch)?);
     args.extend(["-c:v", "wrapped_avframe", "-f", "mkvtimestamp_v2", "pipe:1"].map(Into::into));
     let mut output = Output::start(&programs.ffmpeg, &args, Some(file), 4 << 10)?;
@@ -114,16 +130,18 @@ pub(crate) fn count(
         text.extend_from_slice(&block);
         output.give_back(block);
     }
-    let (_, messages) = output.finish(watch)?;
+    let (status, messages) = output.finish(watch)?;
     let text = String::from_utf8_lossy(&text);
     let mut stamps: Vec<f64> = text.lines().filter_map(|line| line.trim().parse().ok()).collect();
     stamps.sort_unstable_by(f64::total_cmp);
     let Some(&first) = stamps.first() else {
+        silent(&programs.ffmpeg, "KEYE_FFMPEG", status, &messages, watch)?;
         let (codec, message) = (&clip.codec, first_message(&messages));
         let by = hardware(programs, clip).map_or(String::new(), |name| format!(" (by KEYE_HWACCEL={name})"));
         return Err(watch.unreadable(format!("no frame of its {codec} video can be decoded{by}: {message}")));
     };
-    Ok(stamps.into_iter().map(|ms| (ms - first) / 1000.0).collect())
+    let times = stamps.into_iter().map(|ms| (ms - first) / 1000.0).collect();
+    Ok(Counted { times, first: first / 1000.0, damage: damage::told(&messages, &clip.codec) })
 }
 
 /// What decodes this clip beside the CPU.

@@ -298,6 +298,11 @@ impl Output {
         let _ = self.used.try_send(block);
     }
 
+    /// What the child has written to standard error so far.
+    pub fn messages(&self) -> String {
+        String::from_utf8_lossy(&self.messages.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
     /// After the last block: how the child ended, and the first lines it wrote to standard error.
     ///
     /// # Errors
@@ -314,9 +319,7 @@ impl Output {
             }
         };
         let _ = self.messages_end.recv_timeout(TICK);
-        let kept = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = String::from_utf8_lossy(&kept).into_owned();
-        drop(kept);
+        let text = self.messages();
         #[cfg(unix)]
         if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(&status) {
             return Err(MediaError::Ffmpeg(format!(
@@ -369,6 +372,27 @@ pub(crate) fn first_message(messages: &str) -> &str {
         })
         .find(|line| !line.is_empty())
         .unwrap_or("no message")
+}
+
+/// A program that fails without a word has found nothing wrong with the clip: what fails is the program.
+///
+/// # Errors
+/// [`MediaError::Ffmpeg`] then.
+pub(crate) fn silent(
+    program: &Path,
+    variable: &str,
+    status: ExitStatus,
+    messages: &str,
+    watch: &Watch,
+) -> Result<(), MediaError> {
+    if status.success() || !messages.trim().is_empty() {
+        return Ok(());
+    }
+    Err(MediaError::Ffmpeg(format!(
+        "{}: {} failed without a message ({status}); install it anew or let {variable} name another one",
+        watch.input,
+        program.display()
+    )))
 }
 
 #[cfg(test)]

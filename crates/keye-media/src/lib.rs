@@ -14,11 +14,13 @@
 //!   ([`Limits`]), and only what [`Access`] allows is opened. Videos are decoded by an `ffmpeg` child process that can
 //!   open nothing but the one file handed to it.
 //! * Frames stream: a clip is never held in memory as full-size frames.
+//! * Of a clip that is cut short or damaged, what can be decoded is used, and [`Loaded::warnings`] says what is missing.
 //!
 //! No tensor, tokenizer or checkpoint types: those live further up.
 
 mod adaptive_sampling;
 mod config;
+mod damage;
 mod decode;
 mod error;
 mod ffmpeg;
@@ -58,7 +60,7 @@ pub use error::MediaError;
 pub use item::{FrameItem, ItemOptions, MediaItem, MediaKind, Source};
 pub use loader::{Access, Limits, Loader, Progress, TimestampRule};
 pub use measure::{MediaCost, media_cost, write_sample_clip, write_sample_photo};
-pub use media::{Frame, FrameKind, Media, Patches, Pixels};
+pub use media::{Frame, FrameKind, Loaded, Media, Patches, Pixels};
 pub use memory::RgbClip;
 pub use remote_policy::{RemotePolicy, is_global};
 

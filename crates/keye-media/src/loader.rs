@@ -9,8 +9,8 @@ use crate::smart_resize::IMAGE_FACTOR;
 use crate::source::Opener;
 use crate::still::{self, PixelRange};
 use crate::{
-    Frame, FrameItem, FrameKind, Media, MediaConfig, MediaError, MediaItem, MediaKind, RemotePolicy, Source, frames,
-    options, patches,
+    Frame, FrameItem, FrameKind, Loaded, Media, MediaConfig, MediaError, MediaItem, MediaKind, RemotePolicy, Source,
+    frames, options, patches,
 };
 
 /// What may be opened.
@@ -115,6 +115,16 @@ impl Loader {
     /// `progress` is called as work goes on; when it returns false the item is given up with
     /// [`MediaError::Cancelled`] and every child process is gone before this returns.
     pub fn load(&self, item: &MediaItem, progress: &mut dyn FnMut(Progress) -> bool) -> Result<Media, MediaError> {
+        self.load_with_warnings(item, progress).map(|loaded| loaded.media)
+    }
+
+    /// As [`Loader::load`], and tells of a clip that is cut short or damaged. What can be decoded of it is used, so nobody
+    /// would notice otherwise.
+    pub fn load_with_warnings(
+        &self,
+        item: &MediaItem,
+        progress: &mut dyn FnMut(Progress) -> bool,
+    ) -> Result<Loaded, MediaError> {
         let name = item.source.name();
         let frame_list = matches!(item.source, Source::Frames(_));
         let target = match (item.kind, frame_list) {
@@ -140,7 +150,7 @@ impl Loader {
                 let mut pixels = Vec::new();
                 patches::cut(&picture.rgb, height, width, patch, &mut pixels);
                 let frame = Frame { index: 0, timestamp: None, kind: FrameKind::Slow, height, width };
-                Ok(patches::assemble(MediaKind::Image, vec![frame], pixels, patch, None))
+                Ok(patches::assemble(MediaKind::Image, vec![frame], pixels, patch, None).into())
             }
             (MediaKind::Video, Source::Frames(list)) => {
                 let fetch = |frame: &FrameItem, upright: bool, watch: &mut Watch| {
@@ -152,7 +162,7 @@ impl Loader {
                     let mut watch = Watch { input: &name, deadline, time, progress: &mut progress, done, total };
                     still::decode(opened, &mut watch, self.config.image.alpha, upright, &self.limits)
                 };
-                frames::load(self, list, &item.options, &fetch, &mut watch)
+                frames::load(self, list, &item.options, &fetch, &mut watch).map(Loaded::from)
             }
             (MediaKind::Video, source) => {
                 let opened = opener.open(source, watch.progress)?;

@@ -71,6 +71,22 @@ pub struct Media {
     pub sample_fps: Option<f64>,
 }
 
+/// A processed item, and what whoever asked for it should hear.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// The item.
+    pub media: Media,
+    /// Of a source that is not whole, what is missing: a sentence each, without the source's name.
+    pub warnings: Vec<String>,
+}
+
+impl From<Media> for Loaded {
+    /// With nothing to be said.
+    fn from(media: Media) -> Self {
+        Self { media, warnings: Vec::new() }
+    }
+}
+
 impl Media {
     /// The grid with every frame on its own, `(1, h, w)` each: what 1.5 attends and counts positions by.
     pub fn frame_grids(&self) -> impl Iterator<Item = [u32; 3]> + '_ {

@@ -186,6 +186,12 @@ fn ranges(options: &ItemOptions) -> Result<(), Refusal> {
             return Err(Refusal::new(name, format!("is {value}, expected a number")));
         }
     }
+    if let (Some(start), Some(end)) = (options.video_start, options.video_end)
+        && end < start
+    {
+        let reason = format!("is {end} and video_start is {start}: expected an end behind the start, in seconds");
+        return Err(Refusal::new("video_end", reason));
+    }
     if let Some(value) = options.min_frame_similarity.filter(|value| *value < 0.0) {
         return Err(Refusal::new("min_frame_similarity", format!("is {value}, expected 0 to 1")));
     }
@@ -233,6 +239,9 @@ mod tests {
         assert_eq!(refused(r#"{"resized_width": 28}"#, Target::Picture, WholeClip).option, "resized_width");
         let nan = ItemOptions { video_start: Some(f64::NAN), ..Default::default() };
         assert_eq!(check(&nan, ClipFile, WholeClip).unwrap_err().option, "video_start");
+        let backwards = refused(r#"{"video_start": 5, "video_end": 2}"#, ClipFile, SlowFast);
+        assert_eq!(backwards.option, "video_end");
+        assert!(backwards.reason.starts_with("is 2 and video_start is 5: expected an end behind"), "{backwards:?}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::File;
 
 use crate::damage::{self, Promise};
-use crate::ffmpeg::{INPUT, Output, Programs, Watch, first_message};
+use crate::ffmpeg::{INPUT, Output, Programs, Watch, first_message, silent};
 use crate::{Limits, MediaError};
 
 /// A clip's facts.
@@ -131,6 +131,7 @@ pub(crate) fn probe(
     let (status, messages) = output.finish(watch)?;
     report.read(&String::from_utf8_lossy(&rest));
     if report.streams.is_empty() && !status.success() {
+        silent(&programs.ffprobe, "KEYE_FFPROBE", status, &messages, watch)?;
         return Err(refusal(watch, demuxer, &messages, limits));
     }
     report.clip(demuxer, &messages, limits, watch)
@@ -256,7 +257,7 @@ impl Report {
         let (turned, uncounted) = (stream.rotation.is_some(), stream.codec == "vp8" || !has_own_times(&packets));
         let counted = stream.frames.map(|frames| frames / fps);
         // A cut AVI has the length of what is left, and the number of frames that there were.
-        let promised = stream.duration.max(counted).or(self.duration);
+        let promised = [stream.duration, counted].into_iter().flatten().reduce(f64::max).or(self.duration);
         let promise = Promise { seconds: promised, first, damage: damage::told(messages, &stream.codec) };
         let Stream { index, codec, pixel_format, .. } = stream;
         Ok(Clip { demuxer, stream: index, codec, pixel_format, height, width, turned, fps, times, uncounted, promise })

@@ -166,6 +166,8 @@ impl Fetch {
             ureq::Error::Other(other) if other.is::<Refused>() => {
                 MediaError::Denied { input: url.clone(), reason: other.to_string() }
             }
+            // Without the word `io` in front.
+            ureq::Error::Io(error) => failed(error),
             error => failed(std::io::Error::other(error)),
         })?;
         let total = response.body().content_length();
@@ -271,6 +273,14 @@ mod tests {
         let cancelled =
             fetch(&format!("{server}/ok"), None, 100, Instant::now() + Duration::from_secs(5), &mut |_| false);
         assert!(matches!(cancelled, Err(MediaError::Cancelled)));
+    }
+
+    #[test]
+    fn a_refused_connection_says_just_that() {
+        // Closed again, so that nobody listens there.
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let error = get(&format!("http://{address}/"), 100).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("http://{address}/: cannot read: Connection refused")), "{error}");
     }
 
     #[test]

@@ -109,10 +109,11 @@ pub(crate) fn frame_range(
     let option = if options.video_start.is_some() { "video_start" } else { "video_end" };
     let named = options.video_start.is_some() || options.video_end.is_some();
     if named && end.saturating_add(1).saturating_sub(start) < shortest {
-        let reason = format!(
-            "the part from frame {start} to frame {end} is too short; the clip has {total} frames, {duration:.2} s at \
-             {video_fps} frames per second"
-        );
+        let part = match start > end {
+            true => "no frame is shown in this part of the clip".to_owned(),
+            false => format!("the part from frame {start} to frame {end} is too short"),
+        };
+        let reason = format!("{part}; the clip has {total} frames, {duration:.2} s at {video_fps} frames per second");
         return Err(Refusal::new(option, reason));
     }
     Ok((start, end))
@@ -154,7 +155,11 @@ mod tests {
         // 38 frames from 25 to 62: int(38/25*2) = 3.
         assert_eq!(plan.indices, [25, 44, 62]);
         let past = ItemOptions { video_start: Some(99.0), ..Default::default() };
-        assert!(slow_fast_plan(100, 25.0, &past, &config).is_err());
+        let refusal = slow_fast_plan(100, 25.0, &past, &config).unwrap_err();
+        assert!(
+            refusal.reason.starts_with("no frame is shown in this part of the clip; the clip has 100"),
+            "{refusal:?}"
+        );
     }
 
     #[test]

@@ -18,16 +18,74 @@ pub(crate) fn demuxer(head: &[u8]) -> Result<&'static str, String> {
     if let Some(picture) = still_picture(head) {
         return Err(format!("a still picture ({picture}), not a video: give it as an image or in a list of frames"));
     }
+    if let Some(reason) = page_or_drawing(head) {
+        return Err(reason);
+    }
     if let Some(list) = playlist(head) {
         return Err(format!("{list}, which only names other files: give the file that holds the video itself"));
     }
     if let Some(audio) = audio(head) {
         return Err(format!("an audio file ({audio}): there is no video in it"));
     }
-    container(head).ok_or_else(|| {
-        "no container that is known: expected MP4/MOV, Matroska/WebM, AVI, MPEG-TS, MPEG-PS, FLV, GIF, Ogg or ASF/WMV"
-            .into()
-    })
+    container(head).ok_or_else(|| unknown(head))
+}
+
+/// What is read, for messages.
+const KNOWN: &str = "expected a picture (PNG, JPEG, WebP, GIF, BMP, TIFF) or a clip (MP4/MOV, Matroska/WebM, AVI, MPEG-TS, \
+                     MPEG-PS, FLV, GIF, Ogg, ASF/WMV)";
+
+/// XML that names no other file and text of web pages, which are what often comes of an address.
+fn page_or_drawing(head: &[u8]) -> Option<String> {
+    let text = plain_start(head).to_ascii_lowercase();
+    let begins = |tags: &[&str]| tags.iter().any(|tag| text.starts_with(tag.as_bytes()));
+    let has = |tag: &[u8]| text.windows(tag.len()).any(|window| window == tag);
+    let xml = begins(&["<?xml", "<!--", "<!doctype"]);
+    if begins(&["<svg"]) || (xml && has(b"<svg")) {
+        return Some("a drawing (SVG), not a picture of pixels; convert it to PNG".into());
+    }
+    if begins(&["<!doctype html", "<html", "<head", "<body"]) || (xml && has(b"<html")) {
+        return Some(format!("this is HTML, not a picture or clip: is the address a page's? {}", capital(KNOWN)));
+    }
+    None
+}
+
+/// The reason for a file of no known kind.
+fn unknown(head: &[u8]) -> String {
+    let what = match () {
+        () if at(head, 0, b"%PDF") => "this is a PDF document, not a picture or clip; export its pages as PNG",
+        () if at(head, 0, b"PK\x03\x04") => "this is a ZIP archive or a document, not a picture or clip; unpack it",
+        () if at(head, 0, b"\x1F\x8B") => "this is compressed (gzip), not a picture or clip; unpack it",
+        () if at(head, 0, b"version https://git-lfs") => {
+            "this is a pointer of Git LFS, not the file itself; fetch it by git lfs pull"
+        }
+        () if is_text(head) && plain_start(head).starts_with(b"{") => {
+            "this is JSON, not a picture or clip: is it an error of the server that it came from?"
+        }
+        () if is_text(head) => "this is text, not a picture or clip",
+        () => return format!("no picture or clip of a kind that is known: {KNOWN}"),
+    };
+    let stop = if what.ends_with('?') { " " } else { ". " };
+    format!("{what}{stop}{}", capital(KNOWN))
+}
+
+fn capital(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_ascii_uppercase().to_string() + letters.as_str())
+}
+
+/// Without what may stand in front of text.
+fn plain_start(head: &[u8]) -> &[u8] {
+    head.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(head).trim_ascii_start()
+}
+
+fn is_text(head: &[u8]) -> bool {
+    let whole = match std::str::from_utf8(head) {
+        Ok(_) => true,
+        // The head may end inside of a letter.
+        Err(error) => error.error_len().is_none() && error.valid_up_to() > 0,
+    };
+    // One letter is no text yet.
+    whole && head.len() > 1 && head.iter().all(|b| (*b >= b' ' && *b != 0x7F) || b"\t\n\r\x0C".contains(b))
 }
 
 fn at(head: &[u8], offset: usize, magic: &[u8]) -> bool {
@@ -109,7 +167,7 @@ fn still_picture(head: &[u8]) -> Option<&'static str> {
 }
 
 fn playlist(head: &[u8]) -> Option<&'static str> {
-    let text = head.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(head).trim_ascii_start();
+    let text = plain_start(head);
     let starts = |magic: &[u8]| text.len() >= magic.len() && text[..magic.len()].eq_ignore_ascii_case(magic);
     if starts(b"#EXTM3U") {
         return Some("an HLS or M3U playlist");
@@ -189,8 +247,18 @@ mod tests {
             (b"\0\0\0\x20ftypheic", "the format HEIF, which is not read; convert"),
             (b"RIFF\0\0\0\0WEBPVP8 ", "a still picture (WebP)"),
             (b"RIFF\0\0\0\0WAVEfmt ", "an audio file (WAV)"),
-            (b"\x7FELF", "expected MP4/MOV"),
-            (b"G", "expected MP4/MOV"),
+            (b"\x7FELF", "of a kind that is known: expected a picture (PNG, JPEG"),
+            (b"G", "or a clip (MP4/MOV, Matroska/WebM"),
+            (b"<!DOCTYPE html>\n<title>x", "this is HTML, not a picture or clip: is the address a page's? Expected a"),
+            (b"\xEF\xBB\xBF\n<HTML lang=en>", "this is HTML"),
+            (b"<?xml version='1.0'?>\n<!DOCTYPE html PUBLIC>\n<html>", "this is HTML"),
+            (b"<svg xmlns=\"x\">", "a drawing (SVG), not a picture of pixels; convert it to PNG"),
+            (b"<?xml version=\"1.0\"?>\n<!-- x -->\n<svg>", "a drawing (SVG)"),
+            (b"%PDF-1.7\n%\xE2\xE3", "a PDF document, not a picture or clip; export its pages as PNG. Expected"),
+            (b"{\"error\": \"not found\"}", "this is JSON, not a picture or clip: is it an error of the server"),
+            ("Caf\u{e9}\n".as_bytes(), "this is text, not a picture or clip. Expected a picture (PNG"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+            (b"PK\x03\x04\x14", "a ZIP archive"),
         ] {
             let reason = demuxer(head).unwrap_err();
             assert!(reason.contains(word), "{reason}");

@@ -14,7 +14,8 @@ use crate::{Access, Limits, MediaError, Progress, Source};
 
 impl Source {
     /// Reads a source as the messages of `keye-vl-utils` name it: `http://` or `https://`, `file://` and a path (the
-    /// first seven characters are cut, nothing is unescaped), `data:...;base64,...`, or else a path.
+    /// first seven characters are cut; escapes are read only where there is no file of the name as it is),
+    /// `data:...;base64,...`, or else a path.
     ///
     /// # Errors
     /// [`MediaError::Unreadable`] for a data URL that is no base64.
@@ -128,7 +129,11 @@ impl Opener<'_> {
                 within_limit(&name, bytes.len() as u64, self.limits.bytes)?;
                 Ok(Opened::Bytes(bytes.clone()))
             }
-            Source::Path(path) => self.open_path(path, &name).map_err(|e| self.unescaped(path, e)).map(Opened::File),
+            Source::Path(path) if path.as_os_str().is_empty() => {
+                let reason = "the name is empty; expected a path or a URL".to_owned();
+                Err(MediaError::Unreadable { input: "\"\"".to_owned(), reason })
+            }
+            Source::Path(path) => self.open_named(path, &name).map(Opened::File),
             Source::Url(url) => self.fetch(url, progress).map(Opened::File),
             Source::Frames(_) => {
                 Err(MediaError::Unreadable { input: name, reason: "a frame list inside a frame list".into() })
@@ -136,23 +141,17 @@ impl Opener<'_> {
         }
     }
 
-    /// Says so when a file is missing only because `file://` URLs are not unescaped. The other file passes the same rules,
-    /// so that nothing is told about files that may not be opened.
-    fn unescaped(&self, path: &Path, error: MediaError) -> MediaError {
-        match error {
-            MediaError::Read { input, source } if source.kind() == ErrorKind::NotFound => {
-                let other = path.to_str().and_then(percent_decoded);
-                let found = other.filter(|other| self.open_path(Path::new(other), other).is_ok());
-                let source = match found {
-                    Some(other) => std::io::Error::new(
-                        ErrorKind::NotFound,
-                        format!("there is no such file, but there is {other}: names are not unescaped, so give that"),
-                    ),
-                    None => source,
-                };
-                MediaError::Read { input, source }
+    /// A file by its name, or by the name without escapes when there is none: `file://` URLs that programs make have them,
+    /// those that the reference takes have not. The other name passes the same rules, and when it does not, nothing is told
+    /// about it.
+    fn open_named(&self, path: &Path, name: &str) -> Result<File, MediaError> {
+        match self.open_path(path, name) {
+            Err(MediaError::Read { input, source }) if source.kind() == ErrorKind::NotFound => {
+                let plain = path.to_str().and_then(percent_decoded);
+                let found = plain.and_then(|plain| self.open_path(Path::new(&plain), &plain).ok());
+                found.ok_or(MediaError::Read { input, source })
             }
-            error => error,
+            result => result,
         }
     }
 
@@ -353,19 +352,29 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_missing_only_for_its_escapes_is_told() {
+    fn escapes_of_names_are_read_where_the_name_itself_is_missing() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("root");
         std::fs::create_dir(&root).unwrap();
         std::fs::write(root.join("a b.txt"), "in").unwrap();
+        std::fs::write(root.join("c d.txt"), "plain").unwrap();
+        std::fs::write(root.join("c%20d.txt"), "as it is").unwrap();
         std::fs::write(folder.path().join("out é.txt"), "out").unwrap();
-        let access = Access { root: Some(root), confine: true, ..Access::default() };
-        let told =
-            |name: &str| open(Source::parse(name).unwrap(), &access, &Limits::default()).unwrap_err().to_string();
-        assert!(told("file://a%20b.txt").contains("there is a b.txt"), "{}", told("file://a%20b.txt"));
-        for name in ["file://a%20c.txt", "file://%2e%2e/out%20%C3%A9.txt", "file://100%.txt", "file://%é"] {
-            assert!(told(name).contains("cannot read") && !told(name).contains("there is"), "{}", told(name));
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(folder.path().join("out é.txt"), root.join("a link.txt")).unwrap();
+        let access = Access { root: Some(root.clone()), confine: true, ..Access::default() };
+        let read = |name: &str| open(Source::parse(name).unwrap(), &access, &Limits::default());
+        for name in ["file://a%20b.txt".to_owned(), format!("file://{}/a%20b.txt", root.display())] {
+            assert_eq!(read(&name).unwrap(), b"in");
         }
+        assert_eq!(read("file://c%20d.txt").unwrap(), b"as it is");
+        let outside =
+            ["file://%2e%2e/out%20%C3%A9.txt", "file://sub/%2E%2e/%2e%2e/out%20%C3%A9.txt", "file://a%20link.txt"];
+        for name in ["file://a%20c.txt", "file://100%.txt", "file://%é", "file://a%00b"].into_iter().chain(outside) {
+            let told = read(name).unwrap_err().to_string();
+            assert!(told.contains("cannot read") && !told.contains("out é"), "{told}");
+        }
+        assert!(read("").unwrap_err().to_string().starts_with("\"\": the name is empty; expected a path or a URL"));
     }
 
     #[test]

@@ -90,7 +90,7 @@ fn still_format(head: &[u8]) -> Result<ImageFormat, String> {
             (None, Ok(container)) => {
                 Err(format!("it is a video ({container}), expected a picture; give it as a video item"))
             }
-            (None, Err(_)) => Err("it is no picture in a known format (PNG, JPEG, WebP, GIF, BMP, TIFF)".into()),
+            (None, Err(reason)) => Err(reason),
         },
     }
 }
@@ -183,9 +183,14 @@ fn decode_pieces(
     upright: bool,
     limits: &Limits,
 ) -> Result<DynamicImage, MediaError> {
-    let broken = |e: image::ImageError| MediaError::Unreadable {
-        input: name.to_owned(),
-        reason: format!("the {format:?} picture cannot be decoded: {e}"),
+    let broken = |e: image::ImageError| {
+        // Nothing is wrong with it, so there is something to do.
+        let remedy = match e {
+            image::ImageError::Unsupported(_) => "; convert it to PNG or JPEG",
+            _ => "",
+        };
+        let reason = format!("the {format:?} picture cannot be decoded: {e}{remedy}");
+        MediaError::Unreadable { input: name.to_owned(), reason }
     };
     let mut reader = ImageReader::with_format(pieces, format);
     let mut allocation = image::Limits::no_limits();

@@ -6,7 +6,8 @@
 //!
 //! **Frames that do not come.** The packets promise a number of frames. When the decoder gives fewer of the wanted ones
 //! (a cut or damaged file, fields in packets of their own), the decodable frames are counted by decoding once, and the
-//! clip is sampled anew as if it had only those; only if even that is not kept, what came is used. When frames are wanted
+//! clip is sampled anew as if it had only those; only if even that is not kept, what came is used, and
+//! [`damage`](crate::damage) says what is missing. When frames are wanted
 //! from the middle only, none would be missed: then the frames are counted first, where packets may hold none
 //! ([`Clip::uncounted`]).
 
@@ -15,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
 use crate::adaptive_sampling::{adaptive_plan, adaptive_size};
+use crate::damage;
 use crate::decode::{self, Frames};
 use crate::ffmpeg::{Programs, Watch};
 use crate::frames::check_patches;
@@ -27,7 +29,8 @@ use crate::slow_fast::{Passes, SlowFast, SlowFastClip};
 use crate::smart_resize::smart_resize_hub;
 use crate::sniff;
 use crate::{
-    Frame, FrameKind, ItemOptions, Loader, Media, MediaError, MediaKind, Progress, Resample, TimestampRule, VideoRule,
+    Frame, FrameKind, ItemOptions, Loaded, Loader, Media, MediaError, MediaKind, Progress, Resample, TimestampRule,
+    VideoRule,
 };
 
 /// Loads a clip from an opened file. `input` names it in errors; after `deadline` the item is given up.
@@ -41,7 +44,7 @@ pub(crate) fn load_clip(
     file: &File,
     deadline: Instant,
     progress: &mut dyn FnMut(Progress) -> bool,
-) -> Result<Media, MediaError> {
+) -> Result<Loaded, MediaError> {
     let demuxer = sniffed(input, file)?;
     load_with(
         &Programs::find()?,
@@ -72,17 +75,26 @@ pub(crate) fn load_with(
     options: &ItemOptions,
     (file, demuxer): (&File, &'static str),
     mut watch: Watch,
-) -> Result<Media, MediaError> {
+) -> Result<Loaded, MediaError> {
     watch.check()?;
     let clip = probe(programs, file, demuxer, &loader.limits, &mut watch)?;
     let mut work = Work { programs, loader, options, file, clip, watch };
-    if !work.may_miss_frames()?
-        && let Some(media) = work.attempt(false)?
-    {
-        return Ok(media);
-    }
-    work.clip.times = decode::count(programs, file, &work.clip, &loader.limits, &mut work.watch)?;
-    work.attempt(true)?.ok_or_else(|| work.watch.unreadable("none of the sampled frames can be decoded"))
+    let mut promised = None;
+    let first = if work.may_miss_frames()? { None } else { work.attempt(false)? };
+    let media = match first {
+        Some(media) => media,
+        None => {
+            promised = work.recount()?;
+            let media = work.attempt(true)?;
+            media.ok_or_else(|| work.watch.unreadable("none of the sampled frames can be decoded"))?
+        }
+    };
+    let (clip, gap) = (&work.clip, 1.0 / work.clip.fps);
+    let end = clip.times.last().unwrap_or(&0.0) + gap;
+    let frames = damage::Frames { end, gap, promised: promised.map(|last| last + gap) };
+    let cut = damage::cut_short(file, demuxer);
+    let warning = damage::warning(cut, &clip.promise, &frames, options.video_end);
+    Ok(Loaded { media, warnings: warning.into_iter().collect() })
 }
 
 struct Work<'a, 'w> {
@@ -99,6 +111,18 @@ impl Work<'_, '_> {
     fn may_miss_frames(&self) -> Result<bool, MediaError> {
         let last = self.clip.times.len() as u64 - 1;
         Ok(self.clip.uncounted && self.plan()?.indices.last().is_some_and(|index| (1..last).contains(index)))
+    }
+
+    /// Takes the frames that can be decoded for all there are. Gives when the packets would have shown the last one, on the
+    /// clock of these frames.
+    fn recount(&mut self) -> Result<Option<f64>, MediaError> {
+        let Self { programs, loader, file, clip, watch, .. } = self;
+        let counted = decode::count(programs, file, clip, &loader.limits, watch)?;
+        // Frames that are missing in front, as in recordings that begin between two whole pictures, are none at the end.
+        let promised = clip.promise.first.zip(clip.times.last()).map(|(first, last)| first + last - counted.first);
+        clip.promise.damage = clip.promise.damage.take().or(counted.damage);
+        clip.times = counted.times;
+        Ok(promised)
     }
 
     /// `None` when fewer frames came than wanted; with `accept_short`, when none came.
@@ -249,6 +273,7 @@ impl Work<'_, '_> {
                     Some(frame) => current = Some((index, frame)),
                     None => {
                         frames.finish(watch)?;
+                        clip.promise.damage = clip.promise.damage.take().or_else(|| frames.damage(clip));
                         return Ok(i);
                     }
                 }
@@ -259,6 +284,7 @@ impl Work<'_, '_> {
             watch.done = i as u32 + 1;
             watch.check()?;
         }
+        clip.promise.damage = clip.promise.damage.take().or_else(|| frames.damage(clip));
         Ok(plan.indices.len())
     }
 

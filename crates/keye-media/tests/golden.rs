@@ -5,6 +5,8 @@ mod make;
 #[path = "golden/support.rs"]
 mod support;
 
+#[path = "golden/broken.rs"]
+mod broken;
 #[path = "golden/clips.rs"]
 mod clips;
 #[path = "golden/stills.rs"]

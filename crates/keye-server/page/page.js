@@ -180,7 +180,7 @@ async function answer(turn) {
   const view = views.get(turn);
   const abort = new AbortController();
   Object.assign(turn, { answer: "", reasoning: "", running: true });
-  for (const name of ["usage", "seconds", "finish", "stopped", "error", "thought", "mediaFault"]) delete turn[name];
+  for (const name of ["usage", "seconds", "finish", "stopped", "error", "warning", "thought", "mediaFault"]) delete turn[name];
   running = { turn, abort };
   refresh();
   scroll(true);
@@ -210,6 +210,9 @@ async function answer(turn) {
         stage = chunk.keye.stage;
       }
       if (chunk.usage) turn.usage = chunk.usage;
+      if (chunk.warnings) {
+        turn.warning = chunk.warnings.map((told) => `${media[told.media]?.name ?? "media"}: ${told.message}`).join("; ");
+      }
       const [choice] = chunk.choices;
       if (!choice) continue;
       const { content, reasoning_content: reasoning } = choice.delta;

@@ -22,6 +22,7 @@ export class TurnView {
     this.thinking = el("details", { class: "thinking", hidden: true }, this.summary, this.thought);
     this.body = el("div", { class: "prose" });
     this.error = el("p", { class: "error", role: "alert", hidden: true });
+    this.warning = el("p", { class: "error", role: "status", hidden: true });
     this.figures = el("span", { class: "figures" });
     this.last = el("span", {}, button("Retry", () => acts.retry(turn), "Retry the question"), button("Edit", () => acts.edit(turn), "Edit the question"));
     this.copies = el(
@@ -32,7 +33,7 @@ export class TurnView {
       button("Python", (b) => acts.python(turn, b), "Copy the request as Python"),
     );
     this.foot = el("div", { class: "foot", hidden: true }, this.figures, this.copies, this.last);
-    this.reply = el("div", { class: "answer" }, this.progress, this.thinking, this.body, this.error, this.foot);
+    this.reply = el("div", { class: "answer" }, this.progress, this.thinking, this.body, this.warning, this.error, this.foot);
     this.element = el(
       "article",
       { class: "turn" },
@@ -61,6 +62,8 @@ export class TurnView {
       show(this.thought, turn.reasoning, longest);
     }
     show(this.body, turn.answer, longest);
+    this.warning.hidden = !turn.warning;
+    this.warning.textContent = turn.warning ?? "";
     this.error.hidden = !turn.error;
     this.error.textContent = turn.error ?? "";
     this.foot.hidden = running;

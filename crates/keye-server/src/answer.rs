@@ -59,6 +59,8 @@ pub(crate) struct Answer {
     cached_tokens: usize,
     media_tokens: usize,
     completion_tokens: usize,
+    /// What the client should hear of its media.
+    warnings: Vec<Value>,
 }
 
 impl Answer {
@@ -87,6 +89,7 @@ impl Answer {
             cached_tokens: 0,
             media_tokens: 0,
             completion_tokens: 0,
+            warnings: Vec::new(),
         }
     }
 
@@ -208,6 +211,10 @@ impl Answering for Answer {
         chunk
     }
 
+    fn warning(&mut self, warning: Value) {
+        self.warnings.push(warning);
+    }
+
     fn thinking(&mut self, index: usize, tag: ThinkTag) {
         if let Some(choice) = self.choices.get_mut(index) {
             choice.parts.open_thinking(tag);
@@ -239,7 +246,12 @@ impl Answering for Answer {
         let mut chunks = self.pieces(index, pieces);
         if self.format.streamed {
             let reason = self.finish_reason(index);
-            chunks.push(self.chunk(index, json!({}), reason));
+            let mut end = self.chunk(index, json!({}), reason);
+            // In a chunk that every client reads.
+            if self.is_done() && !self.warnings.is_empty() {
+                end["warnings"] = json!(self.warnings);
+            }
+            chunks.push(end);
         }
         if self.format.streamed && self.format.include_usage && self.is_done() {
             let mut last = self.head(true);
@@ -281,6 +293,9 @@ impl Answering for Answer {
         let mut whole = self.head(false);
         whole["choices"] = choices;
         whole["usage"] = self.usage();
+        if !self.warnings.is_empty() {
+            whole["warnings"] = json!(self.warnings);
+        }
         whole
     }
 }

@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use keye_engine::{Engine, SamplingParams};
 use keye_processor::Processor;
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::ServerConfig;
 use crate::admission::UNIT;
@@ -32,6 +32,8 @@ pub(crate) struct App {
     /// SHA-256 of the keys: digests compare in the same time wherever they differ.
     key_digests: Vec<[u8; 32]>,
     stopping: AtomicBool,
+    /// True when what is still open has to end.
+    cut: watch::Sender<bool>,
 }
 
 impl App {
@@ -49,6 +51,7 @@ impl App {
             created: seconds_since_1970(),
             key_digests: config.api_keys.iter().map(|key| digest(key)).collect(),
             stopping: AtomicBool::new(false),
+            cut: watch::Sender::new(false),
             config,
         }
     }
@@ -70,6 +73,17 @@ impl App {
 
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Ends what is still open: the time to finish is over.
+    pub fn cut_off(&self) {
+        self.cut.send_replace(true);
+    }
+
+    /// Waits for [`App::cut_off`].
+    pub async fn cut(&self) {
+        // The sender is held as long as this.
+        let _ = self.cut.subscribe().wait_for(|cut| *cut).await;
     }
 
     /// Choices that are generated or wait.

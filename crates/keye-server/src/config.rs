@@ -1,7 +1,7 @@
 //! What an operator decides.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use keye_media::{Access, ItemOptions, Limits, Loader, MediaConfig, MediaItem, RemotePolicy, Source};
@@ -95,15 +95,37 @@ impl MediaAccess {
         }
     }
 
+    /// What may be sent, as it is set.
+    fn allowed(&self) -> String {
+        let mut ways = vec!["the bytes as a base64 data URL (data:video/mp4;base64,...)"];
+        if self.path.is_some() {
+            ways.push("a file:// URL or a path inside of the server's media path");
+        }
+        if self.remote.is_some() {
+            ways.push("an http:// or https:// URL");
+        }
+        match ways.split_last() {
+            Some((last, first)) if !first.is_empty() => format!("{} or {last}", first.join(", ")),
+            _ => ways.concat(),
+        }
+    }
+
     /// Refuses what the loader would refuse, before the request waits for its turn, and names the flag.
     pub(crate) fn check(&self, item: &MediaItem) -> Result<(), ApiError> {
+        let refused = |reason: &str| Err(ApiError::media(&format!("{reason}; send {}", self.allowed())));
         match &item.source {
-            Source::Url(_) if self.remote.is_none() => Err(ApiError::media(
-                "remote media are off on this server (--allow-remote-media); send the bytes as a base64 data URL",
-            )),
-            Source::Path(_) if self.path.is_none() => Err(ApiError::media(
-                "files are off on this server (--media-path); send the bytes as a base64 data URL, or an http(s) URL",
-            )),
+            Source::Path(path) if path.as_os_str().is_empty() => {
+                let message = format!("the address of the medium is empty; send {}", self.allowed());
+                Err(ApiError { code: Some("media_unreadable"), ..ApiError::media(&message) })
+            }
+            Source::Path(path) => match scheme(path) {
+                Some(scheme) => refused(&format!("{scheme}:// is no kind of address that is opened")),
+                None if self.path.is_none() => refused("files are off on this server (--media-path)"),
+                None => Ok(()),
+            },
+            Source::Url(_) if self.remote.is_none() => {
+                refused("http and https are off on this server (--allow-remote-media)")
+            }
             Source::Frames(frames) => frames.iter().try_for_each(|frame| {
                 self.check(&MediaItem {
                     kind: item.kind,
@@ -114,6 +136,13 @@ impl MediaAccess {
             _ => Ok(()),
         }
     }
+}
+
+/// The scheme of a URL that was taken for a path: `ftp`, `s3`, `rtsp`.
+fn scheme(path: &Path) -> Option<&str> {
+    let (scheme, _) = path.to_str()?.split_once("://")?;
+    let letters = |c: char| c.is_ascii_alphanumeric() || "+-.".contains(c);
+    (scheme.starts_with(|c: char| c.is_ascii_alphabetic()) && scheme.chars().all(letters)).then_some(scheme)
 }
 
 /// Largest values of what a request may ask for. Options above are refused with the ceiling named, since an answer about
@@ -209,7 +238,48 @@ fn above(name: &str, value: impl std::fmt::Display, ceiling: impl std::fmt::Disp
 
 #[cfg(test)]
 mod tests {
+    use keye_media::MediaKind;
+
     use super::*;
+
+    #[test]
+    fn a_refused_address_hears_what_is_allowed_here() {
+        let none = MediaAccess::default();
+        let files = MediaAccess { path: Some("/srv".into()), remote: None };
+        let remote = MediaAccess { path: None, remote: Some(RemotePolicy::default()) };
+        let both = MediaAccess { path: Some("/srv".into()), ..remote.clone() };
+        let data = "send the bytes as a base64 data URL (data:video/mp4;base64,...)";
+        let inside = "a file:// URL or a path inside of the server's media path";
+        let http = "an http:// or https:// URL";
+        let off = "files are off on this server (--media-path); ";
+        let remote_off = "http and https are off on this server (--allow-remote-media); ";
+        let unknown = "ftp:// is no kind of address that is opened; ";
+        let empty = "the address of the medium is empty; ";
+        for (access, url, said) in [
+            (&none, "a.mp4", format!("{off}{data}")),
+            (&none, "file:///a.mp4", format!("{off}{data}")),
+            (&none, "https://x/a.mp4", format!("{remote_off}{data}")),
+            (&none, "ftp://x/a.mp4", format!("{unknown}{data}")),
+            (&none, "", format!("{empty}{data}")),
+            (&files, "http://x/a.mp4", format!("{remote_off}{data} or {inside}")),
+            (&files, "ftp://x/a.mp4", format!("{unknown}{data} or {inside}")),
+            (&remote, "a.mp4", format!("{off}{data} or {http}")),
+            (&both, "ftp://x/a.mp4", format!("{unknown}{data}, {inside} or {http}")),
+            (&both, "", format!("{empty}{data}, {inside} or {http}")),
+        ] {
+            let source = Source::parse(url).unwrap();
+            let item = MediaItem { kind: MediaKind::Video, source, options: ItemOptions::default() };
+            let error = access.check(&item).unwrap_err();
+            assert_eq!((error.message, error.status.as_u16()), (said, 400), "{url}");
+            let code = if url.is_empty() { "media_unreadable" } else { "media_not_allowed" };
+            assert_eq!(error.code, Some(code), "{url}");
+            let item = MediaItem {
+                source: Source::Frames(vec![keye_media::FrameItem { source: item.source, options: None }]),
+                ..item
+            };
+            assert!(access.check(&item).is_err(), "a frame of a list");
+        }
+    }
 
     #[test]
     fn options_above_a_ceiling_are_refused_by_name() {

@@ -18,6 +18,7 @@ use crate::chat::{blocking, conversation, template};
 use crate::completions::prompts;
 use crate::error::{ApiError, json_response};
 use crate::fields::{self, Fields};
+use crate::generation::warned;
 use crate::guard::RequestId;
 use crate::tools::Tools;
 
@@ -58,7 +59,10 @@ pub(crate) async fn embeddings(
         tracing::error!(request_id = id.id, %error, "cannot start a thread");
         ApiError::internal()
     })?;
-    let found = receiver.await.map_err(|_| ApiError::internal())?;
+    let found = tokio::select! {
+        found = receiver => found.map_err(|_| ApiError::internal())?,
+        () = app.cut() => return Err(ApiError::stopping()),
+    };
     let found = found.map_err(|error| {
         app.metrics.failed.add(1);
         let said = error.to_string();
@@ -75,10 +79,15 @@ pub(crate) async fn embeddings(
     let data = found.iter().enumerate().map(|(index, found)| {
         json!({"object": "embedding", "index": index, "embedding": values(&found.values, asked.base64)})
     });
-    let answer = json!({
+    let warnings = found.iter().flat_map(|found| &found.warnings);
+    let warnings: Vec<Value> = warnings.map(|(medium, warning)| warned(&id, *medium, warning)).collect();
+    let mut answer = json!({
         "object": "list", "data": data.collect::<Vec<_>>(), "model": app.config.model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     });
+    if !warnings.is_empty() {
+        answer["warnings"] = warnings.into();
+    }
     Ok(json_response(StatusCode::OK, &answer))
 }
 

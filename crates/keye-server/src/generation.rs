@@ -3,14 +3,17 @@
 //! The engine's streams block, so each has a thread, which ends with it. The channel between is bounded: a client that reads
 //! slowly holds back its own thread and nothing else, and is cut off when it takes nothing for too long.
 
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use keye_engine::{
     Canceller, EngineError, Event, EventStream, FinishReason, NothingYet, Request, Stage, Timings, Usage,
 };
 use keye_processor::ThinkTag;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -29,6 +32,8 @@ pub(crate) enum Update {
     Accepted,
     /// Work before the first token, for those who asked to hear of it.
     Progress(Value),
+    /// What the client should hear of one of its media, as the answer has it.
+    Warning(Value),
     /// Nothing to tell for a while.
     Waiting,
     /// Its text begins inside thinking.
@@ -44,10 +49,18 @@ pub(crate) enum Update {
 /// Updates that wait for a slow reader, for each choice.
 const CHANNEL: usize = 16;
 
+/// A warning about one of the media of a request, for its answer; and into the log.
+pub(crate) fn warned(id: &RequestId, medium: usize, warning: &str) -> Value {
+    tracing::warn!(request_id = id.id, medium, warning, "medium");
+    json!({"media": medium, "message": warning})
+}
+
 /// The choices of a request on their way. Dropping it cancels them.
 pub(crate) struct Generation {
     updates: mpsc::Receiver<Update>,
     cancellers: Vec<Canceller>,
+    /// Ready when the server's time to finish is over; gone then.
+    cut: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
 impl Generation {
@@ -86,16 +99,22 @@ impl Generation {
                 ApiError::internal()
             })?;
         }
-        Ok(Self { updates, cancellers })
+        let app = Arc::clone(app);
+        let cut: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(async move { app.cut().await });
+        Ok(Self { updates, cancellers, cut: Some(cut) })
     }
 
     /// The next update; `None` after the last.
     pub async fn next(&mut self) -> Option<Update> {
-        self.updates.recv().await
+        poll_fn(|context| self.poll_next(context)).await
     }
 
     /// As [`Generation::next`], for streams.
-    pub fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<Option<Update>> {
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Update>> {
+        if self.cut.as_mut().is_some_and(|cut| cut.as_mut().poll(context).is_ready()) {
+            self.cut = None;
+            return Poll::Ready(Some(Update::Failed(ApiError::stopping())));
+        }
         self.updates.poll_recv(context)
     }
 }
@@ -152,7 +171,16 @@ impl Carrier {
         let keep_alive = self.app.config.keep_alive;
         let (mut accepted, mut told, mut end) = (false, Instant::now(), End::Failed);
         loop {
-            let update = match stream.next_timeout(keep_alive) {
+            let next = stream.next_timeout(keep_alive);
+            if let Ok(Some(Event::Stage(Stage::MediaReady { index, warnings, .. }))) = &next
+                && self.choice == 0
+            {
+                // The other choices have the same media.
+                for warning in warnings.iter() {
+                    self.send(Update::Warning(warned(&self.id, *index, warning)))?;
+                }
+            }
+            let update = match next {
                 Err(NothingYet) => None,
                 Ok(None) => Some(Update::Failed(ApiError::stopping())),
                 Ok(Some(Event::Stage(stage))) if self.progress => Some(Update::Progress(progress::report(&stage))),

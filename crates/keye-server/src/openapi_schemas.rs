@@ -212,7 +212,14 @@ fn answers() -> Map<String, Value> {
             "tool_calls": {"type": "array", "items": call},
         }),
     );
-    let head = |object: &str| json!({"id": text, "object": {"const": object}, "created": count, "model": text, "usage": usage});
+    let warning = object(&["media", "message"], json!({"media": count, "message": text}));
+    let warnings = json!({"type": "array", "items": warning, "description": "of media that are cut short or damaged"});
+    let head = |object: &str| {
+        json!({
+            "id": text, "object": {"const": object}, "created": count, "model": text, "usage": usage,
+            "warnings": warnings,
+        })
+    };
     let answer = |name: &str, choice: Value| {
         let choices = json!({"choices": {"type": "array", "items": choice}});
         object(&["id", "object", "created", "model", "choices", "usage"], merged(&[&head(name), &choices]))
@@ -256,6 +263,7 @@ fn answers() -> Map<String, Value> {
                 json!({
                     "id": text, "object": {"const": "response"}, "created_at": count, "model": text,
                     "status": {"enum": ["completed", "incomplete"]}, "output": {"type": "array", "items": item},
+                    "warnings": warnings,
                     "usage": object(&["input_tokens", "output_tokens", "total_tokens"], json!({
                         "input_tokens": count, "output_tokens": count, "total_tokens": count,
                     })),
@@ -277,7 +285,7 @@ fn answers() -> Map<String, Value> {
             object(
                 &["object", "data", "model", "usage"],
                 json!({
-                    "object": {"const": "list"}, "model": text,
+                    "object": {"const": "list"}, "model": text, "warnings": warnings,
                     "data": {"type": "array", "items": object(&["object", "index", "embedding"], json!({
                         "object": {"const": "embedding"}, "index": count,
                         "embedding": {"type": ["array", "string"], "items": {"type": "number"},

@@ -132,8 +132,8 @@ mod tests {
                 assert_eq!(parts(&text, size, true), (thinking.into(), answer.into()), "{text} by {size}");
             }
         }
-        // Without a form the model's own tags count wherever they stand.
-        assert_eq!(parts("So: <think>Hm.</think> yes", 3, false), ("Hm.".into(), "So:yes".into()));
+        // The same tags in front of an answer without a form.
+        assert_eq!(parts("<think>Hm.</think> yes", 3, false), ("Hm.".into(), "yes".into()));
     }
 
     #[test]

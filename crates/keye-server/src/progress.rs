@@ -6,7 +6,7 @@
 //! | `queued` | |
 //! | `fetching` | `media`, `done` and `total` bytes; `total` is null when nobody said |
 //! | `decoding` | `media`, `done` and `total` frames; `total` is 0 while unknown |
-//! | `ready` | `media`, `tokens`, `estimate` seconds until the first token or null, and `frames`: what the model sees |
+//! | `ready` | `media`, `tokens`, `estimate` seconds until the first token or null, `frames`: what the model sees, and `warnings` |
 //! | `vision` | `media`, `done` of 1 |
 //! | `prefill` | `done` and `total` tokens |
 //!
@@ -27,9 +27,13 @@ pub(crate) fn report(stage: &Stage) -> Value {
         Stage::Media { index, progress: Progress::Decoding { done, total } } => {
             json!({"stage": "decoding", "media": index, "done": done, "total": total})
         }
-        Stage::MediaReady { index, tokens, shown, estimate, .. } => {
+        Stage::MediaReady { index, tokens, shown, estimate, warnings, .. } => {
             let frames: Vec<Value> = shown.iter().map(frame).collect();
-            json!({"stage": "ready", "media": index, "tokens": tokens, "estimate": estimate, "frames": frames})
+            let warnings: &[String] = warnings;
+            json!({
+                "stage": "ready", "media": index, "tokens": tokens, "estimate": estimate, "frames": frames,
+                "warnings": warnings,
+            })
         }
         Stage::Vision { index, fraction } => json!({"stage": "vision", "media": index, "done": fraction}),
         Stage::Prefill { done, total } => json!({"stage": "prefill", "done": done, "total": total}),

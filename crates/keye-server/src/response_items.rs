@@ -44,6 +44,8 @@ pub(crate) struct ResponseAnswer {
     sequence: u64,
     reasoning_tokens: usize,
     end: Option<(FinishReason, Usage)>,
+    /// What the client should hear of its media.
+    warnings: Vec<Value>,
 }
 
 impl ResponseAnswer {
@@ -62,6 +64,7 @@ impl ResponseAnswer {
             sequence: 0,
             reasoning_tokens: 0,
             end: None,
+            warnings: Vec::new(),
         }
     }
 
@@ -81,6 +84,9 @@ impl ResponseAnswer {
                 "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             });
+        }
+        if !self.warnings.is_empty() {
+            response["warnings"] = json!(self.warnings);
         }
         if let Some(map) = response.as_object_mut() {
             map.extend(self.echo.clone());
@@ -201,6 +207,10 @@ impl Answering for ResponseAnswer {
 
     fn progress(&mut self, report: Value) -> Value {
         self.event("keye.progress", json!({"keye": report}))
+    }
+
+    fn warning(&mut self, warning: Value) {
+        self.warnings.push(warning);
     }
 
     fn thinking(&mut self, _choice: usize, tag: ThinkTag) {

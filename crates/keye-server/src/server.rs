@@ -37,6 +37,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 const WORKERS: usize = 2;
 /// Threads that parse bodies.
 const PARSERS: usize = 4;
+/// Time for clients to hear that their answers are cut off.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// Pause when the system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -177,13 +179,20 @@ impl Server {
         // From here on connections are refused.
         drop(listener);
         tracing::info!(open = connections.len(), "stopping");
-        let finished = async { while connections.join_next().await.is_some() {} };
-        if tokio::time::timeout(self.app.config.shutdown_timeout, finished).await.is_err() {
+        if tokio::time::timeout(self.app.config.shutdown_timeout, all_of(&mut connections)).await.is_err() {
             tracing::warn!(open = connections.len(), "the time to finish is over");
-            connections.shutdown().await;
+            self.app.cut_off();
+            if tokio::time::timeout(LAST_WORD, all_of(&mut connections)).await.is_err() {
+                connections.shutdown().await;
+            }
         }
         Ok(())
     }
+}
+
+/// Waits for the end of all connections.
+async fn all_of(connections: &mut JoinSet<()>) {
+    while connections.join_next().await.is_some() {}
 }
 
 /// Agrees on TLS first. Who cannot, such as somebody who speaks plain HTTP, is let go.

@@ -25,6 +25,8 @@ pub(crate) trait Answering: Send + Unpin + 'static {
     fn begin(&mut self) -> Vec<Value>;
     /// Work before the first token, for those who asked to hear of it.
     fn progress(&mut self, report: Value) -> Value;
+    /// What the client should hear of one of its media, for the end of the answer.
+    fn warning(&mut self, warning: Value);
     /// The text of a choice begins inside this tag.
     fn thinking(&mut self, choice: usize, tag: ThinkTag);
     /// A token of a choice.
@@ -52,6 +54,7 @@ pub(crate) async fn respond<A: Answering>(
 async fn whole(mut generation: Generation, mut answer: impl Answering) -> Result<Response, ApiError> {
     while !answer.is_done() {
         match generation.next().await {
+            Some(Update::Warning(warning)) => answer.warning(warning),
             Some(Update::Thinking { choice, tag }) => answer.thinking(choice, tag),
             Some(Update::Token { choice, text, logprob }) => drop(answer.token(choice, &text, logprob)),
             Some(Update::Finished { choice, reason, usage }) => drop(answer.finished(choice, reason, &usage)),
@@ -108,6 +111,7 @@ impl<A: Answering> Events<A> {
                 let chunk = self.answer.progress(report);
                 self.push(vec![chunk]);
             }
+            Some(Update::Warning(warning)) => self.answer.warning(warning),
             Some(Update::Waiting) => self.ready.push_back(Bytes::from_static(b": waiting\n\n")),
             Some(Update::Thinking { choice, tag }) => self.answer.thinking(choice, tag),
             Some(Update::Token { choice, text, logprob }) => {

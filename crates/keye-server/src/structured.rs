@@ -22,16 +22,22 @@ pub(crate) fn read(fields: &Fields) -> Result<Option<(&'static str, Grammar)>, A
         ("guided_grammar", "grammar"),
         ("ebnf", "grammar"),
     ] {
-        if let Some(value) = fields.get(name).filter(|value| !is_empty(value)) {
+        if let Some(value) = fields.get(name) {
             found.push((name, of_kind(name, kind, value)?));
         }
     }
     if let Some(outputs) = fields.object("structured_outputs")? {
+        let before = found.len();
         for (kind, value) in outputs.iter().filter(|(_, value)| !value.is_null() && *value != false) {
             // Settings that steer vLLM's own machinery.
             if !matches!(kind.as_str(), "disable_fallback" | "disable_any_whitespace" | "whitespace_pattern") {
                 found.push(("structured_outputs", of_kind("structured_outputs", kind, value)?));
             }
+        }
+        if found.len() == before {
+            let message =
+                "structured_outputs: expected json, json_object, regex, choice or grammar, found none of them";
+            return Err(ApiError::invalid("structured_outputs", message));
         }
     }
     if let [(first, _), (second, _), ..] = &found[..] {
@@ -59,6 +65,11 @@ pub(crate) fn format_grammar(format: &Map<String, Value>, name: &str) -> Result<
 
 fn of_kind(name: &str, kind: &str, value: &Value) -> Result<Grammar, ApiError> {
     let wrong = |expected: &str| ApiError::invalid(name, format!("{name}: expected {expected}"));
+    // Whoever sends a form wants one: an answer without would be taken for one that has it.
+    if is_empty(value) {
+        let message = format!("{name}: it is empty; give the form that the answer should have, or leave the field out");
+        return Err(ApiError::invalid(name, message));
+    }
     match (kind, value) {
         (_, Value::String(text)) if text.len() > MAX_GRAMMAR_BYTES => {
             Err(wrong(&format!("at most {MAX_GRAMMAR_BYTES} bytes, found {}", text.len())))
@@ -91,7 +102,7 @@ fn of_kind(name: &str, kind: &str, value: &Value) -> Result<Grammar, ApiError> {
 
 fn is_empty(value: &Value) -> bool {
     match value {
-        Value::String(text) => text.is_empty(),
+        Value::String(text) => text.trim().is_empty(),
         Value::Array(list) => list.is_empty(),
         _ => false,
     }
@@ -127,7 +138,7 @@ mod tests {
         let choice = Ok(Some(Grammar::Choice(vec!["a".into(), "b".into()])));
         assert_eq!(grammar(json!({"guided_choice": ["a", "b"]})), choice);
         assert_eq!(grammar(json!({"guided_grammar": "start: \"a\""})), Ok(Some(Grammar::Lark("start: \"a\"".into()))));
-        for nothing in [json!({}), json!({"response_format": {"type": "text"}, "regex": "", "guided_json": null})] {
+        for nothing in [json!({}), json!({"response_format": {"type": "text"}, "regex": null, "guided_json": null})] {
             assert_eq!(grammar(nothing), Ok(None));
         }
     }
@@ -143,6 +154,22 @@ mod tests {
             (json!({"guided_json": format!("{{\"a\":[0{}]}}", ",0".repeat(600_000))}), "guided_json"),
             (json!({"ebnf": format!("root ::= \"{}\"", "a".repeat(2 << 20))}), "ebnf"),
             (json!({"guided_choice": [1]}), "guided_choice"),
+            (json!({"guided_choice": [""]}), "guided_choice"),
+            // An empty form is none, and must not pass for one.
+            (json!({"guided_choice": []}), "guided_choice"),
+            (json!({"guided_regex": ""}), "guided_regex"),
+            (json!({"regex": ""}), "regex"),
+            (json!({"guided_json": ""}), "guided_json"),
+            (json!({"json_schema": " "}), "json_schema"),
+            (json!({"guided_grammar": ""}), "guided_grammar"),
+            (json!({"ebnf": "\n"}), "ebnf"),
+            (json!({"structured_outputs": {}}), "structured_outputs"),
+            (json!({"structured_outputs": {"regex": null, "disable_fallback": true}}), "structured_outputs"),
+            (json!({"structured_outputs": {"choice": []}}), "structured_outputs"),
+            (json!({"structured_outputs": {"regex": ""}}), "structured_outputs"),
+            (json!({"response_format": {}}), "response_format"),
+            (json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}), "response_format"),
+            (json!({"response_format": {"type": "json_schema", "schema": null}}), "response_format"),
             (json!({"ebnf": "root ::= \"a"}), "ebnf"),
             (json!({"structured_outputs": {"magic": 1}}), "structured_outputs"),
         ] {

@@ -176,17 +176,109 @@ fn deep_grammars_are_compiled_or_refused() {
         defs.insert(format!("a{n}"), json!({"const": "x"}));
         Grammar::JsonSchema(json!({"$ref": "#/$defs/a0", "$defs": defs}))
     };
-    assert_eq!(answer(&engine, ask(rules(20_000), 1, 5)).expect("compiled").0, "x");
+    assert_eq!(answer(&engine, ask(rules(490), 1, 5)).expect("compiled").0, "x");
     assert_eq!(answer(&engine, ask(references(2_000, 0), 1, 5)).expect("compiled").0, "\"x\"");
     assert!(answer(&engine, ask(references(300, 20), 1, 5)).is_ok());
     let patterns: serde_json::Map<_, _> = (0..300).map(|i| (format!("^a{i}$"), json!(true))).collect();
     let patterns = json!({"type": "object", "patternProperties": patterns});
     let inside = Grammar::Lark(format!("start: call\ncall: %json {patterns}\n"));
     let patterns = Grammar::JsonSchema(patterns);
-    for grammar in [rules(40_000), references(9_000, 0), references(1_000, 20), patterns, inside] {
+    for grammar in [rules(20_000), references(9_000, 0), references(1_000, 20), patterns, inside] {
         let error = answer(&engine, ask(grammar, 1, 5)).expect_err("refused");
         assert!(matches!(&error, EngineError::Grammar(reason) if reason.contains("at most")), "{error}");
     }
+}
+
+/// `n` texts with a common beginning, the second of which begins as the first is.
+fn texts(n: usize) -> Vec<String> {
+    (0..n).map(|i| format!("text {i} \"{}\"/\n", i * 7919 % n)).chain(["te".into(), "tea".into()]).collect()
+}
+
+#[test]
+fn a_choice_may_have_thousands_of_texts() {
+    let engine = noisy(1);
+    let choices = texts(20_000);
+    for seed in 0..5 {
+        let (text, reason) = answer(&engine, ask(Grammar::Choice(choices.clone()), seed, 60)).expect("fits");
+        assert!(choices.contains(&text) && reason == FinishReason::Stop, "{text:?}");
+    }
+    let asked = Request { max_reasoning_tokens: Some(3), ..ask(Grammar::Choice(choices.clone()), 1, 90) };
+    let (text, _) = answer(&engine, Request { think: ThinkMode::Auto, ..asked }).expect("fits");
+    let parts = keye_processor::parse_answer(&text);
+    assert!(choices.contains(&text) || choices.iter().any(|text| text.trim() == parts.answer), "{text:?}");
+    let many = (0..90_000).map(|i| i.to_string()).collect();
+    let error = answer(&engine, ask(Grammar::Choice(many), 1, 5)).expect_err("too many").to_string();
+    assert!(error.contains("the choice has 90000 texts, at most 50000 are allowed"), "{error}");
+}
+
+/// What the parser cannot take is told when the request comes, not where the answer begins after its thinking.
+#[test]
+fn a_rule_with_too_many_alternatives_is_refused_before_the_first_token() {
+    let engine = noisy(1);
+    let alternatives: Vec<String> = (0..3_000).map(|i| format!("\"q{i}\"")).collect();
+    let rule = Grammar::Lark(format!("start: {}", alternatives.join(" | ")));
+    let mut opened = ask(rule, 1, 50);
+    opened.raw_prompt = Some("<|im_start|>assistant\n<think>\n".into());
+    let events: Vec<Event> = engine.submit(opened).expect("room").collect();
+    let told = matches!(events.last(), Some(Event::Failed(EngineError::Grammar(why))) if why.contains("3001 items"));
+    assert!(told && !events.iter().any(|event| matches!(event, Event::Token { .. })), "{events:?}");
+    let terminal = Grammar::Lark(format!("start: Q\nQ: {}", alternatives.join(" | ")));
+    assert!(answer(&engine, ask(terminal, 1, 50)).expect("fits").0.starts_with('q'));
+}
+
+/// A schema that takes about a second to compile, several on a busy machine.
+fn slow() -> Grammar {
+    let properties: serde_json::Map<_, _> = (0..3_000).map(|i| (format!("p{i}"), json!({"type": "string"}))).collect();
+    Grammar::JsonSchema(json!({"type": "object", "properties": properties}))
+}
+
+#[test]
+fn compiling_ends_when_its_time_is_over_or_nobody_waits() {
+    let processor = processor();
+    let end_tokens: std::sync::Arc<[u32]> = processor.generation.eos_token_id.iter().copied().collect();
+    let compiler = crate::grammar::GrammarCompiler::new(processor.tokenizer.clone(), end_tokens);
+    let compiler = compiler.within(std::time::Duration::from_millis(30));
+    let small = Grammar::Choice(vec!["a".into()]);
+    // A busy machine may take its time with this, too.
+    assert!((0..50).any(|_| compiler.compile(&small, &|| false).is_ok()));
+    let begun = std::time::Instant::now();
+    let late = compiler.compile(&slow(), &|| false).err().map(|error| error.to_string());
+    assert_eq!(late.as_deref().map(|why| why.contains("not compiled within 0.03 s")), Some(true), "{late:?}");
+    assert!(matches!(compiler.compile(&slow(), &|| true), Err(EngineError::Cancelled)));
+    let errors: Vec<EngineError> = (0..4).filter_map(|_| compiler.compile(&slow(), &|| false).err()).collect();
+    assert!(matches!(errors.last(), Some(EngineError::GrammarsBusy(3))), "{errors:?} in {:?}", begun.elapsed());
+    let cut = begun.elapsed();
+    while compiler.compile(&small, &|| false).is_err() {
+        assert!(begun.elapsed().as_secs() < 300, "never free again, given up after {cut:?}");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_slow_grammar_holds_up_neither_others_nor_the_end() {
+    let engine = noisy(4);
+    let stream = engine.submit(ask(slow(), 1, 5)).expect("room");
+    let begun = std::time::Instant::now();
+    assert_eq!(answer(&engine, ask(Grammar::Choice(vec!["a".into()]), 1, 5)).expect("compiled").0, "a");
+    assert_eq!(engine.stats().waiting, 1, "the slow one is still being compiled");
+    drop(stream);
+    super::handle::wait_for(|| engine.stats().waiting == 0);
+    let freed = begun.elapsed();
+    let _slow = [1, 2].map(|seed| engine.submit(ask(slow(), seed, 5)).expect("room"));
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    let begun = std::time::Instant::now();
+    drop(engine);
+    let dropped = begun.elapsed();
+    // What these take alone.
+    let processor = processor();
+    let end_tokens: std::sync::Arc<[u32]> = processor.generation.eos_token_id.iter().copied().collect();
+    let compiler = crate::grammar::GrammarCompiler::new(processor.tokenizer.clone(), end_tokens);
+    let compiler = compiler.within(std::time::Duration::from_secs(300));
+    let begun = std::time::Instant::now();
+    let error = compiler.compile(&slow(), &|| false).err().map(|error| error.to_string());
+    assert!(error.as_ref().is_some_and(|why| why.contains("items")), "{error:?}");
+    let alone = begun.elapsed();
+    assert!(freed < alone && dropped < alone / 2, "{freed:?}, {dropped:?} of {alone:?}");
 }
 
 #[test]
@@ -293,7 +385,7 @@ fn a_mask_over_150_000_tokens() {
         ("expression", Grammar::Regex("[A-Za-z ]{3,200}[.]".into())),
     ] {
         let start = std::time::Instant::now();
-        let mut matcher = compiler.compile(&grammar).expect("a grammar");
+        let mut matcher = compiler.compile(&grammar, &|| false).expect("a grammar");
         let compiled = start.elapsed();
         let (mut times, mut tokens) = (Vec::new(), 0);
         while !matcher.is_stopped() && tokens < 200 {
@@ -307,7 +399,7 @@ fn a_mask_over_150_000_tokens() {
         let (count, median, worst) = spread(times);
         println!("{name}: compiled in {compiled:?}; {count} masks, median {median:?}, worst {worst:?}");
         // All that a token costs the step's thread, beside the same without a grammar.
-        let matcher = compiler.compile(&grammar).expect("a grammar");
+        let matcher = compiler.compile(&grammar, &|| false).expect("a grammar");
         let end_tokens = std::sync::Arc::from([end]);
         let mut constraint =
             Constraint::new(tokenizer.clone(), Some(matcher), end_tokens, ThinkMode::NoThink, "", None);

@@ -279,6 +279,23 @@ fn a_prompt_becomes_a_vector_of_length_one() {
         assert!((first.values.iter().map(|v| v * v).sum::<f32>() - 1.0).abs() < 1e-5);
         assert!(first.usage.media_tokens > 0 && first.usage.completion_tokens == 0);
     }
+    // Nothing is generated, so the prompt may fill all there is; one token more may not.
+    let tokens = |text: &str| {
+        let asked = Request { raw_prompt: Some(text.into()), ..request(vec![], "", 1) };
+        let Ok(embedding) = engine.embed(asked, crate::Pooling::Last).expect("room").wait() else { panic!("{text}") };
+        embedding.usage.prompt_tokens
+    };
+    let text = "word and ".repeat(9);
+    let exact = EngineOptions { max_model_len: Some(tokens(&text)), ..EngineOptions::default() };
+    let exact = super::handle::engine(FakeRunner::new(500, 64), exact);
+    for (text, fits) in [(text.clone(), true), (format!("{text} more"), false)] {
+        let asked = Request { raw_prompt: Some(text), ..request(vec![], "", 1) };
+        let answered = text_of(exact.submit(asked.clone()).expect("room"));
+        assert!(matches!(answered, Err(EngineError::ContextLength { .. })), "{answered:?}");
+        let embedded = exact.embed(asked, crate::Pooling::Mean).expect("room").wait();
+        assert_eq!(embedded.is_ok(), fits, "{embedded:?}");
+        assert!(fits || matches!(embedded, Err(EngineError::ContextLength { .. })));
+    }
     let missing = engine.embed(request(vec![picture("no/such.png")], "x", 1), crate::Pooling::Last).expect("room");
     assert!(matches!(missing.wait(), Err(EngineError::Media(_))));
 }

@@ -83,6 +83,7 @@ impl Harness {
                 order: 0,
                 prompt: Arc::clone(&prompt),
                 media: ask.media.clone(),
+                warnings: Vec::new(),
                 sampling: SamplingParams { seed: *seed, ..ask.sampling.clone() },
                 end_tokens: ask.end_tokens.clone().into(),
                 detokenize: Box::new(|token| Ok(token.map_or(String::new(), spell))),

@@ -119,8 +119,17 @@ fn media_are_announced_with_what_they_cost() {
         let stages = harness.run(&ask(&[1; 3], &[clip(1, 9)], 2)).stages;
         let Stage::MediaReady { shown, .. } = &stages[0] else { panic!("{:?}", stages[0]) };
         assert_eq!((shown.len(), shown[0].kind), (1, FrameKind::Slow));
-        let (shown, estimate) = (Arc::clone(shown), Some(seconds));
-        let ready = Stage::MediaReady { index: 0, frames: 1, slow_frames: 1, patches: 36, tokens: 9, shown, estimate };
+        let (shown, estimate, warnings) = (Arc::clone(shown), Some(seconds), Arc::new([]));
+        let ready = Stage::MediaReady {
+            index: 0,
+            frames: 1,
+            slow_frames: 1,
+            patches: 36,
+            tokens: 9,
+            shown,
+            estimate,
+            warnings,
+        };
         assert_eq!(stages[0], ready);
     }
 }
@@ -260,6 +269,7 @@ fn features_that_do_not_fit_the_prompt_are_refused() {
         order: 0,
         prompt: Arc::new(prompt(&[1], &[clip(1, 9)])),
         media: vec![clip(1, 8)],
+        warnings: Vec::new(),
         sampling: SamplingParams::default(),
         end_tokens: Arc::new([]),
         detokenize: Box::new(|_| Ok(String::new())),
@@ -363,6 +373,90 @@ fn a_picture_does_not_wait_for_a_long_clip_nor_a_short_question_for_a_long_promp
     let picture = ask(&[1; 5], &[clip(1, 9)], 5);
     assert_eq!(harness.run(&picture).tokens, alone(&picture));
     assert_eq!(harness.run(&ask(&[2; 5], &[], 5)).tokens.len(), 5);
+}
+
+#[test]
+fn text_does_not_wait_for_media_however_many_are_encoded() {
+    for (running, clips) in [(4, 4), (4, 9), (2, 2)] {
+        let harness = Harness::new(FakeRunner::new(4000, 4), options(64, running));
+        // Each 100 s of vision work.
+        let slow = |i: u32| harness.submit(&ask(&[1, 2, i], &[clip(SLOW_MEDIA, 9)], 5));
+        let mut held: Vec<EventStream> = (0..clips).map(slow).collect();
+        assert!(held[0].any(|event| matches!(event, Event::Stage(Stage::Vision { .. }))));
+        let begun = Instant::now();
+        for text in 1..6 {
+            let text = ask(&[text; 9], &[], 12);
+            assert_eq!(harness.run(&text).tokens, alone(&text), "{running} may run, {clips} clips are encoded");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "it waited for the clips");
+        drop(held);
+        harness.assert_all_free();
+    }
+}
+
+#[test]
+fn media_come_to_their_turn_among_more_text_than_may_run() {
+    let harness = Harness::new(FakeRunner::new(400, 4), options(64, 2));
+    let texts: Vec<Ask> = (0..30).map(|i| ask(&[i; 9], &[], 40)).collect();
+    let pictures: Vec<Ask> = (1..5).map(|i| ask(&[1; 5], &[clip(i, 9)], 6)).collect();
+    let streams = |asks: &[Ask]| asks.iter().map(|ask| harness.submit(ask)).collect::<Vec<_>>();
+    let (first, media, rest) = (streams(&texts[..4]), streams(&pictures), streams(&texts[4..]));
+    for (ask, stream) in pictures.iter().zip(media) {
+        assert_eq!(outcome(stream).expect("no error").tokens, alone(ask));
+    }
+    // The last came 26 texts later.
+    let mut rest = rest;
+    let last = rest.last_mut().expect("some").next_timeout(Duration::ZERO);
+    assert!(!matches!(last, Ok(Some(Event::Finished { .. }))), "{last:?}");
+    for (ask, stream) in texts.iter().zip(first.into_iter().chain(rest)) {
+        assert_eq!(outcome(stream).expect("no error").tokens, alone(ask));
+    }
+    harness.assert_all_free();
+}
+
+#[test]
+fn several_answers_encode_their_media_once_whatever_the_cache_holds() {
+    for (bytes, running, size) in [(0, 4, 64), (0, 1, 64), (50, 4, 4), (1 << 20, 4, 64)] {
+        let options = EngineOptions { feature_cache_bytes: bytes, ..options(512, running) };
+        let harness = Harness::new(FakeRunner::new(400, size), options);
+        let wanted = ask(&[1; 3], &[clip(1, 90)], 5);
+        for stream in harness.submit_many(&wanted, &[1, 2, 3]) {
+            assert_eq!(outcome(stream).expect("no error").tokens, alone(&wanted));
+        }
+        assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 1, "{bytes} bytes, {running} at once, blocks of {size}");
+        harness.assert_all_free();
+        assert!(harness.stats().feature_bytes <= bytes && harness.log.feature_bytes.load(Ordering::SeqCst) <= bytes);
+    }
+}
+
+/// What is encoded is in use from then on: others that end meanwhile drive it out of no cache.
+#[test]
+fn features_are_not_lost_before_they_are_used() {
+    let mut runner = FakeRunner::new(4000, 4);
+    runner.step_time = Duration::from_millis(1);
+    let harness = Harness::new(runner, EngineOptions { feature_cache_bytes: 50, ..options(64, 8) });
+    let mut streams = Vec::new();
+    for round in 0..8u8 {
+        for i in 0..8u32 {
+            let small = ask(&[(i + 3 * u32::from(round)) % 40, 2, i], &[clip(20, 4)], 3 + i as usize);
+            streams.push(harness.submit(&small));
+        }
+        streams.push(harness.submit(&ask(&[1, 2, round.into()], &[clip(100 + round, 40)], 5)));
+    }
+    streams.into_iter().for_each(|stream| drop(outcome(stream).expect("no error")));
+    assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 9, "each of the nine once");
+}
+
+#[test]
+fn features_too_large_for_the_cache_drive_nothing_out() {
+    let options = EngineOptions { feature_cache_bytes: 100, ..options(512, 1) };
+    let harness = Harness::new(FakeRunner::new(8, 64), options);
+    let (small, large) = (ask(&[1; 3], &[clip(1, 9)], 2), ask(&[2; 3], &[clip(2, 40)], 2));
+    for ask in [&small, &large, &small] {
+        assert_eq!(harness.run(ask).tokens, alone(ask));
+    }
+    assert_eq!(harness.log.encodes.load(Ordering::SeqCst), 2, "the small ones were still there");
+    assert_eq!(harness.stats().feature_bytes, 90);
 }
 
 #[test]

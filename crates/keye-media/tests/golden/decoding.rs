@@ -77,8 +77,8 @@ fn an_edit_list_hides_frames() {
         let clip = probe(&programs, &file, "mov", &Limits::default(), watch).unwrap();
         assert_eq!(clip.times.len(), all.len());
         let counted = count(&programs, &file, &clip, &Limits::default(), watch).unwrap();
-        assert_eq!(counted.len(), all.len());
-        assert!(clip.times.iter().zip(&counted).all(|(a, b)| (a - b).abs() < 2e-3), "{:?}", clip.times);
+        assert_eq!(counted.times.len(), all.len());
+        assert!(clip.times.iter().zip(&counted.times).all(|(a, b)| (a - b).abs() < 2e-3), "{:?}", clip.times);
     });
     let indices: Vec<u64> = (0..all.len() as u64).collect();
     assert!(select(&cut, &indices) == all);
@@ -115,6 +115,7 @@ fn load_by(
     let options = ItemOptions { min_pixels: Some(6272), max_pixels: Some(15_680), ..ItemOptions::default() };
     let watch = Watch { input: "clip", deadline: Instant::now() + limit, time: limit, progress, done: 0, total: 0 };
     crate::video::load_with(programs, &loader, &options, (&File::open(clip_path()).unwrap(), "mov"), watch)
+        .map(|loaded| loaded.media)
 }
 
 /// True when the program that wrote its id here is gone.
@@ -181,6 +182,14 @@ fn nonsense_from_a_child_is_an_error() {
     let quiet = fake(dir.path(), "ffmpeg", "yes complaint | head -n 100000 >&2; exit 1");
     let error = load_by(&Programs { ffmpeg: quiet, ..real.clone() }, LONG, &mut |_| true).unwrap_err().to_string();
     assert!(error.contains("no frame") && error.contains("complaint") && error.len() < 400, "{error}");
+    let mute = fake(dir.path(), "ffprobe", "exit 3");
+    let error = load_by(&Programs { ffprobe: mute, ..real.clone() }, LONG, &mut |_| true).unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, MediaError::Ffmpeg(_)) && text.contains("ffprobe failed without a message"), "{text}");
+    assert!(text.contains("exit status: 3") && text.contains("KEYE_FFPROBE"), "{text}");
+    let mute = Programs { ffmpeg: fake(dir.path(), "ffmpeg", "exit 4"), ..real.clone() };
+    let text = load_by(&mute, LONG, &mut |_| true).unwrap_err().to_string();
+    assert!(text.contains("ffmpeg failed without a message (exit status: 4)"), "{text}");
     let liar = "echo 'packet|stream_index=0|pts=x|flags=K_'; echo 'stream|index=0|width=-1|height=99999999999'";
     let liar = fake(dir.path(), "ffprobe", liar);
     let error = load_by(&Programs { ffprobe: liar, ..real.clone() }, LONG, &mut |_| true).unwrap_err();
@@ -240,7 +249,7 @@ fn packets_without_a_frame_do_not_move_a_part() {
             (Loader::new(MediaConfig::slow_fast()), File::open(&path).unwrap(), Instant::now() + LONG);
         let mut keep = |_| true;
         let watch = Watch { input: "clip", deadline, time: LONG, progress: &mut keep, done: 0, total: 0 };
-        crate::video::load_with(programs, &loader, &options, (&file, "mov"), watch).unwrap()
+        crate::video::load_with(programs, &loader, &options, (&file, "mov"), watch).unwrap().media
     };
     let (by_packets, expected) = (load(&more), load(&real));
     assert_eq!(expected.frames.iter().map(|frame| frame.index).collect::<Vec<_>>(), [40, 47, 53, 60]);

@@ -223,7 +223,7 @@ fn frame_lists_say_what_is_wrong() {
         assert!(missing.starts_with("frame 1 (") && missing.contains("missing.png): cannot read"), "{missing}");
         frames[1].source = Source::Bytes(Arc::from(*b"text"));
         let text = refused(&frames);
-        assert!(text.starts_with("frame 1 (data of 4 bytes): it is no picture"), "{text}");
+        assert!(text.starts_with("frame 1 (data of 4 bytes): this is text, not a picture"), "{text}");
         frames[1].options = Some(ItemOptions { fps: Some(1.0), ..Default::default() });
         assert!(refused(&frames).starts_with("frame 1 (data of 4 bytes): option"), "{}", refused(&frames));
     }
@@ -401,7 +401,29 @@ fn what_is_no_picture_says_so() {
     let loader = Loader::new(MediaConfig::slow_fast());
     let refused = |bytes: &[u8]| load_bytes(&loader, bytes, ItemOptions::default()).unwrap_err().to_string();
     assert!(refused(b"").contains("empty"), "{}", refused(b""));
-    assert!(refused(b"hello, this is text").contains("no picture"));
+    let text = refused(b"hello, this is text");
+    assert!(text.contains("this is text, not a picture or clip. Expected a picture (PNG, JPEG, WebP"), "{text}");
+    assert!(refused(b"<html><body>").contains("this is HTML, not a picture"), "{}", refused(b"<html><body>"));
+    // A TIFF as scanners write it: one pixel as brightness and colour. Tag, kind, count, value.
+    let tags: [[u32; 4]; 9] = [
+        [256, 4, 1, 1],
+        [257, 4, 1, 1],
+        [258, 3, 3, 12],
+        [259, 3, 1, 1],
+        [262, 3, 1, 6],
+        [273, 4, 1, 8],
+        [277, 3, 1, 3],
+        [278, 4, 1, 1],
+        [279, 4, 1, 3],
+    ];
+    let mut tiff = b"II*\0\x12\0\0\0\x80\x80\x80\0\x08\0\x08\0\x08\0\x09\0".to_vec();
+    for [tag, kind, count, value] in tags {
+        tiff.extend([(tag as u16).to_le_bytes(), (kind as u16).to_le_bytes()].concat());
+        tiff.extend([count.to_le_bytes(), value.to_le_bytes()].concat());
+    }
+    tiff.extend([0; 4]);
+    let tiff = refused(&tiff);
+    assert!(tiff.contains("does not support") && tiff.ends_with("; convert it to PNG or JPEG"), "{tiff}");
     let gif_without_frames = b"GIF89a\x03\0\x01\0\0\0\0;";
     assert!(refused(gif_without_frames).contains("cannot be decoded"), "{}", refused(gif_without_frames));
     let clip = std::fs::read(fixture(SLOW_FAST).join("inputs/clip.mp4")).unwrap();

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use keye_media::RemotePolicy;
 use keye_server::{MediaAccess, ServerConfig};
 use serde_json::{Value, json};
@@ -80,6 +82,103 @@ fn every_form_of_a_picture_and_a_clip() {
         json!({"type": "video_url", "video_url": {"url": clip, "preprocess_kwargs": {"fps": 1}}, "preprocess_kwargs": {"fps": 2}}),
     ] {
         assert_eq!(ask(part), expected);
+    }
+}
+
+/// The clip of the fixture, its second half lost on the way.
+fn cut_clip() -> String {
+    let folder = tempfile::tempdir().expect("a folder");
+    let whole = folder.path().join("whole.mkv");
+    let ffmpeg = std::env::var_os("KEYE_FFMPEG").unwrap_or("ffmpeg".into());
+    let mut copy = std::process::Command::new(ffmpeg);
+    copy.args(["-nostdin", "-loglevel", "error", "-i"])
+        .arg(fixture("inputs/clip.mp4"))
+        .args(["-c", "copy"])
+        .arg(&whole);
+    assert!(copy.status().expect("ffmpeg runs").success());
+    let bytes = std::fs::read(whole).expect("it was written");
+    format!("data:video/x-matroska;base64,{}", STANDARD.encode(&bytes[..bytes.len() / 2]))
+}
+
+#[test]
+fn a_clip_that_is_cut_short_is_answered_with_a_warning() {
+    let server = shared();
+    let part = json!({"type": "video_url", "video_url": {"url": cut_clip()}});
+    let picture = json!({"type": "image_url", "image_url": {"url": "one.png"}});
+    let mut body = question(json!([picture, part]), "What?");
+    let assert_told = |warnings: &Value| {
+        let [warning] = &warnings.as_array().expect("a list")[..] else { panic!("{warnings}") };
+        let message = warning["message"].as_str().expect("a text");
+        assert!(message.starts_with("frames end at ") && message.contains(": the file seems cut short"), "{message}");
+        assert_eq!(warning["media"], 1);
+    };
+    body["n"] = json!(2);
+    // The second time the clip is known already.
+    for _ in 0..2 {
+        let answer = server.chat(&body);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        assert_told(&answer.json()["warnings"]);
+    }
+    body["stream"] = json!(true);
+    body["stream_options"] = json!({"include_progress": true, "include_usage": true});
+    let events = server.chat(&body).events();
+    let told: Vec<&Value> = events.iter().filter(|event| !event["warnings"].is_null()).collect();
+    assert_eq!(told.len(), 1, "once");
+    assert_told(&told[0]["warnings"]);
+    assert!(!told[0]["choices"][0]["finish_reason"].is_null(), "in a chunk that has a choice");
+    let ready = events.iter().filter(|event| event["keye"]["stage"] == "ready");
+    let told: Vec<usize> = ready.filter_map(|event| event["keye"]["warnings"].as_array().map(Vec::len)).collect();
+    assert_eq!(told, [0, 1]);
+
+    let asked = body["messages"].clone();
+    let embedded = server.post("/v1/embeddings", &json!({"messages": asked}));
+    assert_eq!(embedded.status, 200, "{}", embedded.body);
+    assert_told(&embedded.json()["warnings"]);
+    let response = server.post("/v1/responses", &json!({"input": asked, "max_output_tokens": 4}));
+    assert_eq!(response.status, 200, "{}", response.body);
+    assert_told(&response.json()["warnings"]);
+
+    let whole = server.chat(&question(json!([{"type": "video", "video": "clip.mp4"}]), "What?"));
+    assert_eq!((whole.status, whole.json().get("warnings")), (200, None));
+}
+
+#[test]
+fn addresses_that_are_none_are_refused_with_what_is_allowed() {
+    let refused = |url: &str| {
+        let refused = shared().chat(&image(url));
+        assert_eq!(refused.error().0, 400);
+        refused.json()["error"]["message"].as_str().expect("a text").to_owned()
+    };
+    let said = refused("ftp://x/a.png");
+    assert!(said.starts_with("ftp:// is no kind of address that is opened; send the bytes as"), "{said}");
+    assert!(said.ends_with("or a file:// URL or a path inside of the server's media path"), "{said}");
+    assert!(refused("").starts_with("the address of the medium is empty; send "), "{}", refused(""));
+    let page = format!("data:text/html;base64,{}", STANDARD.encode("<!doctype html><title>x</title>"));
+    assert!(
+        refused(&page).contains("this is HTML, not a picture or clip: is the address a page's?"),
+        "{}",
+        refused(&page)
+    );
+}
+
+#[test]
+fn escapes_in_file_urls_are_read_inside_of_the_media_path_only() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let inside = folder.path().join("in");
+    std::fs::create_dir(&inside).expect("a folder");
+    for target in [inside.join("a picture.png"), folder.path().join("a secret.png")] {
+        std::fs::copy(fixture("inputs/one.png"), target).expect("a copy");
+    }
+    let server = with_media(MediaAccess { path: Some(inside.clone()), remote: None });
+    let url = format!("file://{}/a%20picture.png", inside.display());
+    let expected = content(&shared().chat(&image("one.png")));
+    assert_eq!(content(&server.chat(&image(&url))), expected);
+    for outside in [
+        format!("file://{}/a%20secret.png", folder.path().display()),
+        format!("file://{}/%2e%2e/a%20secret.png", inside.display()),
+        "file://%2E%2E%2Fa%20secret.png".to_owned(),
+    ] {
+        assert_eq!(server.chat(&image(&outside)).error().0, 400, "{outside}");
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use keye_server::ServerConfig;
 use serde_json::json;
 
-use crate::client::Open;
+use crate::client::{Open, request};
 use crate::support::{TestServer, config, wait_for};
 
 #[test]
@@ -64,9 +64,23 @@ fn the_deadline_ends_what_does_not_end() {
     let mut server = TestServer::start(ServerConfig { shutdown_timeout: Duration::from_millis(300), ..config() });
     let mut stream = server.long_stream();
     stream.wait_for_text();
+    // Two that have not begun to answer: one that waits for its whole answer, and one whose body never comes.
+    let body = json!({"messages": [{"role": "user", "content": "Go on."}], "ignore_eos": true, "max_tokens": 20_000});
+    let address = server.address;
+    let whole = std::thread::spawn(move || request(address, "POST", "/v1/chat/completions", &[], &body.to_string()));
+    let mut silent = TcpStream::connect(server.address).expect("a connection");
+    silent.write_all(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n").expect("sent");
+    wait_for("both answers", || server.engine.stats().running == 2);
     let start = Instant::now();
     server.shutdown.stop();
     server.join();
     assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    let rest = stream.lossy_rest();
+    let last = rest.lines().rev().find_map(|line| line.strip_prefix("data: ")).expect("an event");
+    let last: serde_json::Value = serde_json::from_str(last).expect("the event is whole");
+    assert_eq!((&last["error"]["code"], &last["error"]["type"]), (&json!("shutting_down"), &json!("server_error")));
+    assert!(!rest.contains("[DONE]") && rest.ends_with("0\r\n\r\n"), "the stream was ended in order");
+    let whole = whole.join().expect("no panic");
+    assert_eq!((whole.status, &whole.json()["error"]["code"]), (503, &json!("shutting_down")));
     server.wait_until_idle();
 }

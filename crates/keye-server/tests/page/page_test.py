@@ -338,7 +338,7 @@ def errors_in_plain_words(browser):
     page.evaluate(DROP, ["body", [["bad.mp4", "video/mp4", base64.b64encode(b"not a clip at all" * 99).decode()]]])
     session.ask("What?")
     session.done(1)
-    expect(page.locator(".error")).to_contain_text("bad.mp4: no container")
+    expect(page.locator(".error")).to_contain_text("bad.mp4: this is text")
     # The next question goes without what could not be read.
     session.settings(max_tokens=2)
     session.ask("Hello?")
