@@ -1,6 +1,6 @@
 //! A checkpoint, ready to be asked.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,9 +78,12 @@ pub enum LoadError {
     /// The machine.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// A length that the model or the machine cannot hold.
+    /// A length that the machine cannot hold.
     #[error("{0}")]
     Length(String),
+    /// An option that this model does not take.
+    #[error("{0}")]
+    Setting(String),
 }
 
 /// Why a question was not taken.
@@ -153,7 +156,7 @@ impl Keye {
     ) -> Result<Self, LoadError> {
         let files = resolve_model(model, options.offline, progress)?;
         progress(LoadProgress::Loading(files.root()));
-        let mut processor = Processor::load(&files, &options.processor)?;
+        let mut processor = load_processor(&files, &options.processor)?;
         processor.config.choose_attention(options.attention, options.scorer)?;
         let checkpoint = Checkpoint::open(&files)?;
         let loaded = options.device.load(
@@ -273,6 +276,28 @@ pub fn default_sampling(generation: &GenerationConfig) -> SamplingParams {
     }
 }
 
+/// The processor of a checkpoint. What is wrong with the overrides is told apart from what is wrong with the files.
+fn load_processor(files: &CheckpointFiles, overrides: &Overrides) -> Result<Processor, LoadError> {
+    Processor::load(files, overrides).map_err(|error| match Processor::load(files, &Overrides::default()) {
+        Ok(_) => LoadError::Setting(error.to_string()),
+        Err(_) => error.into(),
+    })
+}
+
+/// The file that every checkpoint has.
+const CONFIG: &str = "config.json";
+
+/// Why a directory is no checkpoint. The trainer writes models into folders `model`, one below each stage's: the newest is told.
+fn without_config(dir: &Path) -> String {
+    let stages = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let models = stages.chain([dir.to_owned()]).map(|folder| folder.join("model"));
+    let written = |model: &PathBuf| model.join(CONFIG).metadata().and_then(|file| file.modified()).ok();
+    let newest = models.filter_map(|model| Some((written(&model)?, model))).max();
+    let hint = newest.map_or_else(String::new, |(_, model)| format!("; there is one in {}", model.display()));
+    let expected = "expected a checkpoint directory (config.json, tokenizer, weights), found no config.json";
+    format!("{}: {expected}{hint}", dir.display())
+}
+
 /// The files of `model`: a directory, a hub id, or [`NANO`](crate::NANO).
 pub fn resolve_model(
     model: &str,
@@ -284,7 +309,10 @@ pub fn resolve_model(
     }
     // A local model needs none of the hub's settings.
     if Path::new(model).is_dir() {
-        return Ok(model.into());
+        return match Path::new(model).join(CONFIG).exists() {
+            true => Ok(model.into()),
+            false => Err(LoadError::Resolve(without_config(Path::new(model)))),
+        };
     }
     #[cfg(feature = "hub")]
     {

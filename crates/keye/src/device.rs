@@ -98,9 +98,8 @@ impl DeviceOptions {
         match self.device {
             Device::Cpu => {
                 let fit = match size {
-                    CacheSize::Fit(tokens) => {
-                        fit_cache(config, kv_dtype, tokens, checkpoint, self.ranks).map_err(LoadError::Length)?
-                    }
+                    CacheSize::Fit(tokens) => fit_cache(config, kv_dtype, tokens, checkpoint, self.ranks)
+                        .map_err(|reason| of_length(reason, tokens, config))?,
                     CacheSize::Exactly(tokens) => CacheFit::of(config, kv_dtype, tokens, checkpoint, self.ranks),
                 };
                 let options = LoadOptions { cache_tokens: fit.tokens, kv_dtype };
@@ -123,6 +122,15 @@ impl DeviceOptions {
             )
             .into()),
         }
+    }
+}
+
+/// Why there is no cache: a length that the model does not take, or one that the machine cannot hold.
+fn of_length(reason: String, wanted: Option<usize>, config: &ModelConfig) -> LoadError {
+    let longest = config.text.max_position_embeddings;
+    match wanted {
+        Some(wanted) if !(1..=longest).contains(&wanted) => LoadError::Setting(reason),
+        _ => LoadError::Length(reason),
     }
 }
 
@@ -156,7 +164,7 @@ impl Parts<'_> {
             CacheSize::Fit(wanted) => {
                 let longest = self.config.text.max_position_embeddings;
                 fit_tokens(longest, wanted, weights, fit.bytes_per_token, GpuMemory { total, free }, part)
-                    .map_err(LoadError::Length)?
+                    .map_err(|reason| of_length(reason, wanted, self.config))?
             }
         };
         fit = CacheFit::of(self.config, self.kv_dtype, tokens, self.checkpoint, 1);

@@ -97,7 +97,7 @@ pub use api::{AskError, Events, Keye, LoadError, LoadOptions, LoadProgress, defa
 pub use device::{CacheSize, Device, DeviceOptions, Loaded};
 pub use device_plan::{DevicePlan, WeightBytes, device_plans};
 pub use disk::free_bytes;
-pub use media_argument::{ArgumentError, kind_of_bytes, media_item};
+pub use media_argument::{ArgumentError, kind_of_bytes, media_file, media_item};
 pub use memory::{CacheFit, MemoryPlan, cache_spec, cache_spec_of_ranks, fit_cache};
 pub use new_dir::check_new_dir;
 pub use ranks::{ModelFiles, load_cpu, load_ranks};

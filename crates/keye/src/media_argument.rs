@@ -55,10 +55,27 @@ pub fn media_item(text: &str) -> Result<MediaItem, ArgumentError> {
     if matches!(&source, Source::Path(path) if is_url(path) && !path.exists()) {
         return Err(other("http, https, file and data are the kinds of URL that are opened"));
     }
-    // A file is looked at in any case, so that a missing one is told before a model is loaded.
-    let found = kind_of(&source, name)?;
+    let found = match &source {
+        // Reading the escapes of file:// URLs, and telling about them, is the loader's.
+        Source::Path(path) if is_escaped(name) && !path.exists() => kind_of_url(name),
+        // A file is looked at in any case, so that a missing one is told before a model is loaded.
+        source => kind_of(source, name)?,
+    };
     let kind = kind.or(found).ok_or_else(|| ArgumentError::Kind(name.to_owned()))?;
     Ok(MediaItem { kind, source, options })
+}
+
+/// A file by its name, which is taken as it is, without prefix and options: one that is not UTF-8 too.
+pub fn media_file(path: &Path) -> Result<MediaItem, ArgumentError> {
+    let source = Source::Path(path.to_owned());
+    let name = path.display().to_string();
+    let kind = kind_of(&source, &name)?.ok_or(ArgumentError::Kind(name))?;
+    Ok(MediaItem { kind, source, options: ItemOptions::default() })
+}
+
+/// A `file://` URL with escapes like `%20`.
+fn is_escaped(name: &str) -> bool {
+    name.get(..7).is_some_and(|head| head.eq_ignore_ascii_case("file://")) && name.contains('%')
 }
 
 /// What a source is; `None` when a URL does not tell. A file that cannot be read is an error.
@@ -201,7 +218,13 @@ fn fragment_options(fragment: &str) -> Result<ItemOptions, String> {
         let alone = Map::from_iter([(key.clone(), value.clone())]);
         options(alone).map_err(|error| format!("option {key}: {error}"))?;
     }
-    options(map).map_err(|error| error.to_string())
+    let options = options(map).map_err(|error| error.to_string())?;
+    match (options.video_start, options.video_end) {
+        (Some(start), Some(end)) if end < start => {
+            Err(format!("the part to look at ends at {end} s, before it starts at {start} s"))
+        }
+        _ => Ok(options),
+    }
 }
 
 fn options(map: Map<String, Value>) -> Result<ItemOptions, serde_json::Error> {
@@ -283,10 +306,26 @@ mod tests {
             ("max_pixels=1.5", "option max_pixels: "),
             ("fps=1&max_pixels=1e5", "option max_pixels: "),
             ("t=3,8&min_frames=-1", "option min_frames: "),
+            ("t=8,3.5", "ends at 3.5 s, before it starts at 8 s"),
+            ("video_start=8&video_end=3.5", "ends at 3.5 s, before it starts at 8 s"),
         ] {
             let error = media_item(&format!("https://x/a.mp4#{fragment}")).unwrap_err().to_string();
             assert!(error.starts_with("https://x/a.mp4#") && error.contains(named), "{error}");
         }
+    }
+
+    /// The loader knows what escapes stand for.
+    #[test]
+    fn escaped_file_urls_are_left_to_the_loader() {
+        let item = media_item("file:///no/such%20folder/a%20b.png#exif=1").unwrap();
+        assert_eq!((item.kind, item.options.exif), (MediaKind::Image, Some(true)));
+        assert!(matches!(media_item("file:///no/such%20file"), Err(ArgumentError::Kind(_))));
+        assert!(matches!(media_item("file:///no/such.png"), Err(ArgumentError::Media(_))), "told at once");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a%20b.mp4");
+        std::fs::write(&path, b"\x89PNG\r\n\x1a\n").unwrap();
+        let item = media_item(&format!("file://{}", path.display())).unwrap();
+        assert_eq!(item.kind, MediaKind::Image, "one of that very name is looked at");
     }
 
     #[test]

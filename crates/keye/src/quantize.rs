@@ -19,6 +19,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::LoadError;
 use crate::new_dir::{NewDir, is_small_file};
 use originals::{Original, originals};
 
@@ -190,8 +191,8 @@ fn quantize_files(
     to_dir: &Path,
     progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<Report> {
-    let config = ModelConfig::load(from)?;
-    let checkpoint = Checkpoint::open(from)?;
+    let config = ModelConfig::load(from).map_err(LoadError::from)?;
+    let checkpoint = Checkpoint::open(from).map_err(LoadError::from)?;
     let mut raw: Value = serde_json::from_slice(&from.read(CONFIG, CONFIG_BYTES)?)
         .with_context(|| format!("{} is not json", from.path(CONFIG).display()))?;
     let fp8 = raw["quantization_config"]["quant_method"] == "fp8";

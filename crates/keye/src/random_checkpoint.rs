@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use keye_backend::f32_to_bf16;
 use keye_backend::packed::{TILE_ROWS, pack_rows, tile_bytes};
 use keye_processor::{Dtype, NewTensor, PackedFormat, PackedTag, PackedTags, write_packed_checkpoint};
 
@@ -230,7 +231,7 @@ fn encode(dtype: Dtype, x: f32) -> [u8; 4] {
     // Rounds the low `shift` bits away, half to even.
     let rounded = |bits: u32, shift: u32| (bits + (1 << (shift - 1)) - 1 + ((bits >> shift) & 1)) >> shift;
     match dtype {
-        Dtype::Bf16 => rounded(bits, 16).to_le_bytes(),
+        Dtype::Bf16 => u32::from(f32_to_bf16(x)).to_le_bytes(),
         Dtype::F16 => {
             let (sign, magnitude) = ((bits >> 16) & 0x8000, bits & 0x7fff_ffff);
             // 2^-14 is the smallest normal half; what is below becomes 0. The exponent's bias falls from 127 to 15.

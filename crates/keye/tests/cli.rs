@@ -19,6 +19,8 @@ mod keye_671b;
 mod nano;
 #[path = "cli/quantize.rs"]
 mod quantize;
+#[path = "cli/readme.rs"]
+mod readme;
 #[cfg(feature = "serve")]
 #[path = "cli/serve.rs"]
 mod serve;

@@ -120,10 +120,11 @@ pub enum VideoBudget {
 }
 
 impl ModelArgs {
-    /// Loads the model, telling `status` how far it is. `remote` is the consent to open URLs.
-    pub fn load(&self, remote: bool, status: &mut Status) -> Result<Keye> {
+    /// Loads the model, telling `status` how far it is. `remote` is the consent to open URLs; `at_once` requests share its steps.
+    pub fn load(&self, remote: bool, at_once: usize, status: &mut Status) -> Result<Keye> {
         warn_of_device(self.device, status);
-        let options = self.options(Access { remote, ..Access::default() });
+        let mut options = self.options(Access { remote, ..Access::default() });
+        options.engine.max_running = at_once;
         let keye = Keye::load_with(self.chosen(status), options, &mut |progress| status.loading(progress))?;
         status.clear();
         warn_of_disk(&keye, status);
@@ -276,6 +277,23 @@ impl MediaArgs {
         if (self.min_pixels.is_some() || self.max_pixels.is_some()) && media.is_empty() {
             return Err(Usage("--min-pixels and --max-pixels are for media, and there are none".into()).into());
         }
+        self.check_part(media)
+    }
+
+    /// Refuses a part of a clip that ends before it starts.
+    pub fn check_part(&self, media: &[MediaItem]) -> Result<()> {
+        let clips = media.iter().filter(|item| item.kind == MediaKind::Video).map(|item| &item.options);
+        let parts = clips.map(|own| (own.video_start.or(self.start), own.video_end.or(self.end)));
+        // A chat has its clips later.
+        for part in parts.chain([(self.start, self.end)]) {
+            if let (Some(start), Some(end)) = part
+                && end < start
+            {
+                let reason =
+                    format!("--end: the part to look at ends at {end} s, before it starts (--start) at {start} s");
+                return Err(Usage(reason).into());
+            }
+        }
         Ok(())
     }
 
@@ -340,6 +358,9 @@ pub struct SamplingArgs {
     /// Most tokens of an answer
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value = "4096")]
     pub max_tokens: usize,
+    /// Most tokens of thinking; then it is closed, and the answer begins
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub max_reasoning_tokens: Option<usize>,
     /// Keep going where the model would end
     #[arg(long)]
     pub ignore_eos: bool,
@@ -357,7 +378,7 @@ pub struct SamplingArgs {
 impl SamplingArgs {
     /// Finds values that are out of range before a model is loaded.
     pub fn check(&self) -> Result<()> {
-        self.over(SamplingParams::default()).validate().map_err(|reason| Usage(reason).into())
+        self.over(SamplingParams::default()).validate().map_err(|reason| Usage(with_flag(&reason)).into())
     }
 
     /// The checkpoint's defaults with these flags.
@@ -388,6 +409,14 @@ impl SamplingArgs {
     }
 }
 
+/// What is wrong with a parameter, with its flag in place of its name. All but stop strings are named first.
+fn with_flag(reason: &str) -> String {
+    match reason.split_once(" is ") {
+        Some((name, rest)) if !name.contains(' ') => format!("--{} is {rest}", name.replace('_', "-")),
+        _ => format!("--stop: {reason}"),
+    }
+}
+
 /// Differs from run to run, and is short enough to be typed again.
 fn new_seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -415,6 +444,11 @@ pub fn name_of(item: &MediaItem) -> String {
         Source::Bytes(_) => "standard input or a data URL".into(),
         Source::Frames(frames) => format!("{} frames", frames.len()),
     }
+}
+
+/// A directory that is to be made, checked before work is put into what it will hold.
+pub fn check_new_dir(flag: &str, dir: &Path) -> Result<()> {
+    keye::check_new_dir(dir).map_err(|error| Usage(format!("{flag}: {error}")).into())
 }
 
 /// A path for output, checked before work is put into what it will hold.

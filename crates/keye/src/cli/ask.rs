@@ -1,15 +1,21 @@
 //! `keye ask`: one question.
 
-use std::io::Read;
+use std::ffi::{OsStr, OsString};
+use std::io::{ErrorKind, Read};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use keye::{Grammar, MediaItem, MediaKind, Request, Source, media_item};
+use anyhow::{Context, Result, bail};
+use keye::{
+    ArgumentError, EngineError, FinishReason, Grammar, MediaError, MediaItem, MediaKind, Request, Source, media_file,
+    media_item,
+};
 use serde_json::{Value, json};
 
 use super::args::{MediaArgs, ModelArgs, SamplingArgs, conversation, name_of, wants_remote};
+use super::each::Each;
 use super::failure::{Interrupted, Usage};
 use super::generate::{Finished, generate, seconds};
 use super::signals;
@@ -31,14 +37,25 @@ Examples:
   keye ask -m ./model \"What is the capital of France?\"            no media at all
   keye ask -q clip.mp4 \"Is there a ring?\" --choice yes --choice no
   keye ask -q clip.mp4 \"What is shown?\" --json-schema schema.json | jq .title
+  keye ask --json clip.mp4 \"What is shown?\" | jq '.media[0].shown[] | [.time, .kind]'
+  keye ask --each clips/*.mp4 \"Describe this clip.\" > captions.jsonl
 
 Media are files, URLs (naming one is the consent to fetch it) or - for standard input. Pictures and clips are told apart by \
 content, URLs by extension; image:NAME and video:NAME decide it. A file is read as NAME#OPTION=VALUE&... unless a file of that \
 whole name exists; options are fps, nframes, min_frames, max_frames, min_pixels, max_pixels, resized_height, resized_width, \
 total_pixels, video_total_pixels, min_frame_similarity, video_start, video_end, exif, and t=START,END in seconds.
 
-The answer goes to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the model cannot \
-be loaded, 4 media cannot be read, 130 interrupted.";
+--json prints answer, parts (analysis, thinking, answer, boxed), finish_reason, usage, timings in seconds, media, model, device \
+and seed. Each of media has name, kind, the numbers of frames, slow_frames, patches and tokens, and shown: the frames as the model \
+saw them, each with index in the source, time in seconds or null, kind (slow or fast), width and height; warnings tell of clips \
+that are cut short or damaged.
+
+--each asks about every medium on its own and prints such an object for each, a line each, in their order, as soon as those before \
+it are done, with source, the medium as it was named. The line of one that fails has source and error; the others go on, and the exit \
+code tells.
+
+The answer goes to standard output, all else to standard error. Exit codes: 0 done, 1 failed, or cut off before it had the form \
+that was asked for, 2 wrong usage, 3 the model cannot be loaded, 4 media cannot be read, 130 interrupted.";
 
 /// Ask one question about any number of images and videos
 #[derive(clap::Args)]
@@ -46,12 +63,12 @@ be loaded, 4 media cannot be read, 130 interrupted.";
 pub struct Args {
     /// Images and videos in order, then the question
     #[arg(required = true, value_name = "MEDIA... QUESTION")]
-    words: Vec<String>,
+    words: Vec<OsString>,
     /// System message, instead of the checkpoint's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// One JSON object on standard output, nothing else
-    #[arg(long, conflicts_with = "quiet")]
+    /// One JSON object on standard output, nothing else; its fields are told below
+    #[arg(long)]
     json: bool,
     /// Only the answer: no status, no thinking
     #[arg(short, long)]
@@ -62,6 +79,12 @@ pub struct Args {
     /// The same, one of these texts: an option for each
     #[arg(long, value_name = "TEXT")]
     choice: Vec<String>,
+    /// Ask about each of the media on its own; a line of JSON for each
+    #[arg(long)]
+    each: bool,
+    /// With --each: how many are asked at the same time
+    #[arg(long, value_name = "N", default_value = "4", requires = "each", value_parser = clap::value_parser!(u16).range(1..=64))]
+    at_once: u16,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -71,22 +94,29 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let Some((question, names)) = args.words.split_last() else {
+    let Some((last, names)) = args.words.split_last() else {
         return Err(Usage("a question is expected".into()).into());
     };
-    if names.is_empty() && std::path::Path::new(question).is_file() {
-        return Err(Usage(format!("{question} is a file: the question comes last, behind the media")).into());
-    }
+    let question = question(last, names)?;
     args.sampling.check()?;
-    let grammar = grammar(&args)?;
-    let mut media = open_media(names)?;
+    let form = form(&args)?;
+    let mut media = open_media(names).map_err(misplaced)?;
     args.media.check(&media)?;
+    if args.each && media.is_empty() {
+        return Err(Usage("--each: expected media before the question, found none".into()).into());
+    }
 
-    let mut status = Status::new(args.quiet || args.json);
-    let keye = args.model.load(wants_remote(&media), &mut status)?;
+    let mut status = Status::new(args.quiet || args.json && !args.each);
+    let at_once = if args.each { usize::from(args.at_once) } else { 1 };
+    let keye = args.model.load(wants_remote(&media), at_once, &mut status)?;
     // Until the model is there nothing needs an orderly end; from here on decoders run.
     let guard = signals::swift_guard();
-    let result = answer(&args, &keye, question, grammar, &mut media, &mut status, &guard);
+    media.iter_mut().for_each(|item| args.media.apply(item, keye.processor().media.video.rule));
+    let asked = Asked { args: &args, keye: &keye, question, form };
+    let result = match args.each {
+        true => asked.about_each(&media, &mut status, &guard),
+        false => asked.about_all(&media, &mut status, &guard),
+    };
     end(keye, result.as_ref().is_err_and(|error| error.is::<Interrupted>()));
     result
 }
@@ -106,49 +136,190 @@ fn end(keye: keye::Keye, interrupted: bool) {
     let _ = end.recv_timeout(PATIENCE);
 }
 
-fn answer(
-    args: &Args,
-    keye: &keye::Keye,
-    question: &str,
-    grammar: Option<Grammar>,
-    media: &mut [MediaItem],
-    status: &mut Status,
-    guard: &signals::Guard,
-) -> Result<()> {
-    media.iter_mut().for_each(|item| args.media.apply(item, keye.processor().media.video.rule));
-    status.media(media.iter().map(name_of).collect());
-    let sampling = args.sampling.over(keye.default_sampling());
-    let seed = sampling.seed;
-    let mut conversation = conversation(args.system.as_deref());
-    conversation.push_user(media.to_vec(), question);
-    let has_form = grammar.is_some();
-    let request = Request { conversation, sampling, grammar, think: args.sampling.think_mode(), ..Request::default() };
+/// A question to a model.
+struct Asked<'a> {
+    args: &'a Args,
+    keye: &'a keye::Keye,
+    question: &'a str,
+    form: Option<Form>,
+}
 
-    if args.json {
-        let finished = generate(keye, request, status, guard, &mut |_| Ok(()))?;
-        return ui::out(&format!("{:#}\n", object(&finished, media, seed, args, keye)));
+impl Asked<'_> {
+    fn flag(&self) -> Option<&'static str> {
+        self.form.as_ref().map(|form| form.flag)
     }
-    let mut writer = AnswerWriter::new(Shown::choose(args.quiet));
-    if has_form {
-        writer = writer.before_form();
+
+    fn request(&self, media: &[MediaItem]) -> Request {
+        let mut conversation = conversation(self.args.system.as_deref());
+        conversation.push_user(media.to_vec(), self.question);
+        Request {
+            conversation,
+            sampling: self.args.sampling.over(self.keye.default_sampling()),
+            grammar: self.form.as_ref().map(|form| form.grammar.clone()),
+            think: self.args.sampling.think_mode(),
+            max_reasoning_tokens: self.args.sampling.max_reasoning_tokens,
+            ..Request::default()
+        }
     }
-    let mut begun = false;
-    let result = generate(keye, request, status, guard, &mut |text| {
-        begun = true;
-        writer.push(text)
-    });
-    if begun || result.is_ok() {
-        writer.finish()?;
+
+    fn about_all(&self, media: &[MediaItem], status: &mut Status, guard: &signals::Guard) -> Result<()> {
+        let (keye, flag, request) = (self.keye, self.flag(), self.request(media));
+        status.media(media.iter().map(name_of).collect());
+        if self.args.json {
+            let finished =
+                generate(keye, request, status, guard, &mut |_| Ok(())).map_err(|error| of_form(error, flag))?;
+            ui::out(&format!("{:#}\n", self.object(&finished, media)))?;
+            return self.has_form(&finished);
+        }
+        let mut writer = AnswerWriter::new(Shown::choose(self.args.quiet));
+        if flag.is_some() {
+            writer = writer.before_form();
+        }
+        let mut begun = false;
+        let result = generate(keye, request, status, guard, &mut |text| {
+            begun = true;
+            writer.push(text)
+        });
+        if begun || result.is_ok() {
+            writer.finish()?;
+        }
+        let finished = result.map_err(|error| of_form(error, flag))?;
+        let complete = self.has_form(&finished);
+        match complete {
+            Ok(()) => status.finished(&finished.usage, &finished.timings, &finished.reason),
+            // That it was cut off is the error.
+            Err(_) => status.line(&ui::summary(&finished.usage, &finished.timings)),
+        }
+        complete
     }
-    let finished = result?;
-    status.finished(&finished.usage, &finished.timings, &finished.reason);
-    Ok(())
+
+    fn about_each(&self, media: &[MediaItem], status: &mut Status, guard: &signals::Guard) -> Result<()> {
+        let one = |index: usize| &media[index..=index];
+        // As it was named: files of several folders may share a name.
+        let source = |index: usize| self.args.words[index].to_string_lossy();
+        let each = Each {
+            count: media.len(),
+            at_once: usize::from(self.args.at_once),
+            request: &|index| self.request(one(index)),
+            line: &|index, finished| {
+                self.has_form(&finished)?;
+                let mut line = self.object(&finished, one(index));
+                line["source"] = source(index).into();
+                Ok(line)
+            },
+            failed: &|index, reason| json!({"source": source(index), "error": reason}),
+        };
+        each.ask(self.keye, status, guard).map_err(|error| of_form(error, self.flag()))
+    }
+
+    /// Refuses an answer that was cut off before it had its form: programs that read it would take it for a whole one.
+    fn has_form(&self, finished: &Finished) -> Result<()> {
+        match self.flag().filter(|_| finished.reason == FinishReason::Length) {
+            Some(flag) => bail!(
+                "{flag}: the answer was cut off after {} tokens and does not have its form: shorten the thinking before it by \
+             --no-think or --max-reasoning-tokens, or raise --max-tokens (it is {}) or --max-model-len",
+                finished.usage.completion_tokens,
+                self.args.sampling.max_tokens
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// The answer with all that is known of it.
+    fn object(&self, finished: &Finished, media: &[MediaItem]) -> Value {
+        let answer = &finished.answer;
+        let media = media.iter().zip(&finished.media).map(|(item, facts)| named(item, facts.clone()));
+        json!({
+            "answer": finished.text,
+            "parts": {
+                "analysis": answer.analysis,
+                "thinking": answer.thinking,
+                "answer": answer.answer,
+                "boxed": answer.boxed,
+            },
+            "finish_reason": finished.reason,
+            "usage": finished.usage,
+            "timings": seconds(&finished.timings),
+            "media": media.collect::<Vec<_>>(),
+            "model": self.args.model.name(),
+            "device": self.keye.device(),
+            "seed": self.args.sampling.over(self.keye.default_sampling()).seed,
+        })
+    }
+}
+
+/// A medium's facts with its name and kind.
+fn named(item: &MediaItem, mut facts: Value) -> Value {
+    facts["name"] = name_of(item).into();
+    facts["kind"] = if item.kind == MediaKind::Image { "image" } else { "video" }.into();
+    facts
+}
+
+/// The last word, which is the question. A medium there means that the question is forgotten or stands elsewhere.
+fn question<'a>(last: &'a OsStr, names: &[OsString]) -> Result<&'a str> {
+    let shown = last.to_string_lossy();
+    if let Some(kind) = medium(last) {
+        let order = "the question comes last, behind the media";
+        let words = names.iter().find(|name| medium(name).is_none());
+        return Err(match words {
+            Some(words) => Usage(format!("{order}: {words:?} stands before {shown:.80}, which is {kind}")),
+            None => Usage(format!("{order}, and is missing: {shown:.80} is {kind}")),
+        }
+        .into());
+    }
+    Ok(last.to_str().ok_or_else(|| Usage(format!("the question is not UTF-8: {shown}")))?)
+}
+
+/// What a word is that names a picture or clip; `None` for other words.
+fn medium(word: &OsStr) -> Option<&'static str> {
+    let Some(text) = word.to_str() else { return Path::new(word).is_file().then_some("a file") };
+    if is_stdin(text) {
+        return Some("standard input");
+    }
+    match media_item(text).ok()?.source {
+        Source::Path(_) => Some("a file"),
+        // Questions may begin with one.
+        Source::Url(_) => (!text.contains(char::is_whitespace)).then_some("a URL"),
+        Source::Bytes(_) => Some("a data URL"),
+        Source::Frames(_) => None,
+    }
+}
+
+/// A question among the media is not only a file that is not there.
+fn misplaced(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref::<ArgumentError>() {
+        Some(ArgumentError::Media(MediaError::Read { input, source }))
+            if source.kind() == ErrorKind::NotFound && input.contains(char::is_whitespace) =>
+        {
+            let reason = "there is no such file; if it is the question, that comes last, behind the media".to_owned();
+            MediaError::Unreadable { input: input.clone(), reason }.into()
+        }
+        _ => error,
+    }
+}
+
+/// What an answer has to look like, and the flag that says so.
+struct Form {
+    flag: &'static str,
+    grammar: Grammar,
+}
+
+/// A form that cannot be is told with its flag.
+fn of_form(error: anyhow::Error, flag: Option<&str>) -> anyhow::Error {
+    match (flag, error.downcast_ref::<EngineError>()) {
+        (Some(flag), Some(EngineError::Grammar(reason))) => Usage(format!("{flag}: {reason}")).into(),
+        _ => error,
+    }
 }
 
 /// The form that is asked for.
-fn grammar(args: &Args) -> Result<Option<Grammar>> {
+fn form(args: &Args) -> Result<Option<Form>> {
+    if args.choice.iter().any(String::is_empty) {
+        return Err(Usage("--choice: expected a text that the answer may be, found an empty one".into()).into());
+    }
     let Some(schema) = &args.json_schema else {
-        return Ok(Some(Grammar::Choice(args.choice.clone())).filter(|_| !args.choice.is_empty()));
+        let choice = Form { flag: "--choice", grammar: Grammar::Choice(args.choice.clone()) };
+        return Ok((!args.choice.is_empty()).then_some(choice));
     };
     let text = match schema.trim_start().starts_with('{') {
         true => schema.clone(),
@@ -160,15 +331,20 @@ fn grammar(args: &Args) -> Result<Option<Grammar>> {
     };
     let schema = serde_json::from_str(&text)
         .map_err(|error| Usage(format!("--json-schema {schema}: expected a schema in JSON: {error}")))?;
-    Ok(Some(Grammar::JsonSchema(schema)))
+    Ok(Some(Form { flag: "--json-schema", grammar: Grammar::JsonSchema(schema) }))
 }
 
 /// Media from the command line; `-` is standard input.
-pub fn open_media(names: &[String]) -> Result<Vec<MediaItem>> {
-    if names.iter().filter(|name| is_stdin(name)).count() > 1 {
+pub fn open_media(names: &[OsString]) -> Result<Vec<MediaItem>> {
+    if names.iter().filter(|name| name.to_str().is_some_and(is_stdin)).count() > 1 {
         return Err(Usage("- (standard input) can be given once only".into()).into());
     }
-    let open = |name: &String| if is_stdin(name) { from_stdin(name) } else { Ok(media_item(name)?) };
+    let open = |name: &OsString| match name.to_str() {
+        Some(name) if is_stdin(name) => from_stdin(name),
+        Some(name) => Ok(media_item(name)?),
+        // Options and prefixes are text; a name of other bytes has none.
+        None => Ok(media_file(Path::new(name))?),
+    };
     names.iter().map(open).collect()
 }
 
@@ -200,30 +376,4 @@ fn from_stdin(name: &str) -> Result<MediaItem> {
         None => keye::ItemOptions::default(),
     };
     Ok(MediaItem { kind, source: Source::Bytes(bytes.into()), options })
-}
-
-fn object(finished: &Finished, media: &[MediaItem], seed: u64, args: &Args, keye: &keye::Keye) -> Value {
-    let answer = &finished.answer;
-    let media = media.iter().zip(&finished.media).map(|(item, facts)| {
-        let mut facts = facts.clone();
-        facts["name"] = name_of(item).into();
-        facts["kind"] = if item.kind == MediaKind::Image { "image" } else { "video" }.into();
-        facts
-    });
-    json!({
-        "answer": finished.text,
-        "parts": {
-            "analysis": answer.analysis,
-            "thinking": answer.thinking,
-            "answer": answer.answer,
-            "boxed": answer.boxed,
-        },
-        "finish_reason": finished.reason,
-        "usage": finished.usage,
-        "timings": seconds(&finished.timings),
-        "media": media.collect::<Vec<_>>(),
-        "model": args.model.name(),
-        "device": keye.device(),
-        "seed": seed,
-    })
 }

@@ -10,7 +10,7 @@ use keye::random_checkpoint;
 use keye::{Device, DeviceOptions, KvDtype};
 use keye_processor::{Dtype, PackedFormat};
 
-use super::args::{KvCache, check_output};
+use super::args::{KvCache, check_new_dir, check_output};
 use super::bench_model::{Model, measure};
 use super::failure::{Interrupted, Usage};
 use super::signals;
@@ -31,13 +31,13 @@ of the int8 multiply-adds (f32 on a machine without).";
 
 /// Measure speed beside the machine's limits, on random weights of the real sizes; or write such weights
 #[derive(clap::Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, group = clap::ArgGroup::new("measured").args(["preset", "model"]).required(true))]
 pub struct Args {
     /// Which model's sizes
-    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)), required_unless_present = "model")]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Preset::ALL.map(Preset::name)))]
     preset: Option<String>,
     /// Measure this checkpoint instead of random weights: a directory, a hub id, or keye-nano
-    #[arg(short, long, value_name = "DIR|HUB_ID", conflicts_with_all = ["preset", "quant", "dtype", "write_checkpoint"])]
+    #[arg(short, long, value_name = "DIR|HUB_ID", conflicts_with_all = ["quant", "dtype", "write_checkpoint"])]
     model: Option<String>,
     /// Format of the weights, as `keye quantize` writes them [default: int4 to measure]
     #[arg(long, value_name = "FORMAT", value_parser = ["int4", "int8", "bf16"])]
@@ -176,6 +176,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let result = match (&args.write_checkpoint, preset) {
         (Some(dir), Some(preset)) => {
+            check_new_dir("--write-checkpoint", dir)?;
             let written = write(dir, preset, weights, args.seed, &guard, &mut status);
             written.map(|()| {
                 status.line(&format!(

@@ -1,7 +1,7 @@
 //! The measurements of `keye bench`.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use keye::{
@@ -16,7 +16,8 @@ use keye_processor::{Checkpoint, ModelConfig, Processor};
 
 use super::bench::{Part, Plan};
 use super::bench_report::{Decode, Prefill, Report, Vision};
-use super::ui::Status;
+use super::failure::Usage;
+use super::ui::{self, Status};
 
 /// Tokens of a decode run.
 const DECODED: usize = 8;
@@ -24,6 +25,8 @@ const DECODED: usize = 8;
 const VISION: [(usize, [u32; 3]); 2] = [(1, [1, 32, 32]), (8, [1, 16, 32])];
 /// As the engine cuts prompts.
 const CHUNK: usize = 512;
+/// How often work is looked at that tells nothing itself.
+const LOOK: Duration = Duration::from_millis(100);
 /// What the engine asks for when it decodes greedily.
 const GREEDY: LogitRows = LogitRows::Highest(1);
 /// Memory that is left to others when random weights go to /dev/shm.
@@ -56,7 +59,7 @@ impl Model {
             None => std::env::temp_dir(),
         };
         if !root.is_dir() {
-            bail!("--dir: there is no directory {}", root.display());
+            return Err(Usage(format!("--dir: there is no directory {}", root.display())).into());
         }
         let temporary = Temporary::create(&root)?;
         let files = CheckpointFiles::Directory(temporary.folder.join("model"));
@@ -133,8 +136,8 @@ pub fn measure(model: &mut Model, plan: &Plan, stop: &dyn Fn() -> bool, status: 
     let processor = Processor::load(&model.files, &Overrides::default()).map_err(LoadError::from)?;
     let mut media = Vec::new();
     if wants(Part::Media) {
-        step(status, "media: a clip to patches")?;
-        media.push(media_run(&processor, plan.repeat)?);
+        step(status, "media: making a minute of 720p to decode, which takes a while")?;
+        media.push(media_run(&processor, plan.repeat, status)?);
     }
     // From here on the peak is the model's.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
@@ -213,10 +216,25 @@ fn best(runs: usize, mut work: impl FnMut(usize) -> Result<()>) -> Result<f64> {
     Ok(shortest)
 }
 
-fn media_run(processor: &Processor, repeat: usize) -> Result<MediaCost> {
+/// As `write_sample_clip`; `status` tells how large the file is.
+fn write_clip(path: &Path, status: &mut Status) -> Result<()> {
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| write_sample_clip(path));
+        while !writing.is_finished() {
+            let bytes = std::fs::metadata(path).map_or(0, |file| file.len());
+            status.progress(&format!("media: making the clip, {} so far", ui::bytes(bytes)));
+            std::thread::sleep(LOOK);
+        }
+        let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        written.context("media need an ffmpeg with libx264; --only leaves them out")
+    })
+}
+
+fn media_run(processor: &Processor, repeat: usize, status: &mut Status) -> Result<MediaCost> {
     let path = std::env::temp_dir().join(format!("keye-bench-{}.mp4", std::process::id()));
-    let run = || -> Result<MediaCost> {
-        write_sample_clip(&path).context("media need an ffmpeg with libx264; --only leaves them out")?;
+    let mut run = || -> Result<MediaCost> {
+        write_clip(&path, status)?;
+        status.line("media: the clip to patches");
         let item =
             MediaItem { kind: MediaKind::Video, source: Source::Path(path.clone()), options: ItemOptions::default() };
         let mut cost = media_cost(&Loader::new(processor.media.clone()), &item, &path, repeat as u32)?;

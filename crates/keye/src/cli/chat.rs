@@ -1,5 +1,6 @@
 //! `keye chat`: a conversation on standard input.
 
+use std::ffi::OsString;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
 
 use anyhow::{Context, Result};
@@ -40,7 +41,7 @@ const HELP: &str = "/add FILE  /think on|off|auto  /clear  /save FILE  /help  /q
 #[command(after_help = AFTER_HELP)]
 pub struct Args {
     /// Images and videos of the first question
-    media_files: Vec<String>,
+    media_files: Vec<OsString>,
     /// System message, instead of the checkpoint's own
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -69,13 +70,14 @@ struct Chat<'a> {
 
 pub fn run(args: Args) -> Result<()> {
     args.sampling.check()?;
-    if args.media_files.iter().any(|name| is_stdin(name)) {
+    if args.media_files.iter().any(|name| name.to_str().is_some_and(is_stdin)) {
         return Err(Usage("- (standard input) holds the questions of a chat, not media".into()).into());
     }
     let pending = open_media(&args.media_files)?;
+    args.media.check_part(&pending)?;
     let mut status = Status::new(args.quiet);
     // Whoever types a URL behind /add wants it fetched.
-    let keye = args.model.load(true, &mut status)?;
+    let keye = args.model.load(true, 1, &mut status)?;
     let mut chat = Chat {
         args: &args,
         keye,
@@ -172,6 +174,7 @@ impl Chat<'_> {
             conversation: conversation.clone(),
             sampling: self.args.sampling.over(self.keye.default_sampling()),
             think: self.think,
+            max_reasoning_tokens: self.args.sampling.max_reasoning_tokens,
             ..Request::default()
         };
         let guard = signals::swift_guard();

@@ -63,8 +63,7 @@ struct CompareArgs {
 struct WorldArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Kinds of questions [default: all]
-    #[arg(long, value_name = "TASKS", value_delimiter = ',')]
+    #[arg(long, value_name = "TASKS", value_delimiter = ',', help = tasks_help())]
     tasks: Vec<Task>,
     /// Questions of each kind
     #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u64).range(1..=100_000))]
@@ -121,6 +120,13 @@ impl WorldArgs {
             _ => ThinkMode::Auto,
         }
     }
+}
+
+/// Some kinds are asked only where they are named.
+fn tasks_help() -> String {
+    let names = |tasks: &[Task], between: &str| tasks.iter().map(|task| task.name()).collect::<Vec<_>>().join(between);
+    let all: Vec<Task> = Task::every().collect();
+    format!("Kinds of questions: {} [default: all but {}]", names(&all, ", "), names(&Task::BY_NAME, " and "))
 }
 
 /// Above every similarity: all frames are slow.

@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use keye::{ArgumentError, AskError, EngineError, LoadError, MediaError};
+use keye_backend::BackendError;
 use keye_engine::Fault;
+use keye_model::ModelError;
 use keye_processor::ProcessorError;
 
 /// The command line is wrong in a way that its parser cannot see.
@@ -61,10 +63,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         if let Some(error) = error.downcast_ref::<ProcessorError>() {
             return of_fault(Fault::from(error));
         }
-        match error.downcast_ref::<LoadError>() {
-            Some(LoadError::Checkpoint(ProcessorError::Attention { .. })) => return Some(USAGE),
-            Some(_) => return Some(MODEL),
-            None => {}
+        if let Some(error) = error.downcast_ref::<LoadError>() {
+            return Some(of_load(error));
         }
         if let Some(error) = error.downcast_ref::<MediaError>() {
             return Some(of_media(error));
@@ -79,6 +79,17 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         }
     };
     error.chain().find_map(code).unwrap_or(FAILED)
+}
+
+/// What a flag or variable asks for, and this model or build does not do, is wrong usage: without it the model is loaded.
+fn of_load(error: &LoadError) -> u8 {
+    match error {
+        LoadError::Setting(_)
+        | LoadError::Backend(BackendError::Setting(_))
+        | LoadError::Model(ModelError::Ranks(_))
+        | LoadError::Checkpoint(ProcessorError::Attention { .. }) => USAGE,
+        _ => MODEL,
+    }
 }
 
 /// `None` for what is neither the command line's fault nor that of the media.
@@ -124,6 +135,11 @@ mod tests {
         assert_eq!(code(EngineError::Internal("no".into())), FAILED);
         assert_eq!(code(ProcessorError::Template("no".into()).into()), USAGE);
         assert_eq!(code(ProcessorError::File { path: "x".into(), reason: "no".into() }.into()), FAILED);
+        let load = |error: LoadError| exit_code(&error.into());
+        assert_eq!(load(ModelError::Ranks("no".into()).into()), USAGE);
+        assert_eq!(load(BackendError::Setting("no".into()).into()), USAGE);
+        assert_eq!(load(BackendError::Memory { what: "x".into(), bytes: 1, remedy: "y" }.into()), MODEL);
+        assert_eq!(load(LoadError::Length("no".into())), MODEL);
         let media = |error| code(keye_engine::MediumError { index: 1, of: 2, error: Arc::new(error) }.into());
         assert_eq!(media(MediaError::Option { input: "x".into(), option: "fps", reason: "no".into() }), USAGE);
         assert_eq!(media(MediaError::Unreadable { input: "x".into(), reason: "no".into() }), MEDIA);

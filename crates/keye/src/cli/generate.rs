@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use keye::{Answer, EngineError, Event, FinishReason, Keye, Request, Stage, Timings, Usage};
+use keye::{
+    Answer, EngineError, Event, EventStream, FinishReason, Frame, FrameKind, Keye, Request, Stage, ThinkTag, Timings,
+    Usage,
+};
 use serde_json::{Value, json};
 
 use super::failure::{Interrupted, Usage as UsageError};
@@ -32,32 +35,58 @@ pub fn generate(
     guard: &Guard,
     on_text: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<Finished> {
-    let mut stream = keye.submit(request).map_err(|error| match error {
-        EngineError::Refused(reason) => UsageError(reason).into(),
-        error => anyhow::Error::from(error),
-    })?;
-    let mut media = Vec::new();
-    // The tag that the prompt ended with belongs to the answer, for whoever reads it.
-    let mut tag = None;
+    let mut stream = submit(keye, request)?;
+    let mut collector = Collector::default();
     loop {
         if guard.interrupted() {
             status.clear();
             return Err(Interrupted.into());
         }
         let Ok(event) = stream.next_timeout(LOOK) else { continue };
+        if let Some(finished) = collector.take(event, status, on_text)? {
+            return Ok(finished);
+        }
+    }
+}
+
+/// Queues a request.
+pub fn submit(keye: &Keye, request: Request) -> Result<EventStream> {
+    keye.submit(request).map_err(|error| match error {
+        EngineError::Refused(reason) => UsageError(reason).into(),
+        error => anyhow::Error::from(error),
+    })
+}
+
+/// What the events of a request have told so far.
+#[derive(Default)]
+pub struct Collector {
+    media: Vec<Value>,
+    /// The tag that the prompt ended with, which belongs to the answer for whoever reads it.
+    tag: Option<ThinkTag>,
+}
+
+impl Collector {
+    /// Takes an event; the last one gives the answer, or the error that it failed with.
+    pub fn take(
+        &mut self,
+        event: Option<Event>,
+        status: &mut Status,
+        on_text: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<Option<Finished>> {
         match event {
             Some(Event::Stage(stage)) => {
-                if let Stage::MediaReady { frames, slow_frames, patches, tokens, .. } = stage {
-                    media.push(json!({
-                        "frames": frames, "slow_frames": slow_frames, "patches": patches, "tokens": tokens
+                if let Stage::MediaReady { frames, slow_frames, patches, tokens, shown, warnings, .. } = &stage {
+                    self.media.push(json!({
+                        "frames": frames, "slow_frames": slow_frames, "patches": patches, "tokens": tokens,
+                        "shown": shown.iter().map(frame).collect::<Vec<_>>(), "warnings": &warnings[..],
                     }));
                 }
                 status.stage(&stage);
             }
-            Some(Event::Thinking(opened)) => tag = Some(opened),
+            Some(Event::Thinking(opened)) => self.tag = Some(opened),
             Some(Event::Token { text, .. }) => {
                 status.clear();
-                if let Some(tag) = tag.take() {
+                if let Some(tag) = self.tag.take() {
                     on_text(&format!("{}\n", tag.open()))?;
                 }
                 if !text.is_empty() {
@@ -66,7 +95,8 @@ pub fn generate(
             }
             Some(Event::Finished { reason, text, answer, usage, timings }) => {
                 status.clear();
-                return Ok(Finished { reason, text, answer, usage, timings, media });
+                let media = std::mem::take(&mut self.media);
+                return Ok(Some(Finished { reason, text, answer, usage, timings, media }));
             }
             Some(Event::Failed(error)) => {
                 status.clear();
@@ -74,7 +104,19 @@ pub fn generate(
             }
             None => return Err(EngineError::Stopped.into()),
         }
+        Ok(None)
     }
+}
+
+/// A frame as the model saw it.
+fn frame(frame: &Frame) -> Value {
+    // By way of its shortest decimals: 0.1 as a double would be 0.10000000149011612.
+    let time = frame.timestamp.and_then(|time| time.to_string().parse::<f64>().ok());
+    let kind = match frame.kind {
+        FrameKind::Slow => "slow",
+        FrameKind::Fast => "fast",
+    };
+    json!({"index": frame.index, "time": time, "kind": kind, "width": frame.width, "height": frame.height})
 }
 
 /// Timings in seconds.

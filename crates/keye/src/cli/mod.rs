@@ -11,6 +11,7 @@ mod bench_model;
 mod bench_report;
 mod chat;
 mod completions;
+mod each;
 mod eval;
 mod failure;
 mod generate;
@@ -31,6 +32,7 @@ mod world;
 
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 #[cfg(not(feature = "cuda"))]
@@ -46,7 +48,8 @@ Examples:
   keye serve -m ./model
   keye inspect ./model
 
-KEYE_MODEL names the model when --model does not; bench takes --model or --preset alone.
+KEYE_MODEL names the model when --model does not; bench takes --model or --preset alone. KEYE_FFMPEG and KEYE_FFPROBE name other \
+programs to decode with, HF_HOME the place of downloaded models; README.md has a table of all variables.
 
 Exit codes:
   0    done
@@ -90,7 +93,12 @@ enum Command {
 /// Reads the command line, does what it says, and turns errors into messages and exit codes.
 pub fn main() -> ExitCode {
     signals::install();
-    let result = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.kind() == ErrorKind::InvalidUtf8 => return failure::report(&not_utf8().into()),
+        Err(error) => error.exit(),
+    };
+    let result = match cli.command {
         Command::Ask(args) => ask::run(args),
         Command::Chat(args) => chat::run(args),
         #[cfg(feature = "serve")]
@@ -110,4 +118,12 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::report(&error),
     }
+}
+
+/// The parser does not say which argument it means.
+fn not_utf8() -> failure::Usage {
+    let arguments = std::env::args_os().enumerate().filter(|(_, argument)| argument.to_str().is_none());
+    let found: Vec<String> = arguments.map(|(place, argument)| format!("{argument:?} (number {place})")).collect();
+    let found = found.join(", ");
+    failure::Usage(format!("expected arguments in UTF-8, found {found}; only names of files may be other bytes"))
 }

@@ -8,6 +8,7 @@ use keye::quantize::{Report, quantize};
 use keye_processor::PackedFormat;
 use serde_json::json;
 
+use super::args::check_new_dir;
 use super::failure::{Interrupted, Usage};
 use super::signals;
 use super::ui::{self, Status};
@@ -42,7 +43,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let to = PackedFormat::from_name(&args.to).ok_or_else(|| Usage(format!("{} is no format", args.to)))?;
     // A model may have to be downloaded first.
-    keye::check_new_dir(&args.output)?;
+    check_new_dir("--output", &args.output)?;
     let mut status = Status::new(false);
     let from = keye::resolve_model(&args.model, args.offline, &mut |progress| status.loading(progress))?;
     let guard = signals::guard();

@@ -4,7 +4,7 @@ use std::net::{IpAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::ValueEnum;
 use keye::Keye;
 use keye_engine::EngineOptions;
@@ -61,6 +61,10 @@ pub struct Args {
     /// Collector of OpenTelemetry traces (OTLP over HTTP), like http://localhost:4318
     #[cfg(feature = "otel")]
     #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
+    /// In other builds: here it is told how to build
+    #[cfg(not(feature = "otel"))]
+    #[arg(long, value_name = "URL", hide = true)]
     otlp_endpoint: Option<String>,
     #[command(flatten)]
     media: MediaFlags,
@@ -155,7 +159,7 @@ enum Log {
 pub fn run(args: Args) -> Result<()> {
     let config = args.config()?;
     let encrypted = config.tls.is_some();
-    config.tls.iter().try_for_each(TlsFiles::check)?;
+    config.tls.iter().try_for_each(TlsFiles::check).map_err(|error| Usage(error.to_string()))?;
     start_log(args.log);
     let mut options = args.model.options(config.media.access());
     let max_queue = usize::from(args.limits.max_streams);
@@ -197,6 +201,11 @@ pub fn run(args: Args) -> Result<()> {
 
 impl Args {
     fn config(&self) -> Result<ServerConfig> {
+        #[cfg(not(feature = "otel"))]
+        if self.otlp_endpoint.is_some() {
+            let reason = "--otlp-endpoint: this build sends no traces: build with --features otel, or leave it out";
+            return Err(Usage(reason.into()).into());
+        }
         let limits = &self.limits;
         let mib = |n: u32| (n as usize) << 20;
         if self.api_key.iter().any(String::is_empty) {
@@ -256,11 +265,14 @@ impl MediaFlags {
         let path = match &self.media_path {
             None => None,
             Some(path) => {
-                let found = path.canonicalize().with_context(|| format!("--media-path {}", path.display()))?;
-                if !found.is_dir() {
-                    return Err(Usage(format!("--media-path {}: expected a directory", path.display())).into());
+                let wrong = |found: &str| {
+                    Usage(format!("--media-path {}: expected a directory, found {found}", path.display()))
+                };
+                let place = path.canonicalize().map_err(|error| wrong(&format!("none: {error}")))?;
+                if !place.is_dir() {
+                    return Err(wrong("a file").into());
                 }
-                Some(found)
+                Some(place)
             }
         };
         let hosts = self.allow_media_host.iter().map(|text| host_and_port(text)).collect::<Result<Vec<_>>>()?;

@@ -147,7 +147,7 @@ impl Status {
                     Progress::Decoding { done, total } => format!("{name}: decoding, frame {done} of {total}"),
                 });
             }
-            Stage::MediaReady { index, frames, slow_frames, tokens, estimate, .. } => {
+            Stage::MediaReady { index, frames, slow_frames, tokens, estimate, warnings, .. } => {
                 let frames = match (*frames, *slow_frames) {
                     (1, _) => String::new(),
                     (frames, slow) if frames == slow => format!("{frames} frames, "),
@@ -155,6 +155,9 @@ impl Status {
                 };
                 let name = self.name(*index);
                 self.line(&format!("{name}: {frames}{tokens} tokens"));
+                for warning in warnings.iter() {
+                    self.line(&format!("{name}: {}", printable(warning)));
+                }
                 self.estimate += estimate.unwrap_or(0.0);
                 if self.estimate > LONG && !self.announced {
                     self.announced = true;

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use crate::support::{ask, command, fixture, input, keye_with, model};
+use crate::support::{ask, command, fixture, input, keye, keye_with, model};
 
 fn golden_text(case: &str) -> String {
     let path = fixture("keye-1_5-tiny").join("cases").join(format!("{case}.json"));
@@ -62,12 +62,113 @@ fn an_answer_has_the_form_that_was_asked_for() {
         let object = ask(&["--json", "--no-think", &picture, "Is it red?", "--json-schema", schema]).ok().json();
         assert_eq!(object["parts"]["answer"].as_str(), run.stdout.strip_suffix('\n'));
     }
-    for (wrong, told) in
-        [("gone.json", "--json-schema gone.json: expected a file"), ("{", "a schema in JSON"), (r#"{"type": 1}"#, "")]
-    {
+    for (wrong, told) in [
+        ("gone.json", "--json-schema gone.json: expected a file"),
+        ("{", "a schema in JSON"),
+        (r#"{"type": 1}"#, "--json-schema: "),
+        (r#"{"type": "obj"}"#, "--json-schema: Invalid type: obj"),
+        (r#"{"type": "string", "pattern": "("}"#, "--json-schema: regex parse error: unclosed group"),
+    ] {
         let run = ask(&["--no-think", &picture, "Is it red?", "--json-schema", wrong]);
         assert!(run.code == Some(2) && run.stderr.contains(told), "{run:#?}");
     }
+}
+
+/// A program would take it for a whole answer.
+#[test]
+fn an_answer_that_is_cut_off_before_it_has_its_form_is_1() {
+    let model = model();
+    let short =
+        ["ask", "-m", &model, "--greedy", "--max-model-len", "2048", "--max-tokens", "2", "--no-think", "What?"];
+    let schema =
+        r#"{"type": "object", "properties": {"red": {"const": "a text of many letters"}}, "required": ["red"]}"#;
+    for form in [["--json-schema", schema], ["--choice", "a text of many letters"]] {
+        for flags in [&[][..], &["-q"]] {
+            let run = keye(&[&short[..], &form, flags].concat());
+            assert!(run.code == Some(1) && run.stdout.len() > 1, "{run:#?}");
+            for words in [form[0], "cut off after 2 tokens", "--max-tokens (it is 2)", "--no-think"] {
+                assert!(run.stderr.contains(words), "{words}: {run:#?}");
+            }
+            assert_eq!(run.stderr.matches("cut off").count(), 1, "{run:#?}");
+        }
+        let run = keye(&[&short[..], &form, &["--json"]].concat());
+        assert!(run.code == Some(1) && run.stderr.contains("cut off after 2 tokens"), "{run:#?}");
+        assert_eq!(run.json()["finish_reason"], "length");
+    }
+    // Without a form a piece of an answer is one.
+    keye(&[&short[..], &["-q"]].concat()).ok();
+}
+
+#[test]
+fn json_tells_which_frames_the_model_saw() {
+    let (clip, picture) = (input("clip.mp4"), input("one.png"));
+    let run = ask(&["--json", "-q", "--max-pixels", "50176", &clip, &picture, "What?"]).ok();
+    assert_eq!(run.stderr, "");
+    let media = run.json()["media"].clone();
+    for medium in media.as_array().unwrap() {
+        assert_eq!(medium["warnings"], serde_json::json!([]));
+        let shown = medium["shown"].as_array().unwrap();
+        assert_eq!(Some(shown.len() as u64), medium["frames"].as_u64(), "{medium:#}");
+        let slow = shown.iter().filter(|frame| frame["kind"] == "slow").count();
+        assert_eq!(Some(slow as u64), medium["slow_frames"].as_u64(), "{medium:#}");
+        let side = |frame: &serde_json::Value, name: &str| frame[name].as_u64().unwrap() / 14;
+        let patches: u64 = shown.iter().map(|frame| side(frame, "width") * side(frame, "height")).sum();
+        assert_eq!(Some(patches), medium["patches"].as_u64(), "{medium:#}");
+    }
+    let times: Vec<f64> = media[0]["shown"].as_array().unwrap().iter().map(|f| f["time"].as_f64().unwrap()).collect();
+    assert!(times.len() > 2 && times.is_sorted() && times.iter().all(|time| time.to_string().len() < 10), "{times:?}");
+    assert!(media[1]["shown"][0]["time"].is_null() && media[1]["shown"][0]["index"] == 0, "{media:#}");
+}
+
+/// An answer about the first part of a clip is none about the clip.
+#[test]
+fn a_clip_that_is_cut_short_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cut.mp4");
+    let mut ffmpeg = std::process::Command::new("ffmpeg");
+    ffmpeg.args(["-nostdin", "-loglevel", "error", "-i", &input("clip.mp4"), "-c", "copy", "-movflags", "+faststart"]);
+    assert!(ffmpeg.arg(&path).status().unwrap().success());
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() * 7 / 10]).unwrap();
+    let words = ["--max-pixels", "50176", path.to_str().unwrap(), "What?"];
+    let told = "the file seems cut short or damaged";
+    let run = ask(&words).ok();
+    assert!(run.stderr.lines().any(|line| line.starts_with("cut.mp4: ") && line.ends_with(told)), "{run:#?}");
+    let object = ask(&[&words[..], &["--json"]].concat()).ok().json();
+    assert!(object["media"][0]["warnings"][0].as_str().unwrap().ends_with(told), "{object:#}");
+}
+
+/// Names of files are bytes.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_name_that_is_not_utf_8_names_a_file_all_the_same() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let name = std::ffi::OsStr::from_bytes(b"one-\xff.png");
+    let path = folder.path().join(name);
+    std::fs::copy(input("one.png"), &path).unwrap();
+    let run = |words: &[&std::ffi::OsStr]| {
+        let mut command = command();
+        command.args(["ask", "-m", &model(), "--greedy", "--max-tokens", "1", "--max-model-len", "2048"]).args(words);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, told) = run(&[path.as_os_str(), "What?".as_ref()]);
+    assert!(code == Some(0) && told.contains("one-\u{fffd}.png: "), "{told}");
+    let (code, told) = run(&[path.as_os_str()]);
+    assert!(code == Some(2) && told.contains("the question comes last"), "{told}");
+    let (code, told) = run(&[name]);
+    assert!(code == Some(2) && told.contains("the question is not UTF-8"), "{told}");
+    let (code, told) = run(&["--system".as_ref(), name, "What?".as_ref()]);
+    assert!(code == Some(2) && told.contains(r#"found "one-\xFF.png" (number 10)"#), "{told}");
+}
+
+#[test]
+fn a_file_url_may_have_escapes() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(input("one.png"), folder.path().join("a b.png")).unwrap();
+    let run = ask(&[&format!("file://{}/a%20b.png", folder.path().display()), "What?"]).ok();
+    assert!(run.stderr.contains("a%20b.png: "), "{run:#?}");
 }
 
 #[test]

@@ -18,6 +18,16 @@ fn more_questions_at_once_than_servers_let_wait() {
     assert!(report["cut"].as_u64() > Some(50) && report["cut"] == report["tasks"][0]["cut"], "{report:#}");
 }
 
+/// Two kinds are asked by name only.
+#[test]
+fn the_help_names_the_kinds_of_questions() {
+    let help = keye(&["eval", "world", "--help"]).ok().stdout.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        help.contains("dense-caption, attribute") && help.contains("[default: all but follow and point]"),
+        "{help}"
+    );
+}
+
 /// An `ffmpeg` without H.264: its clips have another name, so that no run that has H.264 takes them.
 #[cfg(unix)]
 #[test]

@@ -1,16 +1,31 @@
 //! Wrong inputs: exit codes, and messages that name input and remedy.
 
-use crate::support::{ask, fixture, input, keye, model};
+use crate::support::{ask, command, fixture, input, keye, model};
 
 #[test]
 fn usage_is_2() {
     let clip = input("clip.mp4");
     let image = input("one.png");
+    let (part, backwards) = (format!("{clip}#t=5"), format!("{clip}#t=5,2.5"));
     for (arguments, words) in [
         (vec!["--fps", "1", image.as_str(), "What?"], "--fps is for videos, and there are none"),
-        (vec!["--presence-penalty", "7", "What?"], "presence_penalty is 7"),
+        (vec!["--presence-penalty", "7", "What?"], "--presence-penalty is 7"),
         (vec!["--temperature", "1", "What?"], "--greedy"),
+        (vec!["--max-reasoning-tokens", "-1", "What?"], "--max-reasoning-tokens"),
+        (vec!["--stop", "", "What?"], "--stop: a stop string has 0 bytes"),
+        (vec!["--choice", "", "What?"], "--choice: expected a text"),
         (vec![image.as_str()], "the question comes last"),
+        (vec![image.as_str(), clip.as_str()], "clip.mp4 is a file"),
+        (vec![image.as_str(), part.as_str()], "the question comes last, behind the media, and is missing"),
+        (vec!["What is it?", clip.as_str()], "\"What is it?\" stands before"),
+        (vec![image.as_str(), "https://example.org/a.png"], "https://example.org/a.png is a URL"),
+        (vec!["-"], "- is standard input"),
+        (
+            vec!["--start", "5", "--end", "2.5", clip.as_str(), "What?"],
+            "ends at 2.5 s, before it starts (--start) at 5 s",
+        ),
+        (vec!["--end", "2.5", part.as_str(), "What?"], "ends at 2.5 s, before it starts (--start) at 5 s"),
+        (vec![backwards.as_str(), "What?"], "ends at 2.5 s, before it starts at 5 s"),
         (vec!["ftp://example.org/a.png", "What?"], "kinds of URL"),
         (vec!["", "What?"], "found nothing"),
         (vec!["-", "-", "What?"], "once only"),
@@ -30,7 +45,31 @@ fn usage_is_2() {
     assert!(run.stderr.contains("nframes") && run.stderr.contains("Keye-VL-8B-Preview"), "{run:#?}");
     #[cfg(not(feature = "nano"))]
     assert_eq!(keye(&["ask", "What?"]).code, Some(2), "no model");
-    assert_eq!(keye(&["ask", "-m", &model(), "--max-tokens", "0", "What?"]).code, Some(2));
+    let run = keye(&["ask", "-m", &model(), "--max-tokens", "0", "What?"]);
+    assert!(run.code == Some(2) && run.stderr.contains("--max-tokens is 0"), "{run:#?}");
+    let run = keye(&["chat", "-m", &model(), "--start", "5", "--end", "2"]);
+    assert!(run.code == Some(2) && run.stderr.contains("before it starts"), "{run:#?}");
+}
+
+/// What is asked for in vain is the command line's fault: the model itself can be loaded.
+#[test]
+fn settings_that_a_model_does_not_take_are_2() {
+    for (flags, words) in [
+        (["--frame-prefix", "{ts:.1f}"], "a frame prefix is for Keye-VL-2.0"),
+        (["--video-budget", "adaptive"], "are for Keye-VL-2.0"),
+        (["--processor-min-pixels", "0"], "min_pixels and max_pixels: expected 1 or more"),
+        (["--max-model-len", "0"], "this model takes 1 to"),
+        (["--max-model-len", "100000000"], "this model takes 1 to"),
+        (["--tp", "3"], "this model takes 1, 2, 4"),
+        (["--scorer", "fp8"], "no indexer"),
+        #[cfg(not(feature = "cuda"))]
+        (["--device", "cuda"], "build with --features cuda"),
+    ] {
+        let run = keye(&[&["ask", "-m", &model()][..], &flags, &["What?"]].concat());
+        assert!(run.code == Some(2) && run.stderr.contains(words), "{words}: {run:#?}");
+    }
+    let output = command().args(["ask", "-m", &model(), "What?"]).env("KEYE_ISA", "abacus").output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
 }
 
 /// Whichever way this was built: what is missing is said. With a GPU the check takes minutes, and is another's.
@@ -73,9 +112,43 @@ fn a_model_that_cannot_be_loaded_is_3() {
         assert_eq!(run.code, Some(3), "{run:#?}");
         assert!(run.stderr.contains("model.safetensors"), "{run:#?}");
     }
-    let run = keye(&["ask", "-m", &model(), "--max-model-len", "100000000", "What?"]);
+}
+
+/// A run of the trainer has its models further below.
+#[test]
+fn a_directory_without_a_checkpoint_is_3_and_says_where_there_is_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let out = folder.path().join("new");
+    let out = out.to_str().unwrap();
+    let commands = [&["ask", "-m", dir, "What?"][..], &["inspect", dir], &["quantize", dir, "--to", "int8", "-o", out]];
+    for arguments in commands {
+        let run = keye(arguments);
+        assert_eq!(run.code, Some(3), "{run:#?}");
+        assert!(run.stderr.contains("expected a checkpoint directory (config.json"), "{run:#?}");
+        assert!(run.stderr.contains(dir) && !run.stderr.contains("there is one"), "{run:#?}");
+    }
+    for below in ["sft/model", "model"] {
+        let below = folder.path().join(below);
+        std::fs::create_dir_all(&below).unwrap();
+        std::fs::write(below.join("config.json"), "{}").unwrap();
+        let run = keye(&["ask", "-m", dir, "What?"]);
+        let hint = format!("there is one in {}", below.display());
+        assert!(run.code == Some(3) && run.stderr.contains(&hint), "{hint}: {run:#?}");
+    }
+    let run = keye(&["quantize", &format!("{dir}/model"), "--to", "int8", "-o", out]);
     assert_eq!(run.code, Some(3), "{run:#?}");
-    assert!(run.stderr.contains("this model takes 1 to"), "{run:#?}");
+}
+
+/// Somebody who puts the question first is not left with a file that is not there.
+#[test]
+fn a_question_among_the_media_is_told_as_such() {
+    let run = ask(&["What is it?", "And why?"]);
+    assert_eq!(run.code, Some(4), "{run:#?}");
+    assert!(
+        run.stderr.contains("What is it?: there is no such file; if it is the question, that comes last"),
+        "{run:#?}"
+    );
 }
 
 #[test]
@@ -152,7 +225,9 @@ fn a_trace_overwrites_neither_the_model_nor_media() {
         std::os::unix::fs::symlink(file.path(), linked.join(file.file_name())).unwrap();
     }
     let request = media.join("request.json");
-    let parts = r#"{"type": "image", "image": "one.png"}, {"type": "video", "video": ["big.png", "wide.png"]}"#;
+    let parts = r#"{"type": "image", "image": "one.png"}, {"type": "video", "video": ["big.png", "wide.png"]},
+        {"type": "image", "image": "file://a%20b.png"}"#;
+    std::fs::copy(media.join("one.png"), media.join("a b.png")).unwrap();
     std::fs::write(&request, format!(r#"{{"messages": [{{"role": "user", "content": [{parts}]}}]}}"#)).unwrap();
     let weights = model.join("model.safetensors");
     let before = [&weights, &media.join("one.png"), &media.join("wide.png")].map(|path| std::fs::read(path).unwrap());
@@ -162,6 +237,7 @@ fn a_trace_overwrites_neither_the_model_nor_media() {
         (&linked, weights.clone(), "is an input too"),
         (&model, media.join("one.png"), "is an input too"),
         (&model, media.join("wide.png"), "is an input too"),
+        (&model, media.join("a b.png"), "is an input too"),
     ] {
         let [model, request, out] = [model, &request, &out].map(|path| path.to_str().unwrap());
         let run = keye(&["trace", "-m", model, "--request", request, "--out", out, "--generate", "1"]);

@@ -67,7 +67,7 @@ fn a_written_checkpoint_answers() {
     assert_eq!(keye(&["inspect", dir, "--json"]).ok().json()["weights"]["complete"], true);
     keye(&["ask", "-m", dir, "--max-tokens", "2", "Hello?"]).ok();
     let again = keye(&write);
-    assert_eq!(again.code, Some(1));
+    assert_eq!(again.code, Some(2));
     assert!(again.stderr.contains("choose another name"), "{again:#?}");
 }
 

@@ -1,6 +1,6 @@
 //! `keye quantize` and `keye bench` as a user runs them.
 
-use crate::support::{keye, model};
+use crate::support::{command, keye, model};
 
 #[test]
 fn a_quantised_model_answers() {
@@ -19,13 +19,39 @@ fn a_quantised_model_answers() {
     std::os::unix::fs::symlink(&dir, root.path().join("link")).unwrap();
     let link = root.path().join("link").display().to_string();
     let refused = keye(&["quantize", "./no/such/model", "--to", "int8", "-o", &link]);
-    assert!(refused.code == Some(1) && refused.stderr.contains("link is a link"), "{refused:?}");
+    assert!(refused.code == Some(2) && refused.stderr.contains("link is a link"), "{refused:?}");
 }
 
 #[test]
 fn bench_takes_models_as_other_commands_do() {
     let missing = keye(&["bench", "-m", "./no/such/model", "--only", "start"]);
     assert!(missing.code == Some(3) && missing.stderr.contains("./no/such/model"), "{missing:?}");
+    let bare = keye(&["bench"]);
+    assert!(
+        bare.code == Some(2) && bare.stderr.contains("Usage: keye bench <--preset <NAME>|--model <DIR|HUB_ID>>"),
+        "{bare:?}"
+    );
+    let nowhere = keye(&["bench", "--preset", "keye-tiny", "--only", "start", "--dir", "/no/such/folder"]);
+    assert!(nowhere.code == Some(2) && nowhere.stderr.contains("--dir: there is no directory"), "{nowhere:?}");
+    let there = keye(&["bench", "--preset", "keye-tiny", "--write-checkpoint", &model()]);
+    assert!(there.code == Some(2) && there.stderr.contains("--write-checkpoint: "), "{there:?}");
+}
+
+/// It takes most of a minute, in which nothing was told.
+#[cfg(unix)]
+#[test]
+fn bench_says_that_it_makes_a_clip() {
+    use std::os::unix::fs::PermissionsExt;
+    let root = tempfile::tempdir().unwrap();
+    let program = root.path().join("ffmpeg");
+    std::fs::write(&program, "#!/bin/sh\n[ \"$1\" = -version ] && exit 0\nsleep 0.3\nexit 1\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = command();
+    command.args(["bench", "-m", &model(), "--only", "media"]).env("KEYE_FFMPEG", &program);
+    let output = command.output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("media: making a minute of 720p") && told.contains("making the clip, 0 B so far"), "{told}");
+    assert!(output.status.code() == Some(4) && told.contains("an ffmpeg with libx264"), "{told}");
 }
 
 #[test]

@@ -84,10 +84,15 @@ fn wrong_flags_are_told_before_the_model_is_loaded() {
         (["--host", "127.0.0.1:80"], "--host 127.0.0.1:80: expected an address"),
         (["--allow-media-host", "nas.local"], "expected HOST:PORT"),
         (["--media-path", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")], "expected a directory"),
+        (["--media-path", "/no/such/folder"], "--media-path /no/such/folder: expected a directory, found none"),
+        #[cfg(not(feature = "otel"))]
+        (["--otlp-endpoint", "http://localhost:4318"], "build with --features otel"),
         (["--max-fps", "0"], "--max-fps has to be above 0"),
     ] {
         let run = keye(&[&["serve", "-m", "./no/such/model"][..], &flags].concat());
         assert_eq!(run.code, Some(2), "{run:#?}");
         assert!(run.stderr.contains(words), "{words}: {run:#?}");
     }
+    let run = keye(&["serve", "-m", "./no/such/model", "--tls-cert", "/no/such.pem", "--tls-key", "/no/such.key"]);
+    assert!(run.code == Some(2) && run.stderr.contains("cannot use /no/such.pem for TLS"), "{run:#?}");
 }

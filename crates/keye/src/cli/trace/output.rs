@@ -46,8 +46,25 @@ pub fn check_media(out: &Path, media: &[MediaItem], root: &Path) -> Result<()> {
 
 fn gather(source: &Source, root: &Path, paths: &mut Vec<PathBuf>) {
     match source {
-        Source::Path(path) => paths.push(root.join(path)),
+        Source::Path(path) => {
+            paths.push(root.join(path));
+            // The loader reads escapes where there is no file of the name as it is.
+            paths.extend(path.to_str().and_then(unescaped).map(|plain| root.join(plain)));
+        }
         Source::Frames(frames) => frames.iter().for_each(|frame| gather(&frame.source, root, paths)),
         Source::Url(_) | Source::Bytes(_) => {}
     }
+}
+
+/// A name with the characters that its escapes like `%20` stand for.
+fn unescaped(name: &str) -> Option<String> {
+    let mut parts = name.split('%');
+    let mut plain = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        match part.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => plain.extend([&[byte], &part.as_bytes()[2..]].concat()),
+            None => plain.extend([b"%", part.as_bytes()].concat()),
+        }
+    }
+    String::from_utf8(plain).ok()
 }
