@@ -17,7 +17,7 @@ pub enum Part {
 ///
 /// An opening tag counts where it leads: at the beginning, or behind a part that is closed. Behind `</think>` only
 /// `<answer>` does. Elsewhere tags are words of the text. Those that count are removed and never shown in halves; so is white
-/// space around a part. For well-formed answers the pieces of each part, joined, equal what [`parse_answer`] gives. Analysis
+/// space around a part. For well-formed answers the pieces of each part, joined, equal what [`crate::parse_answer`] gives. Analysis
 /// and thinking end with their first closing tag.
 #[derive(Debug, Clone)]
 pub struct ThinkSplitter {
