@@ -10,8 +10,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::BackendError;
 use crate::matmul::Old;
+use crate::{BackendError, Isa};
 
 /// What the operands of products with weights are rounded to; sums, parameters and all else stay f32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -241,6 +241,9 @@ pub trait Device: Send + Sync {
 
     /// How many packs are computed side by side.
     fn lanes(&self) -> usize;
+
+    /// The instructions for the little that is computed on the host.
+    fn host(&self) -> Isa;
 
     /// Number of elements.
     fn len(&self, x: &Self::Array) -> usize;

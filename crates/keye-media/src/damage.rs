@@ -201,14 +201,23 @@ fn asf(file: &File, length: u64) -> Option<Cut> {
     (!broadcast && size > length).then_some(Cut::OfSeconds(seconds))
 }
 
+/// Most zeros behind the last tag that are looked at.
+const FLV_PADDING: u64 = 4096;
+
 /// Every tag is followed by its size, the last one too.
 fn flv(file: &File, length: u64) -> Option<Cut> {
-    let size = u64::from(u32::from_be_bytes(bytes(file, length.checked_sub(4)?)?));
-    let tag = (length - 4).checked_sub(size).and_then(|at| bytes::<4>(file, at));
-    let whole = tag.is_some_and(|[kind, a, b, c]| {
-        matches!(kind & 0x1F, 8 | 9 | 18) && u64::from(u32::from_be_bytes([0, a, b, c])) + 11 == size
-    });
-    (!whole).then_some(Cut::AsTold)
+    let whole = |length: u64| {
+        let size = u64::from(u32::from_be_bytes(bytes(file, length.checked_sub(4)?)?));
+        let tag = (length - 4).checked_sub(size).and_then(|at| bytes::<4>(file, at));
+        let whole = tag.is_some_and(|[kind, a, b, c]| {
+            matches!(kind & 0x1F, 8 | 9 | 18) && u64::from(u32::from_be_bytes([0, a, b, c])) + 11 == size
+        });
+        whole.then_some(())
+    };
+    // Zeros behind the last tag are padding; the tag's own size may end with some of them.
+    let zeros = (1..=FLV_PADDING.min(length)).take_while(|back| bytes(file, length - back) == Some([0])).count() as u64;
+    let padded = || (1..=3.min(zeros)).chain([0]).any(|own| whole(length - zeros + own).is_some());
+    (whole(length).is_none() && !padded()).then_some(Cut::AsTold)
 }
 
 #[cfg(test)]

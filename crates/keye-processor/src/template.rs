@@ -251,6 +251,14 @@ mod tests {
                 "role=user;content=a b c;True",
             ),
             ("{% for k, v in messages[0].items() %}{{ loop.index * 2 }}{% endfor %}{{ 1 < 2 < 3 }}", "24True"),
+            ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}", "a b c"),
+            ("{% for m in messages if m.role == 'x' %}{{ m.content }}{% else %}none{% endfor %}", "none"),
+            ("{% for k, v in messages[0].items() if k not in ['role'] %}{{ k }}={{ v }}{% endfor %}", "content=a b c"),
+            ("{{ [1, 2, 3]|select('gt', 1)|list|length }}{{ 2 is ge 3 }}", "2False"),
+            (
+                "{{ (1 + 2) * 2 }}{{ 2 * (1 + 2) }}{{ (messages|length) * 2 }}{{ [1, 2][1] * -3 }}{{ 2 * messages[0]['role']|length }}",
+                "662-68",
+            ),
             (
                 "{% set t %}<{{ messages[0]['role'] }}>{% endset %}{{ t|upper|replace('U', 'u') }}{{ x|default('d') }}",
                 "<uSER>d",

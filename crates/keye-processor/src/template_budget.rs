@@ -485,6 +485,18 @@ fn add_tests(environment: &mut Environment) {
     for name in ["ne", "!="] {
         environment.add_test(name, unequal);
     }
+    type Order = fn(&Value, &Value) -> bool;
+    for (names, order) in [
+        (["gt", "greaterthan", ">"], (|a, b| a > b) as Order),
+        (["ge", "gte", ">="], |a, b| a >= b),
+        (["lt", "lessthan", "<"], |a, b| a < b),
+        (["le", "lte", "<="], |a, b| a <= b),
+    ] {
+        for name in names {
+            environment
+                .add_test(name, move |state: &State, a: &Value, b: &Value| compare(state, a, b).map(|()| order(a, b)));
+        }
+    }
     environment.add_test("in", |state: &State, value: &Value, all: &Value| {
         contains(state, value, all)?;
         tests::is_in(state, value, all)

@@ -33,23 +33,85 @@ pub(crate) fn compile<'s>(name: &'s str, source: &'s str) -> Result<Instructions
     guard(&generator.finish().0)
 }
 
+/// Names and words that are constants or operators, and make nothing a variable.
+const CONSTANTS: [&str; 14] =
+    ["true", "false", "none", "True", "False", "None", "and", "or", "not", "in", "is", "if", "else", "elif"];
+
+/// What stands between brackets.
+#[derive(Default)]
+struct Group {
+    /// It is called with or looked up in a value.
+    of_value: bool,
+    /// A variable is in it, so it is no constant.
+    variable: bool,
+    /// A text or a list is written out in it, or it is one.
+    literal: bool,
+    /// It stands behind an operator `*`.
+    factor: bool,
+}
+
 /// Refuses what would take the compiler too much stack, or memory for constants.
 fn measure(source: &str) -> Result<(), Error> {
     if source.len() > SOURCE_BYTES {
         return Err(refused(format!("expected at most {SOURCE_BYTES} bytes of source, found {}", source.len())));
     }
     let (mut operators, mut branches) = (0, 0);
-    // What stands before an operator `*`: whether it may be multiplied, and whether what follows has to be looked at.
+    // Whether what stands before an operator `*` may be multiplied, and whether what follows has to be looked at. Products of
+    // constants are made while compiling, whatever their size: texts and lists that are written out are not multiplied.
     let (mut factor, mut after_times) = (false, false);
+    let mut groups: Vec<Group> = Vec::new();
+    let mut follows_value = false;
     for token in tokenize(source, false, SyntaxConfig, WHITESPACE) {
         let (token, span) = token?;
         let line = span.start_line;
-        // Products of constants are made while compiling, whatever their size: texts and lists are not multiplied.
-        let number = matches!(token, Token::Ident(_) | Token::Int(_) | Token::Float(_));
-        if matches!(token, Token::Mul) && !factor || after_times && !number {
-            return Err(refused(format!("line {line}: expected a name or a number on both sides of *, found another")));
+        let times = || refused(format!("line {line}: a text or a list that is written out cannot be multiplied"));
+        if matches!(token, Token::Mul) && !factor {
+            return Err(times());
         }
-        (factor, after_times) = (number, matches!(token, Token::Mul));
+        match &token {
+            Token::Int(_) | Token::Float(_) => (factor, after_times) = (true, false),
+            Token::Ident(name) => {
+                if let Some(group) = groups.last_mut() {
+                    group.variable |= !CONSTANTS.contains(name);
+                }
+                (factor, after_times) = (true, false);
+            }
+            Token::ParenOpen | Token::BracketOpen | Token::BraceOpen => {
+                // Behind a value it is a call or a place in it, which is no constant.
+                let of_value = follows_value;
+                let literal = !of_value && !matches!(token, Token::ParenOpen);
+                groups.push(Group { of_value, literal, factor: after_times, ..Group::default() });
+                (factor, after_times) = (false, false);
+            }
+            Token::ParenClose | Token::BracketClose | Token::BraceClose => {
+                let group = groups.pop().unwrap_or_default();
+                let may = group.of_value || group.variable || !group.literal;
+                if group.factor && !may {
+                    return Err(times());
+                }
+                if let Some(outer) = groups.last_mut() {
+                    outer.variable |= group.variable || group.of_value;
+                    outer.literal |= group.literal;
+                }
+                (factor, after_times) = (may, false);
+            }
+            Token::Str(_) | Token::String(_) => {
+                if after_times {
+                    return Err(times());
+                }
+                groups.iter_mut().for_each(|group| group.literal = true);
+                factor = false;
+            }
+            Token::Mul => (factor, after_times) = (false, true),
+            Token::Minus | Token::Plus => factor = false,
+            _ => (factor, after_times) = (false, false),
+        }
+        follows_value = match &token {
+            Token::Ident(name) => !CONSTANTS.contains(name),
+            Token::Str(_) | Token::String(_) => true,
+            Token::ParenClose | Token::BracketClose | Token::BraceClose => true,
+            _ => false,
+        };
         match token {
             Token::VariableStart | Token::BlockStart => operators = 0,
             Token::Ident("elif") => branches += 1,
@@ -133,8 +195,9 @@ fn steps<'s>(instruction: &Instruction<'s>, line: u16) -> Result<Vec<Instruction
             steps.push(I::CallFunction(budget::ROW, Some(1)));
             steps
         }
-        I::BuildList(Some(_)) | I::BuildMap(_) => kept(budget::KEPT),
-        I::BuildList(None) | I::UnpackLists(_) | I::MergeKwargs(_) => {
+        // Without a number it is what a loop with a condition has gathered.
+        I::BuildList(_) | I::BuildMap(_) => kept(budget::KEPT),
+        I::UnpackLists(_) | I::MergeKwargs(_) => {
             return Err(refused(format!("line {line}: arguments out of a list or a map (* and **) are not supported")));
         }
         I::Include(_) | I::LoadBlocks | I::CallBlock(_) | I::ExportLocals | I::FastSuper => {

@@ -38,12 +38,6 @@ impl ThinkTag {
         Self::ALL.iter().find_map(|tag| text.strip_prefix(tag.open().as_bytes()).map(|rest| (*tag, rest)))
     }
 
-    /// Whether `text` is the beginning of an opening tag, white space before it aside.
-    pub fn may_lead(text: &[u8]) -> bool {
-        let text = text.trim_ascii_start();
-        Self::ALL.iter().any(|tag| tag.open().as_bytes().starts_with(text))
-    }
-
     pub(crate) const fn part(self) -> Part {
         match self {
             Self::Think => Part::Thinking,

@@ -228,9 +228,9 @@ pub fn loss_of<D: Device>(
     let device = model.device();
     let lanes = device.lanes();
     for (packs, weights) in packs.chunks(lanes).zip(weights.chunks(lanes)) {
-        let parts = (0..packs.len()).map(|_| gradients.as_ref().map(|sums| sums.alike(device)).transpose());
-        let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        let computed = packs.par_iter().zip(weights).zip(parts).map(|((pack, weights), mut part)| {
+        let like = gradients.as_deref();
+        let computed = packs.par_iter().zip(weights).map(|(pack, weights)| {
+            let mut part = like.map(|sums| sums.alike(device)).transpose()?;
             let sum = one(pack, weights, part.as_mut())?;
             Ok((sum, part))
         });

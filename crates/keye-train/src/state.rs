@@ -57,8 +57,12 @@ impl<A> State<A> {
         fs::rename(&temporary, &out).map_err(io(&out))?;
         let pointer = folder.join(LATEST);
         let temporary = partial(&pointer);
-        fs::write(&temporary, &name).map_err(io(&temporary))?;
-        fs::rename(&temporary, &pointer).map_err(io(&pointer))?;
+        let written = fs::write(&temporary, &name).map_err(io(&temporary));
+        if let Err(error) = written.and_then(|()| fs::rename(&temporary, &pointer).map_err(io(&pointer))) {
+            // Nothing points to it.
+            let _ = remove(&out);
+            return Err(error);
+        }
         let old = checkpoints(folder)?;
         old.iter().rev().filter(|dir| **dir != out).skip(KEPT - 1).try_for_each(|dir| remove(dir))
     }

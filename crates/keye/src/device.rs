@@ -76,6 +76,8 @@ impl Device {
     /// What is to be said before it is used.
     pub fn caution(self) -> Option<&'static str> {
         match self {
+            // A build without it says so, and no more.
+            _ if cfg!(not(feature = "cuda")) => None,
             Self::Cpu => None,
             Self::Cuda(_) => Some(
                 "--device cuda has not been run on a GPU yet: its kernels were only checked on the CPU; compare what it says \

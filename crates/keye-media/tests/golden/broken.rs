@@ -137,6 +137,9 @@ fn whole_clips_are_not_suspected() {
             let words = ["-i", video, "-i", sound.to_str().unwrap(), "-c", "copy", path.to_str().unwrap()];
             assert!(ffmpeg(&words).status.success());
             assert_whole(&path);
+            if *kind == "flv" {
+                assert_whole(&edited(&path, "padded", |bytes| bytes.extend([0; 7])));
+            }
         }
     }
     // Begins between two whole pictures, by an edit list and without; the first frames of the latter cannot be decoded.

@@ -59,6 +59,10 @@ impl Device for Cpu {
         rayon::current_num_threads()
     }
 
+    fn host(&self) -> Isa {
+        self.isa
+    }
+
     fn len(&self, x: &Floats) -> usize {
         x.len()
     }

@@ -228,9 +228,10 @@ mod tests {
         let config = DataConfig::of_world(&[(Kind::Clip, 1), (Kind::Still, 2), (Kind::Text, 1)], 700, 7);
         let packer = |threads: usize| Packer::new(config.clone(), Arc::clone(&processor), threads).unwrap();
         let (mut one, mut three) = (packer(1), packer(3));
-        let mut states = Vec::new();
+        let (mut packs, mut states) = (Vec::new(), Vec::new());
         for _ in 0..8 {
-            assert!(one.next_pack().unwrap() == three.next_pack().unwrap());
+            packs.push(one.next_pack().unwrap());
+            assert!(packs.last() == Some(&three.next_pack().unwrap()));
             assert_eq!(one.state, three.state);
             states.push(one.state.clone());
         }
@@ -239,8 +240,8 @@ mod tests {
         let mut again = packer(2);
         (0..2).for_each(|_| drop(again.next_pack().unwrap()));
         again.restore(states[4].clone()).unwrap();
-        for state in &states[5..] {
-            again.next_pack().unwrap();
+        for (pack, state) in packs.iter().zip(&states).skip(5) {
+            assert!(again.next_pack().unwrap() == *pack);
             assert_eq!(again.state, *state);
         }
     }

@@ -253,7 +253,7 @@ impl Contrast {
         texts: &D::Array,
         scale: f32,
     ) -> Result<(f64, Option<[D::Array; 2]>)> {
-        let (isa, d) = (Isa::detect(), self.probe.len());
+        let (isa, d) = (device.host(), self.probe.len());
         let (x, pooled) = self.pool(device, params, patches, &pack.vit_cu_seqlens())?;
         let y = self.text_projection.forward(device, params, texts)?;
         let host = |x: &D::Array| Ok(device.values(View::of(x, 1, device.len(x)))?.into_owned());

@@ -221,12 +221,28 @@ fn what_cannot_be_saved_leaves_nothing_behind() {
     let error = run(&recipe, &model, dir.path(), &mut packs, &[], &|| true, &mut { block }).unwrap_err().to_string();
     assert_eq!(error.matches("latest.partial").count(), 1, "{error}");
     assert!(error.contains("steps after 0 are lost"), "{error}");
+    let names = |dir: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(dir).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    };
+    assert!(names(&folder).iter().all(|name| !name.starts_with("step-")), "{:?}", names(&folder));
+    // The recipe's files are gone when it is to be saved.
+    let gone = dir.path().join("gone");
+    std::fs::create_dir(&gone).unwrap();
+    let mut without = recipe.clone();
+    without.name = "other".into();
+    without.files.push(gone.clone());
+    let vanish = |_: &StepMetrics| drop(std::fs::remove_dir(&gone));
+    packs.next = 0;
+    run(&without, &model, dir.path(), &mut packs, &[], &|| true, &mut { vanish }).unwrap_err();
+    let other = names(&dir.path().join("other"));
+    assert!(other.iter().all(|name| !name.starts_with("step-")), "{other:?}");
     let model_dir = dir.path().join("export");
     let params = model.init(1);
     let missing = vec![dir.path().join("nowhere")];
     export(&model, &params, &missing, &model_dir, ExportDtype::F32, true).unwrap_err();
-    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert!(left.iter().all(|name| !name.to_string_lossy().contains("export")), "{left:?}");
+    let left = names(dir.path());
+    assert!(left.iter().all(|name| !name.contains("export")), "{left:?}");
 }
 
 /// So does a recipe whose small files have been changed: they make other samples of the same data.

@@ -1,5 +1,7 @@
 //! `keye ask`: one question.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -100,22 +102,28 @@ pub fn run(args: Args) -> Result<()> {
     let question = question(last, names)?;
     args.sampling.check()?;
     let form = form(&args)?;
-    let mut media = open_media(names).map_err(misplaced)?;
-    args.media.check(&media)?;
-    if args.each && media.is_empty() {
+    if args.each && names.is_empty() {
         return Err(Usage("--each: expected media before the question, found none".into()).into());
     }
+    // Of many, those that cannot be opened have lines like others that fail.
+    let mut opened: Vec<Result<MediaItem>> = match args.each {
+        true => names.iter().map(|name| open_media(std::slice::from_ref(name)).map(|mut one| one.remove(0))).collect(),
+        false => open_media(names).map_err(misplaced)?.into_iter().map(Ok).collect(),
+    };
+    let media: Vec<MediaItem> = opened.iter().flatten().cloned().collect();
+    args.media.check(&media)?;
 
     let mut status = Status::new(args.quiet || args.json && !args.each);
     let at_once = if args.each { usize::from(args.at_once) } else { 1 };
     let keye = args.model.load(wants_remote(&media), at_once, &mut status)?;
     // Until the model is there nothing needs an orderly end; from here on decoders run.
     let guard = signals::swift_guard();
-    media.iter_mut().for_each(|item| args.media.apply(item, keye.processor().media.video.rule));
+    let rule = keye.processor().media.video.rule;
+    opened.iter_mut().flatten().for_each(|item| args.media.apply(item, rule));
     let asked = Asked { args: &args, keye: &keye, question, form };
     let result = match args.each {
-        true => asked.about_each(&media, &mut status, &guard),
-        false => asked.about_all(&media, &mut status, &guard),
+        true => asked.about_each(opened, &mut status, &guard),
+        false => asked.about_all(&opened.into_iter().flatten().collect::<Vec<_>>(), &mut status, &guard),
     };
     end(keye, result.as_ref().is_err_and(|error| error.is::<Interrupted>()));
     result
@@ -193,14 +201,23 @@ impl Asked<'_> {
         complete
     }
 
-    fn about_each(&self, media: &[MediaItem], status: &mut Status, guard: &signals::Guard) -> Result<()> {
-        let one = |index: usize| &media[index..=index];
-        // As it was named: files of several folders may share a name.
-        let source = |index: usize| self.args.words[index].to_string_lossy();
+    fn about_each(&self, opened: Vec<Result<MediaItem>>, status: &mut Status, guard: &signals::Guard) -> Result<()> {
+        // Each is asked for once.
+        let errors = RefCell::new(BTreeMap::new());
+        let keep = |(index, item): (usize, Result<MediaItem>)| {
+            item.map_err(|error| errors.borrow_mut().insert(index, error)).ok()
+        };
+        let media: Vec<Option<MediaItem>> = opened.into_iter().enumerate().map(keep).collect();
+        let one = |index: usize| media[index].as_slice();
+        // As it was named, since files of several folders may share a name.
+        let source = |index: usize| match self.args.words[index].to_string_lossy() {
+            url if url.starts_with("data:") => "a data URL".to_owned(),
+            name => name.into_owned(),
+        };
         let each = Each {
             count: media.len(),
             at_once: usize::from(self.args.at_once),
-            request: &|index| self.request(one(index)),
+            request: &|index| errors.borrow_mut().remove(&index).map_or_else(|| Ok(self.request(one(index))), Err),
             line: &|index, finished| {
                 self.has_form(&finished)?;
                 let mut line = self.object(&finished, one(index));

@@ -21,7 +21,8 @@ pub struct Each<'a> {
     pub count: usize,
     /// How many are asked at the same time.
     pub at_once: usize,
-    pub request: &'a dyn Fn(usize) -> Request,
+    /// The question about one, or why it cannot be asked.
+    pub request: &'a dyn Fn(usize) -> Result<Request>,
     /// The line of one that was answered, or the error that it ends with instead.
     pub line: &'a dyn Fn(usize, Finished) -> Result<Value>,
     /// The line of one that failed.
@@ -62,38 +63,41 @@ impl Each<'_> {
         let begin = Instant::now();
         let (mut next, mut done) = (0, 0);
         let mut running: Vec<Asked> = Vec::new();
+        let mut refused = Vec::new();
+        status.progress(&format!("0 of {}", self.count));
         // Dropping a stream cancels its request.
         while done < self.count {
             while next < self.count && running.len() < self.at_once {
-                let stream = submit(keye, (self.request)(next))?;
-                running.push(Asked { index: next, stream, collector: Collector::default() });
+                match (self.request)(next) {
+                    Ok(request) => {
+                        let stream = submit(keye, request)?;
+                        running.push(Asked { index: next, stream, collector: Collector::default() });
+                    }
+                    Err(error) => refused.push((next, error)),
+                }
                 next += 1;
             }
             if guard.interrupted() {
                 return Err(Interrupted.into());
             }
             let before = done;
+            let mut ended: Vec<(usize, Result<Value>)> = refused.drain(..).map(|(i, error)| (i, Err(error))).collect();
             let mut waiting = Vec::with_capacity(running.len());
             for mut asked in running.drain(..) {
-                let index = asked.index;
-                let line = match asked.poll() {
-                    Ok(None) => {
-                        waiting.push(asked);
-                        continue;
-                    }
-                    Ok(Some(finished)) => (self.line)(index, finished),
-                    Err(error) => Err(error),
-                };
-                done += 1;
-                let line = match line {
+                match asked.poll() {
+                    Ok(None) => waiting.push(asked),
+                    Ok(Some(finished)) => ended.push((asked.index, (self.line)(asked.index, finished))),
                     Err(error) if is_of_all(&error) => return Err(error),
-                    Err(error) => {
-                        let line = (self.failed)(index, &failure::message(&error));
-                        failures.add(error);
-                        line
-                    }
-                    Ok(line) => line,
-                };
+                    Err(error) => ended.push((asked.index, Err(error))),
+                }
+            }
+            for (index, line) in ended {
+                done += 1;
+                let line = line.unwrap_or_else(|error| {
+                    let line = (self.failed)(index, &failure::message(&error));
+                    failures.add(index, error);
+                    line
+                });
                 status.clear();
                 lines.add(index, line)?;
             }
@@ -153,14 +157,16 @@ impl Lines {
 
 struct Failures {
     count: usize,
-    /// Tells the exit code.
-    first: Option<anyhow::Error>,
+    /// Tells the exit code: that of the first medium that failed, whichever ended first.
+    first: Option<(usize, anyhow::Error)>,
 }
 
 impl Failures {
-    fn add(&mut self, error: anyhow::Error) {
+    fn add(&mut self, index: usize, error: anyhow::Error) {
         self.count += 1;
-        self.first.get_or_insert(error);
+        if self.first.as_ref().is_none_or(|(first, _)| index < *first) {
+            self.first = Some((index, error));
+        }
     }
 
     fn told(&self) -> String {
@@ -170,7 +176,9 @@ impl Failures {
     fn result(self, of: usize) -> Result<()> {
         match self.first {
             None => Ok(()),
-            Some(first) => Err(first.context(format!("{} of {of} failed, as their lines say; the first", self.count))),
+            Some((_, first)) => {
+                Err(first.context(format!("{} of {of} failed, as their lines say; the first", self.count)))
+            }
         }
     }
 }

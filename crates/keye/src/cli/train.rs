@@ -182,9 +182,10 @@ fn run_stages(args: &RunArgs) -> Result<()> {
     }
     let pool = pool.build().context("cannot start threads")?;
     super::args::warn_of_device(args.device, &mut Status::new(false));
+    let device = Opened::open(args.device)?;
     let guard = signals::guard();
     for recipe in recipes.iter().filter(wanted) {
-        match pool.install(|| stage(recipe, args, &guard))? {
+        match pool.install(|| stage(&device, recipe, args, &guard))? {
             Outcome::Done(model) => ui::out(&format!("{}\n", model.display()))?,
             Outcome::Stopped(step) => {
                 let name = &recipe.name;
@@ -207,20 +208,36 @@ fn keep_freed_memory() {
     }
 }
 
-fn stage(recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outcome> {
+/// What computes; a GPU is opened once for all stages.
+enum Opened {
+    Cpu(Cpu),
+    #[cfg(feature = "cuda")]
+    Cuda(keye_backend::Cuda),
+}
+
+impl Opened {
+    fn open(device: Device) -> Result<Self> {
+        match device {
+            Device::Cpu => Ok(Self::Cpu(cpu()?)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => {
+                use keye_backend::{Cuda, CudaOptions};
+                Ok(Self::Cuda(Cuda::new(CudaOptions { device: number, ..CudaOptions::default() })?))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => {
+                Err(Usage("--device cuda: this build has no CUDA: build with --features cuda".into()).into())
+            }
+        }
+    }
+}
+
+fn stage(device: &Opened, recipe: &Recipe, args: &RunArgs, guard: &signals::Guard) -> Result<Outcome> {
     keep_freed_memory();
-    match args.device {
-        Device::Cpu => stage_on(cpu()?, recipe, args, guard),
+    match device {
+        Opened::Cpu(cpu) => stage_on(*cpu, recipe, args, guard),
         #[cfg(feature = "cuda")]
-        Device::Cuda(number) => {
-            use keye_backend::{Cuda, CudaOptions};
-            let cuda = Cuda::new(CudaOptions { device: number, ..CudaOptions::default() })?;
-            stage_on(cuda, recipe, args, guard)
-        }
-        #[cfg(not(feature = "cuda"))]
-        Device::Cuda(_) => {
-            Err(Usage("--device cuda: this build has no CUDA: build with --features cuda".into()).into())
-        }
+        Opened::Cuda(cuda) => stage_on(cuda.clone(), recipe, args, guard),
     }
 }
 

@@ -95,14 +95,16 @@ fn each_medium_is_asked_about_on_its_own() {
     let broken = dir.path().join("broken.mp4");
     let whole = std::fs::read(clip("shapes-1.mp4")).unwrap();
     std::fs::write(&broken, &whole[..600]).unwrap();
-    let names = [clip("shapes-1.mp4"), broken, clip("shapes-2.mp4"), clip("shapes-1.mp4")];
+    let names =
+        [clip("shapes-1.mp4"), broken, clip("shapes-2.mp4"), clip("shapes-1.mp4"), dir.path().join("missing.mp4")];
     let names: Vec<&str> = names.iter().map(|name| name.to_str().unwrap()).collect();
     let asked = |more: &[&str]| keye(&[&["ask", "--each"][..], &names, more].concat());
     let run = asked(&["Write a caption."]);
     assert_eq!(run.code, Some(4), "{run:#?}");
-    assert!(run.stderr.contains("1 of 4 failed") && run.stderr.contains("broken.mp4"), "{run:#?}");
+    assert!(run.stderr.contains("2 of 5 failed") && run.stderr.contains("broken.mp4"), "{run:#?}");
     let lines: Vec<serde_json::Value> = run.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(lines.len(), 4);
+    assert_eq!(lines.len(), 5);
+    assert!(lines[4]["error"].as_str().unwrap().contains("missing.mp4"));
     for (line, name) in lines.iter().zip(&names) {
         assert_eq!(line["source"], *name);
     }

@@ -12,11 +12,12 @@ use std::sync::Arc;
 
 use super::Cuda;
 use super::device::{Arg, Device, Grid, Memory};
-use crate::BackendError;
 use crate::matmul::Old;
 use crate::training::{
     AdamW, Angles, AttentionShape, Gelu, HeadNorm, Operand, Precision, Span, Taps, Update, View, ViewMut,
 };
+
+use crate::{BackendError, Isa};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -33,7 +34,15 @@ impl Array {
     /// Room for `len` elements, of no value yet.
     pub(super) fn room(device: &Arc<Device>, len: usize) -> Result<Self> {
         let bytes = len.checked_mul(4).unwrap_or(usize::MAX / 2);
-        Ok(Self { memory: device.allocate("training", bytes)?, len })
+        let memory = device.allocate("training", bytes).map_err(|error| match error {
+            BackendError::Memory { what, bytes, .. } => BackendError::Memory {
+                what,
+                bytes,
+                remedy: "lower max_tokens of the recipe's data, or set recompute = true",
+            },
+            other => other,
+        });
+        Ok(Self { memory: memory?, len })
     }
 
     fn upload(device: &Arc<Device>, values: &[f32]) -> Result<Self> {
@@ -116,6 +125,10 @@ impl crate::training::Device for Cuda {
     // A GPU is filled by one pack.
     fn lanes(&self) -> usize {
         1
+    }
+
+    fn host(&self) -> Isa {
+        Isa::detect()
     }
 
     fn len(&self, x: &Array) -> usize {

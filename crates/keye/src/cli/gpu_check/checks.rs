@@ -13,8 +13,8 @@ use super::report::{Checked, DeviceFound};
 /// keys are large: rounded to bf16 a score is off by some hundredths, and so are weights.
 const TOLERANCES: [(Products, [f32; 2]); 2] = [(Products::F32, [2e-5, 1e-4]), (Products::Bf16, [0.15, 0.15])];
 
-/// Largest difference of training's operations in f32.
-const TRAINING_TOLERANCE: f32 = 2e-5;
+/// Largest difference of training's operations. Single values are among them, of which a GELU's far from zero is a small difference.
+const TRAINING_TOLERANCE: f32 = 2e-4;
 
 /// Which GPU, or the kernels on the CPU.
 #[derive(Debug, Clone, Copy)]
@@ -81,7 +81,7 @@ pub fn suite(device: Device, small: bool, add: &mut dyn FnMut(Checked) -> Result
     Ok(())
 }
 
-/// The operations of training, each launch waited for. Products of bf16 operands have a tolerance of their own.
+/// The operations of training, each launch waited for.
 pub fn training(device: Device, add: &mut dyn FnMut(Checked) -> Result<()>) -> Result<()> {
     let cuda = device.open(Products::F32, false, true)?;
     let begin = Instant::now();
